@@ -1,0 +1,225 @@
+"""The backward time loop, and the recompute that turns pre-activations into its coefficients.
+
+With the gates known, everything in the gradient of a step that does not depend on dh is one of six numbers a unit:
+
+    ko = tanh(c) o (1 - o)    kh = o (1 - tanh(c)^2)    ki = g i (1 - i)
+    kf = c_prev f (1 - f)     kg = i (1 - g^2)          and f itself
+
+and the loop, from the last step to the first, is left with products:
+
+    dh += dy;  da_o = dh ko;  dc += dh kh;  da_{i,f,g} = dc k_{i,f,g};  dc *= f;  dh = da R
+"""
+import triton
+import triton.language as tl
+
+from .cell import group_barrier, load_r, narrow, operand, product, sigmoid, tanh
+
+
+@triton.jit(do_not_specialize=["S", "B", "first"])
+def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, S, B, first, keep_every,
+                 H: tl.constexpr, DIRECTIONS: tl.constexpr, BLOCK: tl.constexpr):
+    """Roll c through steps ``first`` to ``first + S`` and write each step's coefficients.
+
+    a (D, S, B, 4H) pre-activations in local time order, coef (D, S, B, 6H): ko, kh, ki, kf, kg, f. c starts from c0
+    (D, B, H) or, past the first step, from what the forward loop kept.
+    """
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.program_id(1)
+    row, unit = (n // H).to(tl.int64), n % H
+    mask = row < B
+    if first == 0:
+        c = tl.load(c0_ptr + (d * B + row) * H + unit, mask=mask, other=0.)
+    else:
+        at_kept = (first // keep_every - 1).to(tl.int64) * DIRECTIONS + d
+        c = tl.load(kept_ptr + (at_kept * B + row) * H + unit, mask=mask, other=0.)
+    s = 0
+    while s < S:
+        local = tl.where(d == 0, s, S - 1 - s)
+        at = (d * S + local).to(tl.int64) * B + row
+        a = a_ptr + at * (4 * H) + unit
+        i = sigmoid(tl.load(a, mask=mask, other=0.).to(tl.float32))
+        f = sigmoid(tl.load(a + H, mask=mask, other=0.).to(tl.float32))
+        g = tanh(tl.load(a + 2 * H, mask=mask, other=0.).to(tl.float32))
+        o = sigmoid(tl.load(a + 3 * H, mask=mask, other=0.).to(tl.float32))
+        k = coef_ptr + at * (6 * H) + unit
+        tl.store(k + 3 * H, c * f * (1 - f), mask=mask)
+        c = f * c + i * g
+        tanh_c = tanh(c)
+        tl.store(k, tanh_c * o * (1 - o), mask=mask)
+        tl.store(k + H, o * (1 - tanh_c * tanh_c), mask=mask)
+        tl.store(k + 2 * H, g * i * (1 - i), mask=mask)
+        tl.store(k + 4 * H, i * (1 - g * g), mask=mask)
+        tl.store(k + 5 * H, f, mask=mask)
+        s += 1
+
+
+@triton.jit
+def gate_gradients(k, da, dh, dc, mask, H: tl.constexpr, INTERPRET: tl.constexpr):
+    """One reverse step of some units, elementwise: stores da at ``da``, returns it by gate with the earlier dc."""
+    dtype: tl.constexpr = da.dtype.element_ty
+    o = narrow(dh * tl.load(k, mask=mask, other=0.), dtype, INTERPRET)
+    dc += dh * tl.load(k + H, mask=mask, other=0.)
+    i = narrow(dc * tl.load(k + 2 * H, mask=mask, other=0.), dtype, INTERPRET)
+    f = narrow(dc * tl.load(k + 3 * H, mask=mask, other=0.), dtype, INTERPRET)
+    g = narrow(dc * tl.load(k + 4 * H, mask=mask, other=0.), dtype, INTERPRET)
+    tl.store(da, i, mask=mask)
+    tl.store(da + H, f, mask=mask)
+    tl.store(da + 2 * H, g, mask=mask)
+    tl.store(da + 3 * H, o, mask=mask)
+    return i, f, g, o, dc * tl.load(k + 5 * H, mask=mask, other=0.)
+
+
+@triton.jit(do_not_specialize=["T", "S", "B", "first", "stride_dyt", "stride_dyb", "stride_dyh"])
+def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, first,
+                      stride_dyt, stride_dyb, stride_dyh,
+                      H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr,
+                      HAS_DY: tl.constexpr, DY_UNIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """Steps ``first + S`` back to ``first``, every program alone with all of R and BLOCK_B rows.
+
+    dy (T, B, D H) by strides, the first two in units of DY_UNIT; coef (D, S, B, 6H); r (D, 4H, H); da (D, S, B, 4H);
+    dh, dc (D, B, H) fp32: gradients after the last of these steps in, before the first out.
+    """
+    tile, d = tl.program_id(0), tl.program_id(1)
+    r_ptr += d * (4 * H * H)
+    row = tile * BLOCK_B + tl.arange(0, BLOCK_B)
+    alive = row[:, None] < B
+    # r[k][j] holds the four gates of units k, seen from the units j of the earlier h
+    r, dh, dc = (), (), ()
+    for k in tl.static_range(len(CHUNKS)):
+        unit = CHUNKS[k][0] + tl.arange(0, CHUNKS[k][1])
+        at_state = (d * B + row[:, None]).to(tl.int64) * H + unit[None, :]
+        mask = alive & (unit[None, :] < H)
+        dh += (tl.load(dh_ptr + at_state, mask=mask, other=0.),)
+        dc += (tl.load(dc_ptr + at_state, mask=mask, other=0.),)
+        row_of_r = ()
+        for j in tl.static_range(len(CHUNKS)):
+            target = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
+            gates = ()
+            for gate in tl.static_range(4):
+                gates += (load_r(r_ptr, (gate * H + unit[:, None]) * H + target[None, :],
+                                 (unit[:, None] < H) & (target[None, :] < H), DIRECTIONS * 4 * H * H,
+                                 PRECISION, INTERPRET),)
+            row_of_r += (gates,)
+        r += (row_of_r,)
+    s = S - 1
+    while s >= 0:
+        local = tl.where(d == 0, s, S - 1 - s)
+        time = tl.where(d == 0, first + s, T - 1 - first - s).to(tl.int64)
+        at = (d * S + local).to(tl.int64) * B + row[:, None]
+        da, new_dc, new_dh = (), (), ()
+        for k in tl.static_range(len(CHUNKS)):
+            unit = CHUNKS[k][0] + tl.arange(0, CHUNKS[k][1])
+            mask = alive & (unit[None, :] < H)
+            dh_k = dh[k]
+            if HAS_DY:
+                dy = dy_ptr + time * stride_dyt * DY_UNIT + row[:, None].to(tl.int64) * stride_dyb * DY_UNIT
+                dh_k += tl.load(dy + (d * H + unit[None, :]) * stride_dyh, mask=mask, other=0.).to(tl.float32)
+            i, f, g, o, dc_k = gate_gradients(coef_ptr + at * (6 * H) + unit[None, :],
+                                              da_ptr + at * (4 * H) + unit[None, :], dh_k, dc[k], mask, H, INTERPRET)
+            da += ((operand(i, PRECISION, INTERPRET), operand(f, PRECISION, INTERPRET),
+                    operand(g, PRECISION, INTERPRET), operand(o, PRECISION, INTERPRET)),)
+            new_dc += (dc_k,)
+        for j in tl.static_range(len(CHUNKS)):
+            dh_j = tl.zeros((BLOCK_B, CHUNKS[j][1]), tl.float32)
+            for k in tl.static_range(len(CHUNKS)):
+                for gate in tl.static_range(4):
+                    dh_j = product(da[k][gate], r[k][j][gate], dh_j, PRECISION)
+            new_dh += (dh_j,)
+        dh, dc = new_dh, new_dc
+        s -= 1
+    for k in tl.static_range(len(CHUNKS)):
+        unit = CHUNKS[k][0] + tl.arange(0, CHUNKS[k][1])
+        at_state = (d * B + row[:, None]).to(tl.int64) * H + unit[None, :]
+        mask = alive & (unit[None, :] < H)
+        tl.store(dh_ptr + at_state, dh[k], mask=mask)
+        tl.store(dc_ptr + at_state, dc[k], mask=mask)
+
+
+@triton.jit
+def add_shares(shares_ptr, mask, PROGRAMS: tl.constexpr, AREA: tl.constexpr, BLOCK_B: tl.constexpr,
+               BLOCK_H: tl.constexpr):
+    """The sum of PROGRAMS tiles of (BLOCK_B, BLOCK_H), one after another, always in the same order."""
+    at = tl.arange(0, BLOCK_B)[:, None] * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    total = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+    for q in tl.static_range(PROGRAMS):
+        total += tl.load(shares_ptr + q * AREA + at, mask=mask, other=0., cache_modifier=".cg")
+    return total
+
+
+@triton.jit(do_not_specialize=["T", "S", "B", "first", "tiles", "stride_dyt", "stride_dyb"])
+def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, count_ptr, T, S, B, first, tiles,
+                  stride_dyt, stride_dyb, stride_dyh,
+                  H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,
+                  PROGRAMS: tl.constexpr, ON_CHIP: tl.constexpr, BLOCK_B: tl.constexpr, HAS_DY: tl.constexpr,
+                  DY_UNIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """As ``backward_resident``, but a group of programs shares R as in ``forward_grid``.
+
+    A program multiplies its own da by its own rows of R, which gives a share of every unit's dh; the shares meet in
+    share (2, D, groups, tiles, PROGRAMS to, PROGRAMS from, BLOCK_B, BLOCK_H) fp32, where each owner adds its own up.
+    Two halves take turns by step: a half is written again only after a barrier that its readers have passed.
+    """
+    p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    AREA: tl.constexpr = BLOCK_B * BLOCK_H
+    my_group = d * tl.num_programs(1) + group
+    groups = tl.num_programs(1) * tl.num_programs(2)
+    count_ptr += my_group * 32
+    r_ptr += d * (4 * H * H)
+    rows = tl.arange(0, BLOCK_B)[:, None]
+    unit = p * BLOCK_H + tl.arange(0, BLOCK_H)
+    r = ()
+    for j in tl.static_range(len(CHUNKS)):
+        if j < ON_CHIP:
+            target = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])[None, :]
+            gates = ()
+            for gate in tl.static_range(4):
+                gates += (load_r(r_ptr, (gate * H + unit[:, None]) * H + target, (unit[:, None] < H) & (target < H),
+                                 DIRECTIONS * 4 * H * H, PRECISION, INTERPRET),)
+            r += (gates,)
+    s, m = S - 1, 0
+    while s >= 0:
+        row = (group * tiles + m) * BLOCK_B + rows
+        alive = row < B
+        mask = alive & (unit[None, :] < H)
+        local = tl.where(d == 0, s, S - 1 - s)
+        time = tl.where(d == 0, first + s, T - 1 - first - s).to(tl.int64)
+        at = (d * S + local).to(tl.int64) * B + row
+        at_state = (d * B + row).to(tl.int64) * H + unit[None, :]
+        # this step's half of the shares, and the one that the step after it filled
+        half = share_ptr + (((s % 2) * groups + my_group) * tiles + m).to(tl.int64) * (PROGRAMS * PROGRAMS * AREA)
+        other = share_ptr + (((1 - s % 2) * groups + my_group) * tiles + m).to(tl.int64) * (PROGRAMS * PROGRAMS * AREA)
+        if s == S - 1:
+            dh = tl.load(dh_ptr + at_state, mask=mask, other=0.)
+        else:
+            dh = add_shares(other + p * (PROGRAMS * AREA), mask, PROGRAMS, AREA, BLOCK_B, BLOCK_H)
+        if HAS_DY:
+            dy = dy_ptr + time * stride_dyt * DY_UNIT + row.to(tl.int64) * stride_dyb * DY_UNIT
+            dh += tl.load(dy + (d * H + unit[None, :]) * stride_dyh, mask=mask, other=0.).to(tl.float32)
+        dc = tl.load(dc_ptr + at_state, mask=mask, other=0.)
+        i, f, g, o, dc = gate_gradients(coef_ptr + at * (6 * H) + unit[None, :],
+                                        da_ptr + at * (4 * H) + unit[None, :], dh, dc, mask, H, INTERPRET)
+        tl.store(dc_ptr + at_state, dc, mask=mask)
+        da = (operand(i, PRECISION, INTERPRET), operand(f, PRECISION, INTERPRET),
+              operand(g, PRECISION, INTERPRET), operand(o, PRECISION, INTERPRET))
+        for j in tl.static_range(len(CHUNKS)):
+            target = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])[None, :]
+            share = tl.zeros((BLOCK_B, CHUNKS[j][1]), tl.float32)
+            for gate in tl.static_range(4):
+                if j < ON_CHIP:
+                    r_j = r[j][gate]
+                else:
+                    r_j = load_r(r_ptr, (gate * H + unit[:, None]) * H + target, (unit[:, None] < H) & (target < H),
+                                 DIRECTIONS * 4 * H * H, PRECISION, INTERPRET)
+                share = product(da[gate], r_j, share, PRECISION)
+            to = (target // BLOCK_H * PROGRAMS + p) * AREA + target % BLOCK_H
+            tl.store(half + to + tl.arange(0, BLOCK_B)[:, None] * BLOCK_H, share, mask=alive & (target < H))
+        last = m == tiles - 1
+        m = tl.where(last, 0, m + 1)
+        s = tl.where(last, s - 1, s)
+        if last:
+            group_barrier(count_ptr, (S - 1 - s) * PROGRAMS, INTERPRET)
+    for m in range(tiles):      # step 0 filled the even half
+        row = (group * tiles + m) * BLOCK_B + rows
+        mask = (row < B) & (unit[None, :] < H)
+        half = share_ptr + (my_group * tiles + m).to(tl.int64) * (PROGRAMS * PROGRAMS * AREA)
+        dh = add_shares(half + p * (PROGRAMS * AREA), mask, PROGRAMS, AREA, BLOCK_B, BLOCK_H)
+        tl.store(dh_ptr + (d * B + row).to(tl.int64) * H + unit[None, :], dh, mask=mask)

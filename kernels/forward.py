@@ -1,0 +1,164 @@
+"""The forward time loop: R stays on chip from the first step to the last."""
+import triton
+import triton.language as tl
+
+from .cell import cell, group_barrier, load_r, narrow, operand, product
+
+
+@triton.jit
+def load_gates(x_ptr, at, mask, H: tl.constexpr):
+    """The four gates' pre-activations x W^T + b of some units, (rows, units) each."""
+    i = tl.load(x_ptr + at, mask=mask, other=0.)
+    f = tl.load(x_ptr + at + H, mask=mask, other=0.)
+    g = tl.load(x_ptr + at + 2 * H, mask=mask, other=0.)
+    o = tl.load(x_ptr + at + 3 * H, mask=mask, other=0.)
+    return i, f, g, o
+
+
+@triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every"])
+def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, keep_every,
+                     H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr,
+                     PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """Steps ``first`` to ``first + S`` of a layer, every program alone with all of R and BLOCK_B rows.
+
+    x (D, S, B, 4H) pre-activations, r (D, 4H, H) as ``load_r`` has it, h (B, D H) before the first step, c (D, B, H) fp32 in and out,
+    y (T, B, D H), kept (-, D, B, H): c before step n keep_every, n = 1, 2, ... CHUNKS cuts H into (start, width).
+    """
+    tile, d = tl.program_id(0), tl.program_id(1)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    r_ptr += d * (4 * H * H)
+    x_ptr += d.to(tl.int64) * S * B * (4 * H)
+    row = tile * BLOCK_B + tl.arange(0, BLOCK_B)
+    alive = row[:, None] < B
+    # state and R, by chunks of hidden units; r[j][k] holds the four gates of output units j and input units k
+    r, c, h, x = (), (), (), ()
+    for j in tl.static_range(len(CHUNKS)):
+        unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
+        mask = alive & (unit[None, :] < H)
+        c += (tl.load(c_ptr + (d * B + row[:, None]).to(tl.int64) * H + unit[None, :], mask=mask, other=0.),)
+        h += (operand(tl.load(h_ptr + row[:, None] * (DIRECTIONS * H) + d * H + unit[None, :], mask=mask, other=0.),
+                      PRECISION, INTERPRET),)
+        local = tl.where(d == 0, 0, S - 1).to(tl.int64)
+        x += (load_gates(x_ptr + local * B * (4 * H), row[:, None] * (4 * H) + unit[None, :], mask, H),)
+        row_of_r = ()
+        for k in tl.static_range(len(CHUNKS)):
+            source = CHUNKS[k][0] + tl.arange(0, CHUNKS[k][1])
+            gates = ()
+            for gate in tl.static_range(4):
+                gates += (load_r(r_ptr, (gate * H + unit[None, :]) * H + source[:, None],
+                                 (unit[None, :] < H) & (source[:, None] < H), DIRECTIONS * 4 * H * H,
+                                 PRECISION, INTERPRET),)
+            row_of_r += (gates,)
+        r += (row_of_r,)
+    s = 0
+    while s < S:
+        if ((first + s) % keep_every == 0) & (first + s > 0):
+            at_kept = ((first + s) // keep_every - 1).to(tl.int64) * DIRECTIONS + d
+            for j in tl.static_range(len(CHUNKS)):
+                unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
+                tl.store(kept_ptr + (at_kept * B + row[:, None]) * H + unit[None, :], c[j],
+                         mask=alive & (unit[None, :] < H))
+        ahead = tl.minimum(s + 1, S - 1)
+        ahead = tl.where(d == 0, ahead, S - 1 - ahead).to(tl.int64)
+        time = tl.where(d == 0, first + s, T - 1 - first - s).to(tl.int64)
+        new_c, new_h, new_x = (), (), ()
+        for j in tl.static_range(len(CHUNKS)):
+            unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
+            mask = alive & (unit[None, :] < H)
+            i, f, g, o = x[j]
+            i, f, g, o = i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
+            for k in tl.static_range(len(CHUNKS)):
+                i = product(h[k], r[j][k][0], i, PRECISION)
+                f = product(h[k], r[j][k][1], f, PRECISION)
+                g = product(h[k], r[j][k][2], g, PRECISION)
+                o = product(h[k], r[j][k][3], o, PRECISION)
+            new_x += (load_gates(x_ptr + ahead * B * (4 * H), row[:, None] * (4 * H) + unit[None, :], mask, H),)
+            y, c_j = cell(i, f, g, o, c[j])
+            y = narrow(y, dtype, INTERPRET)
+            tl.store(y_ptr + (time * B + row[:, None]) * (DIRECTIONS * H) + d * H + unit[None, :], y, mask=mask)
+            new_c += (c_j,)
+            new_h += (operand(y, PRECISION, INTERPRET),)
+        c, h, x = new_c, new_h, new_x
+        s += 1
+    for j in tl.static_range(len(CHUNKS)):
+        unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
+        tl.store(c_ptr + (d * B + row[:, None]).to(tl.int64) * H + unit[None, :], c[j],
+                 mask=alive & (unit[None, :] < H))
+
+
+@triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles"])
+def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, count_ptr, T, S, B, first, keep_every, tiles,
+                 H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,
+                 ON_CHIP: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """As ``forward_resident``, but a group of programs shares R: each holds the rows of BLOCK_H hidden units.
+
+    A group takes ``tiles`` batch tiles through a step, then waits for itself once; h travels through y, and c lives in
+    c_ptr, so that a program needs no registers for more than one tile. R's first ON_CHIP chunks (of input units) stay
+    in registers, the others are read each step. count (D, groups, 32) int32, zero at launch: the arrivals of each
+    group, one cache line apart.
+    """
+    p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    programs = tl.num_programs(0)
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    count_ptr += (d * tl.num_programs(1) + group) * 32
+    r_ptr += d * (4 * H * H)
+    x_ptr += d.to(tl.int64) * S * B * (4 * H)
+    rows = tl.arange(0, BLOCK_B)[:, None]
+    unit = p * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    # one product for the four gates; columns are (gate's high bit, unit, gate's low bit)
+    n = tl.arange(0, 4 * BLOCK_H)[None, :]
+    gate = n // (2 * BLOCK_H) * 2 + n % 2
+    n_unit = p * BLOCK_H + n // 2 % BLOCK_H
+    at_r = (gate * H + n_unit) * H
+    r = ()
+    for k in tl.static_range(len(CHUNKS)):
+        if k < ON_CHIP:
+            source = CHUNKS[k][0] + tl.arange(0, CHUNKS[k][1])
+            r += (load_r(r_ptr, at_r + source[:, None], (n_unit < H) & (source[:, None] < H), DIRECTIONS * 4 * H * H,
+                         PRECISION, INTERPRET),)
+    row = group * tiles * BLOCK_B + rows
+    local = tl.where(d == 0, 0, S - 1).to(tl.int64)
+    x_i, x_f, x_g, x_o = load_gates(x_ptr + local * B * (4 * H), row * (4 * H) + unit, (row < B) & (unit < H), H)
+    s, m = 0, 0
+    while s < S:
+        row = (group * tiles + m) * BLOCK_B + rows
+        alive = row < B
+        mask = alive & (unit < H)
+        time = tl.where(d == 0, first + s, T - 1 - first - s).to(tl.int64)
+        if s == 0:
+            h_prev = h_ptr + d * H
+        else:
+            h_prev = y_ptr + (time + tl.where(d == 0, -1, 1)) * B * (DIRECTIONS * H) + d * H
+        a = tl.zeros((BLOCK_B, 4 * BLOCK_H), tl.float32)
+        for k in tl.static_range(len(CHUNKS)):
+            source = CHUNKS[k][0] + tl.arange(0, CHUNKS[k][1])
+            # .cg: not from L1, which other multiprocessors' stores do not reach
+            h = tl.load(h_prev + row * (DIRECTIONS * H) + source[None, :], mask=alive & (source[None, :] < H),
+                        other=0., cache_modifier=".cg")
+            if k < ON_CHIP:
+                r_k = r[k]
+            else:
+                r_k = load_r(r_ptr, at_r + source[:, None], (n_unit < H) & (source[:, None] < H),
+                             DIRECTIONS * 4 * H * H, PRECISION, INTERPRET)
+            a = product(operand(h, PRECISION, INTERPRET), r_k, a, PRECISION)
+        at_c = (d * B + row).to(tl.int64) * H + unit
+        c = tl.load(c_ptr + at_c, mask=mask, other=0.)
+        if ((first + s) % keep_every == 0) & (first + s > 0):
+            at_kept = ((first + s) // keep_every - 1).to(tl.int64) * DIRECTIONS + d
+            tl.store(kept_ptr + (at_kept * B + row) * H + unit, c, mask=mask)
+        low, high = a.reshape(BLOCK_B, 2, BLOCK_H, 2).permute(0, 2, 3, 1).split()
+        i, f = low.split()
+        g, o = high.split()
+        y, c = cell(i + x_i, f + x_f, g + x_g, o + x_o, c)
+        tl.store(y_ptr + (time * B + row) * (DIRECTIONS * H) + d * H + unit, narrow(y, dtype, INTERPRET), mask=mask)
+        tl.store(c_ptr + at_c, c, mask=mask)
+        # the next tile, or the first one of the next step, whose x is fetched before the wait
+        last = m == tiles - 1
+        m = tl.where(last, 0, m + 1)
+        s = tl.where(last, s + 1, s)
+        local = tl.minimum(s, S - 1)
+        local = tl.where(d == 0, local, S - 1 - local).to(tl.int64)
+        row = (group * tiles + m) * BLOCK_B + rows
+        x_i, x_f, x_g, x_o = load_gates(x_ptr + local * B * (4 * H), row * (4 * H) + unit, (row < B) & (unit < H), H)
+        if last:
+            group_barrier(count_ptr, s * programs, INTERPRET)

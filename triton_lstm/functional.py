@@ -1,0 +1,82 @@
+"""``lstm``: one layer as a function."""
+import torch
+
+from .kernels import launch
+from .op import lstm_op
+from .plan import Plan, keep_every_for
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def runs_kernels(x):
+    """Whether the kernels compute on the device and in the type of ``x``; torch's own LSTM does the rest."""
+    return x.dtype in DTYPES and (x.is_cuda or launch.INTERPRET and x.device.type == "cpu")
+
+
+def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, plan=None, keep_every=None):
+    """One LSTM layer over a padded batch, in one direction or both.
+
+    x            (T, B, I), any strides
+    weight_ih    (D, 4H, I) for D = 1 or 2 directions, or (4H, I) for one; gates in torch's order i, f, g, o
+    weight_hh    (D, 4H, H) or (4H, H)
+    bias         (D, 4H) or (4H,): the sum of nn.LSTM's two biases; None for none
+    hx           (h0, c0), (D, B, H) each; zeros if None
+    plan         a ``Plan`` to use instead of the automatic one
+    keep_every   c is kept for backward every so many steps, and so many steps are recomputed at a time: memory against
+                 launches; chosen from B and H if None
+
+    Returns ``y, (h_n, c_n)`` as nn.LSTM: y (T, B, D H), h_n and c_n (D, B, H). All tensors have one dtype, float16,
+    bfloat16 or float32, and one device; c and sums are kept in fp32. fp32 products follow
+    ``torch.backends.cudnn.rnn.fp32_precision`` (or ``cudnn.allow_tf32``), as nn.LSTM's do. On other devices and in
+    float64 torch's own LSTM computes.
+
+    Raises ValueError for shapes, types or a plan that do not fit together, RuntimeError for mixed devices, PlanError (a
+    ValueError) where no schedule fits the device. T = 0 gives an empty y and the initial state.
+    """
+    if weight_ih.dim() == 2:
+        weight_ih, weight_hh = weight_ih.unsqueeze(0), weight_hh.unsqueeze(0)
+        bias = None if bias is None else bias.unsqueeze(0)
+    if x.dim() != 3:
+        raise ValueError(f"x must have the shape (T, B, I), got {tuple(x.shape)}")
+    T, B, I = x.shape
+    D, H = weight_hh.shape[0], weight_hh.shape[-1]
+    h0, c0 = hx if hx is not None else (x.new_zeros(D, B, H),) * 2
+    tensors = dict(weight_ih=(weight_ih, (D, 4 * H, I)), weight_hh=(weight_hh, (D, 4 * H, H)), bias=(bias, (D, 4 * H)),
+                   h0=(h0, (D, B, H)), c0=(c0, (D, B, H)))
+    if D not in (1, 2):
+        raise ValueError(f"weights must be of 1 or 2 directions, got {D}")
+    for name, (tensor, shape) in tensors.items():
+        if tensor is None and name == "bias":
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"{name} must have the input's dtype {x.dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise RuntimeError(f"{name} must be on the input's device {x.device}, got {tensor.device}")
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a triton_lstm.Plan, got {type(plan).__name__}")
+    if keep_every is not None and keep_every < 1:
+        raise ValueError(f"keep_every must be at least 1, got {keep_every}")
+    if not runs_kernels(x):
+        return _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0)
+    if plan is not None:
+        keep_every = plan.keep_every
+    elif keep_every is None:
+        keep_every = keep_every_for(B, H, D)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad
+                                           for t in (x, weight_ih, weight_hh, bias, h0, c0))
+    y, h_n, c_n, _ = lstm_op(x, weight_ih, weight_hh, bias, h0, c0, plan.encode() if plan else "", keep_every, save)
+    return y, (h_n, c_n)
+
+
+def _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0):
+    if x.shape[0] == 0:
+        return x.new_empty(0, x.shape[1], weight_hh.shape[0] * weight_hh.shape[2]), (h0.clone(), c0.clone())
+    weights = []
+    for d in range(weight_hh.shape[0]):
+        weights += [weight_ih[d], weight_hh[d]]
+        if bias is not None:
+            weights += [bias[d], torch.zeros_like(bias[d])]
+    y, h_n, c_n = torch._VF.lstm(x, (h0, c0), weights, bias is not None, 1, 0.0, False, weight_hh.shape[0] == 2, False)
+    return y, (h_n, c_n)

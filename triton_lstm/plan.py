@@ -1,0 +1,286 @@
+"""Which schedule a layer runs with, and where its recurrent weights R then live: plain arithmetic, no GPU needed.
+
+Sizes are in bytes; registers are the 4-byte registers of one thread. The thresholds come from compiling every plan of
+``bench.residency`` for sm_90 (``python -m bench residency`` prints what the compiler made of each); the cost model's
+cycles are bounds read from that machine code, not measurements.
+"""
+import dataclasses
+import functools
+import json
+
+import torch
+
+SCHEDULES = ("resident", "grid", "streamed")
+PRECISIONS = ("native", "tf32", "tf32x3")
+BLOCK_B = 16                            # batch rows of a tile: the height of one mma.sync
+NUM_WARPS = 8                           # of every program of the grid and streamed schedules
+HELD_BYTES = 128 * 4 * 32 * NUM_WARPS   # of R in registers at most: 128 of a thread's 255, the rest is the step's
+BACKWARD_ELEMENTS = 1 << 21             # units x rows x steps that backward recomputes at a time, if it can choose
+FORWARD_BYTES = 1 << 28                 # of pre-activations that forward holds at a time, if it can choose
+
+
+class PlanError(ValueError):
+    """The schedule cannot run: the message says what does not fit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a plan must fit: multiprocessors, and shared memory of one program in bytes."""
+    multiprocessors: int
+    shared_memory: int
+
+    @staticmethod
+    def of(device):
+        """The limits of a CUDA device."""
+        p = torch.cuda.get_device_properties(device)
+        return Limits(p.multi_processor_count, p.shared_memory_per_block_optin)
+
+
+H200 = H100 = Limits(132, 232448)
+A100 = Limits(108, 166912)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one layer runs over all its timesteps; ``str(plan)`` is the explanation for people.
+
+    schedule     "resident": every program holds all of R for its batch rows; "grid": ``programs`` of them share R by
+                 hidden units and meet in L2 once a step; "streamed": grid, but part of R is read from L2 every step
+    hidden_size, directions, batch
+    precision    "native" (16-bit types), "tf32", or "tf32x3" (fp32 in three TF32 products)
+    programs     that share one R
+    groups       of such programs side by side, per direction
+    tiles        of 16 batch rows that a group takes through each step
+    block_h      hidden units of a program
+    num_warps    of a program
+    chunks       how R's columns are cut, (start, width) each: powers of two that reach hidden_size rounded up
+    on_chip      how many of the chunks stay in registers
+    keep_every   c is kept every so many steps for backward, which recomputes that many steps at a time
+    """
+    schedule: str
+    hidden_size: int
+    directions: int
+    batch: int
+    precision: str
+    programs: int
+    groups: int
+    tiles: int
+    block_h: int
+    num_warps: int
+    chunks: tuple
+    on_chip: int
+    keep_every: int
+
+    @property
+    def r_bytes(self):
+        """Bytes of R that every group keeps, all its programs and both planes of a tf32x3 R together."""
+        return 4 * self.hidden_size ** 2 * _element(self.precision)
+
+    @property
+    def register_bytes(self):
+        """Bytes of R in one program's registers, padding included."""
+        units = sum(width for _, width in self.chunks[:self.on_chip])
+        rows = units if self.schedule == "resident" else self.block_h
+        return 4 * rows * units * _element(self.precision)
+
+    @property
+    def streamed_bytes(self):
+        """Bytes of R that one program reads from L2 each step, padding included."""
+        units = sum(width for _, width in self.chunks[self.on_chip:])
+        return 4 * self.block_h * units * _element(self.precision)
+
+    @property
+    def launched(self):
+        """Programs of one launch."""
+        return self.programs * self.groups * self.directions
+
+    def saved_bytes(self, T):
+        """Bytes kept for backward beyond x, y and the weights: c (fp32) before every keep_every-th step but the first."""
+        return 4 * (max(-(-T // self.keep_every), 1) - 1) * self.directions * self.batch * self.hidden_size
+
+    def backward_bytes(self, T, element):
+        """Bound on backward's workspace beside the gradients it returns, for inputs of ``element`` bytes.
+
+        Per unit, row and step of a chunk: pre-activations, later da (4 elements), and six fp32 coefficients. Beside
+        them the shares of dh that a group's programs exchange, R as the kernel wants it, and dW, dR, db in fp32 are
+        constant. Copies of a chunk of x or dy that is not contiguous come on top, at most as large as that chunk.
+        """
+        units = min(T, self.keep_every) * self.directions * self.batch * self.hidden_size
+        shares = 0
+        if self.schedule != "resident":
+            shares = 2 * 4 * self.directions * self.groups * self.tiles * BLOCK_B * self.programs ** 2 * self.block_h
+        return units * (4 * element + 6 * 4) + shares
+
+    def forward_steps(self, T, element):
+        """Steps whose pre-activations forward holds at a time: all of them or a multiple of keep_every."""
+        step = 4 * self.hidden_size * self.batch * self.directions * element
+        steps = max(FORWARD_BYTES // max(step, 1) // self.keep_every, 1) * self.keep_every
+        return min(steps, T)
+
+    def check(self, limits):
+        """Raise PlanError unless every program of a launch can run at the same time within ``limits``."""
+        if self.schedule not in SCHEDULES or self.precision not in PRECISIONS:
+            raise PlanError(f"unknown schedule {self.schedule!r} or precision {self.precision!r}")
+        if self.keep_every < 1:
+            raise PlanError(f"keep_every must be at least 1, got {self.keep_every}")
+        widths = [width for _, width in self.chunks]
+        starts = [sum(widths[:i]) for i in range(len(widths))]
+        if [s for s, _ in self.chunks] != starts or sum(widths) < self.hidden_size or any(
+                w < 16 or w & (w - 1) for w in widths):
+            raise PlanError(f"chunks {self.chunks} must be powers of two from 16 up that cover {self.hidden_size} units")
+        if self.schedule == "resident":
+            if self.programs != 1 or self.on_chip != len(self.chunks):
+                raise PlanError(f"a resident plan has one program and all chunks on chip, got {self.programs} programs "
+                                f"and {self.on_chip} of {len(self.chunks)} chunks")
+        elif self.programs * self.block_h < self.hidden_size:
+            raise PlanError(f"{self.programs} programs of {self.block_h} units hold fewer than {self.hidden_size} units")
+        if self.groups * self.tiles * BLOCK_B < self.batch:
+            raise PlanError(f"{self.groups} groups of {self.tiles} tiles hold fewer than {self.batch} batch rows")
+        if limits is None:
+            return
+        if self.schedule != "resident" and self.launched > limits.multiprocessors:
+            raise PlanError(f"{self.launched} programs wait for each other but only {limits.multiprocessors} "
+                            f"multiprocessors can run them at the same time")
+        if self.register_bytes > HELD_BYTES * self.num_warps // NUM_WARPS:
+            raise PlanError(f"{self.register_bytes} bytes of R for a program's registers, which hold "
+                            f"{HELD_BYTES * self.num_warps // NUM_WARPS} beside a step's own")
+        if self.register_bytes > limits.shared_memory:
+            raise PlanError(f"{self.register_bytes} bytes of R pass through shared memory once, which has "
+                            f"{limits.shared_memory}")
+
+    def encode(self):
+        """A string from which ``Plan.decode`` makes an equal plan: custom operators take no objects."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    @functools.lru_cache
+    def decode(text):
+        fields = json.loads(text)
+        return Plan(**{**fields, "chunks": tuple(map(tuple, fields["chunks"]))})
+
+    def __str__(self):
+        kib = lambda n: f"{n / 1024:.0f} KiB"
+        where = f"{kib(self.register_bytes)} of R in the registers of each program"
+        if self.streamed_bytes:
+            where += f", {kib(self.streamed_bytes)} read from L2 every step"
+        if self.schedule == "resident":
+            how = "h stays in the program"
+        else:
+            how = f"{self.programs} programs share R and exchange h through L2"
+        return (f"{self.schedule}: H={self.hidden_size} B={self.batch} x {self.directions} direction(s), {self.precision}; "
+                f"{where}; {how}; {self.launched} programs of {self.num_warps} warps; c kept every {self.keep_every} steps")
+
+
+def _element(precision):
+    return {"native": 2, "tf32": 4, "tf32x3": 8}[precision]
+
+
+def _chunks(units, width):
+    """Powers of two up to ``width``, largest first, that reach ``units`` rounded up to 16 or, beyond 16, to 32."""
+    end = 16 if units <= 16 else -(-units // 32) * 32
+    chunks, start = [], 0
+    while start < end:
+        size = min(width, 1 << ((end - start).bit_length() - 1))
+        chunks.append((start, size))
+        start += size
+    return tuple(chunks)
+
+
+def keep_every_for(batch, hidden_size, directions):
+    """The default of ``keep_every``: a power of two from 16 to 256 that keeps backward's workspace moderate."""
+    steps = 256
+    while steps > 16 and steps * batch * hidden_size * directions > BACKWARD_ELEMENTS:
+        steps //= 2
+    return steps
+
+
+def precision_for(dtype, tf32):
+    """How products of ``dtype`` are computed; ``tf32`` tells whether fp32 may use TF32."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return "native"
+    if dtype == torch.float32:
+        return "tf32" if tf32 else "tf32x3"
+    raise PlanError(f"no kernel computes in {dtype}")
+
+
+def _resident(hidden_size, precision, interpreted):
+    """(num_warps, chunks) of a resident plan, or the reason why R does not fit one program."""
+    chunks = _chunks(hidden_size, 128)
+    units = sum(width for _, width in chunks)
+    if units * units * 4 * _element(precision) > HELD_BYTES and not interpreted:
+        return f"R takes {units * units * 4 * _element(precision)} bytes, a program's registers hold {HELD_BYTES} of it"
+    return (4 if units <= 64 and precision == "native" else 8), chunks
+
+
+def _shared(hidden_size, precision, block_h):
+    """(chunks, on_chip) of a program with ``block_h`` hidden units."""
+    column = 4 * block_h * _element(precision)          # bytes of R for one input unit
+    chunks = _chunks(hidden_size, 256 if precision == "native" else 128)
+    if column * sum(w for _, w in chunks) <= HELD_BYTES:
+        return chunks, len(chunks)
+    # streamed: a chunk on its way needs registers too, so hold three quarters at most, and cut finer
+    width = max(min(256 * 128 // column, 256), 32)
+    if precision != "native":
+        width //= 2
+    chunks = _chunks(hidden_size, width)
+    return chunks, max(HELD_BYTES * 3 // 4 // (column * width), 0)
+
+
+def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True, schedule=None, keep_every=None):
+    """The plan for ``batch`` rows of a layer of ``hidden_size`` units.
+
+    dtype: torch.float16, bfloat16 or float32; ``tf32`` says whether fp32 may multiply in TF32. limits: of the device,
+    or None for Triton's interpreter, which knows no registers and runs programs one by one: there R is always
+    resident. schedule: one of ``SCHEDULES`` instead of the cheapest. Raises PlanError with the reason if none fits.
+    """
+    if batch < 0 or hidden_size < 1 or directions not in (1, 2):
+        raise PlanError(f"no plan for batch {batch}, hidden_size {hidden_size}, {directions} directions")
+    if schedule not in (None, *SCHEDULES):
+        raise PlanError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
+    precision = precision_for(dtype, tf32)
+    keep_every = keep_every or keep_every_for(batch, hidden_size, directions)
+    all_tiles = max(-(-batch // BLOCK_B), 1)
+    common = dict(hidden_size=hidden_size, directions=directions, batch=batch, precision=precision,
+                  keep_every=keep_every)
+    reasons = []
+    if schedule in (None, "resident"):
+        found = _resident(hidden_size, precision, limits is None)
+        if isinstance(found, str):
+            reasons.append("resident: " + found)
+        else:
+            plan = Plan("resident", programs=1, groups=all_tiles, tiles=1, block_h=hidden_size, num_warps=found[0],
+                        chunks=found[1], on_chip=len(found[1]), **common)
+            plan.check(limits)
+            return plan
+    best = None
+    for block_h in (16, 32, 64):
+        chunks, on_chip = _shared(hidden_size, precision, block_h)
+        programs = -(-hidden_size // block_h)
+        name = "grid" if on_chip == len(chunks) else "streamed"
+        groups = (all_tiles if limits is None else
+                  min(limits.multiprocessors // (programs * directions), all_tiles))
+        if schedule not in (None, name):
+            reasons.append(f"block_h {block_h} would be {name}")
+            continue
+        if groups == 0:
+            reasons.append(f"{name}: {programs * directions} programs of {block_h} units do not run side by side on "
+                           f"{limits.multiprocessors} multiprocessors")
+            continue
+        tiles = -(-all_tiles // groups)
+        groups = -(-all_tiles // tiles)
+        plan = Plan(name, programs=programs, groups=groups, tiles=tiles, block_h=block_h, num_warps=NUM_WARPS,
+                    chunks=chunks, on_chip=on_chip, **common)
+        try:
+            plan.check(limits)
+        except PlanError as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        # Cycles of a step: the exchange, then for every tile the tensor cores (1280 multiply-adds a cycle), the
+        # elementwise part and the stream of R, 64 bytes a cycle. Read off machine code, not measured.
+        cycles = 2500 + tiles * (700 + BLOCK_B * 4 * block_h * hidden_size / 1280 + 8 * block_h
+                                 + plan.streamed_bytes / 32)
+        if best is None or cycles < best[0]:
+            best = cycles, plan
+    if best is None:
+        raise PlanError("; ".join(reasons))
+    return best[1]

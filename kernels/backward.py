@@ -120,7 +120,7 @@ def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, 
                     operand(g, PRECISION, INTERPRET), operand(o, PRECISION, INTERPRET)),)
             new_dc += (dc_k,)
         for j in tl.static_range(len(CHUNKS)):
-            dh_j = tl.zeros((BLOCK_B, CHUNKS[j][1]), tl.float32)
+            dh_j = tl.full((BLOCK_B, CHUNKS[j][1]), 0., tl.float32)
             for k in tl.static_range(len(CHUNKS)):
                 for gate in tl.static_range(4):
                     dh_j = product(da[k][gate], r[k][j][gate], dh_j, PRECISION)
@@ -140,7 +140,7 @@ def add_shares(shares_ptr, mask, PROGRAMS: tl.constexpr, AREA: tl.constexpr, BLO
                BLOCK_H: tl.constexpr):
     """The sum of PROGRAMS tiles of (BLOCK_B, BLOCK_H), one after another, always in the same order."""
     at = tl.arange(0, BLOCK_B)[:, None] * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    total = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+    total = tl.full((BLOCK_B, BLOCK_H), 0., tl.float32)
     for q in tl.static_range(PROGRAMS):
         total += tl.load(shares_ptr + q * AREA + at, mask=mask, other=0., cache_modifier=".cg")
     return total
@@ -202,7 +202,7 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, co
               operand(g, PRECISION, INTERPRET), operand(o, PRECISION, INTERPRET))
         for j in tl.static_range(len(CHUNKS)):
             target = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])[None, :]
-            share = tl.zeros((BLOCK_B, CHUNKS[j][1]), tl.float32)
+            share = tl.full((BLOCK_B, CHUNKS[j][1]), 0., tl.float32)
             for gate in tl.static_range(4):
                 if j < ON_CHIP:
                     r_j = r[j][gate]

@@ -129,7 +129,7 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, count_ptr, T, S, B
             h_prev = h_ptr + d * H
         else:
             h_prev = y_ptr + (time + tl.where(d == 0, -1, 1)) * B * (DIRECTIONS * H) + d * H
-        a = tl.zeros((BLOCK_B, 4 * BLOCK_H), tl.float32)
+        a = tl.full((BLOCK_B, 4 * BLOCK_H), 0., tl.float32)
         for k in tl.static_range(len(CHUNKS)):
             source = CHUNKS[k][0] + tl.arange(0, CHUNKS[k][1])
             # .cg: not from L1, which other multiprocessors' stores do not reach

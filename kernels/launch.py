@@ -51,17 +51,21 @@ def prepare_r(r, plan):
     return torch.stack((high, _round_tf32(low)))
 
 
-def _launch(kernel, plan, grid, *args, waits, **constants):
+def options(plan, waits):
+    """Compiler and launch options of a kernel of ``plan``; programs that wait must all run at the same time."""
+    chosen = dict(num_warps=plan.num_warps, enable_fp_fusion=True)
+    if waits:
+        chosen["launch_cooperative_grid"] = True
+    return chosen
+
+
+def launch_kernel(kernel, plan, grid, *args, waits, **constants):
     if INTERPRET:
         if waits and plan.programs > 1 and not interleaved:
             raise RuntimeError(f"the interpreter would wait for ever: {plan.programs} programs exchange h")
-        options = {}
-    else:
-        options = dict(num_warps=plan.num_warps, enable_fp_fusion=True)
-        if waits:
-            options["launch_cooperative_grid"] = True
     with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, H=plan.hidden_size, DIRECTIONS=plan.directions, **constants, **options)
+        kernel[grid](*args, H=plan.hidden_size, DIRECTIONS=plan.directions, **constants,
+                     **({} if INTERPRET else options(plan, waits)))
 
 
 def _loop_constants(plan):
@@ -84,12 +88,13 @@ def _rows(x, lo, hi):
     return x[lo:hi].reshape(-1, x.shape[-1])
 
 
-def forward(x, w, r, b, h0, c0, plan, save):
+def forward(x, w, r, b, h0, c0, plan, save, run=None):
     """The layer over all steps. See ``triton_lstm.lstm``; x (T, B, I), w (D, 4H, I), r (D, 4H, H), b (D, 4H) or None.
 
     Returns y (T, B, D H), h_n and c_n (D, B, H), and what backward needs of c (-, D, B, H) fp32, empty without
-    ``save``.
+    ``save``. ``run`` stands in for ``launch_kernel``, to compile or emulate instead.
     """
+    run = run or launch_kernel
     T, B, _ = x.shape
     D, H = plan.directions, plan.hidden_size
     y = x.new_empty(T, B, D * H)
@@ -111,10 +116,10 @@ def forward(x, w, r, b, h0, c0, plan, save):
         if first:
             h = torch.cat([y[first - 1, :, :H], y[T - first, :, H:]], 1) if D == 2 else y[first - 1]
         if plan.schedule == "resident":
-            _launch(forward_resident, plan, (plan.groups, D), a, r, h, c, y, kept, T, S, B, first, keep_every,
+            run(forward_resident, plan, (plan.groups, D), a, r, h, c, y, kept, T, S, B, first, keep_every,
                     waits=False, **_loop_constants(plan))
         else:
-            _launch(forward_grid, plan, (plan.programs, plan.groups, D), a, r, h, c, y, kept, _counters(plan, c),
+            run(forward_grid, plan, (plan.programs, plan.groups, D), a, r, h, c, y, kept, _counters(plan, c),
                     T, S, B, first, keep_every, plan.tiles, waits=True, **_loop_constants(plan))
     h_n = torch.stack([y[T - 1, :, :H], y[0, :, H:]] if D == 2 else [y[T - 1]])
     return y, h_n, c.to(x.dtype), kept
@@ -152,12 +157,13 @@ def _add_product(total, a, b):
         total.addmm_(a.t().float(), b.float())
 
 
-def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, y, kept, plan, needs):
+def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, y, kept, plan, needs, run=None):
     """Gradients of ``forward``: (dx, dw, dr, db, dh0, dc0), None where ``needs`` says False.
 
     dy, dh_n and dc_n may be None. Goes over chunks of ``plan.keep_every`` steps from the last: recomputes the gates by
     products over the whole chunk, turns them into coefficients, then runs the reverse time loop.
     """
+    run = run or launch_kernel
     T, B, I = x.shape
     D, H, K = plan.directions, plan.hidden_size, plan.keep_every
     state = lambda g: (torch.zeros(D, B, H, device=x.device) if g is None else
@@ -184,16 +190,16 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, y, kept, plan, needs):
                     _input_product(x, w, b, d, spans[d], a[d])
                     for rows, h in _previous(y, h0, d, spans[d], H):
                         a[d, rows].addmm_(h, r[d].t())
-            _launch(coefficients, plan, (triton.cdiv(B * H, 256), D), a, c0, kept, coef, S, B, first, K,
+            run(coefficients, plan, (triton.cdiv(B * H, 256), D), a, c0, kept, coef, S, B, first, K,
                     waits=False, BLOCK=256)
             # from here on a holds da
             head = (dy if has_dy else a, coef, prepared, a, dh, dc)
             constants = dict(HAS_DY=has_dy, DY_UNIT=dy_unit, **_loop_constants(plan))
             if plan.schedule == "resident":
-                _launch(backward_resident, plan, (plan.groups, D), *head, T, S, B, first, *strides, waits=False,
+                run(backward_resident, plan, (plan.groups, D), *head, T, S, B, first, *strides, waits=False,
                         **constants)
             else:
-                _launch(backward_grid, plan, (plan.programs, plan.groups, D), *head, share, _counters(plan, dc),
+                run(backward_grid, plan, (plan.programs, plan.groups, D), *head, share, _counters(plan, dc),
                         T, S, B, first, plan.tiles, *strides, waits=True, PROGRAMS=plan.programs, **constants)
             with matmul_precision(plan):
                 for d in range(D):

@@ -215,7 +215,7 @@ def _resident(hidden_size, precision, interpreted):
 def _shared(hidden_size, precision, block_h):
     """(chunks, on_chip) of a program with ``block_h`` hidden units."""
     column = 4 * block_h * _element(precision)          # bytes of R for one input unit
-    chunks = _chunks(hidden_size, 256 if precision == "native" else 128)
+    chunks = _chunks(hidden_size, {"native": 256, "tf32": 128, "tf32x3": 64}[precision])
     if column * sum(w for _, w in chunks) <= HELD_BYTES:
         return chunks, len(chunks)
     # streamed: a chunk on its way needs registers too, so hold three quarters at most, and cut finer

@@ -1,0 +1,144 @@
+"""Three ways to run the kernels with no GPU, each a context manager under which ``triton_lstm`` computes on CPU tensors.
+
+interpreter    Triton's interpreter, programs one after the other: the mathematics
+interleaved    the same, programs switching at random at loads, stores and atomics: the protocol
+emulator       the PTX that the compiler made, in ``ptx_emulator``: the compiled kernel and its synchronisation
+"""
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import random
+import sys
+from unittest import mock
+
+import greenlet
+import triton
+import triton.runtime.interpreter as triton_interpreter
+from ptx_emulator import launch as emulate
+
+import triton_lstm.functional
+import triton_lstm.op
+from triton_lstm import kernels
+from triton_lstm.kernels import launch as compiled_launch
+from triton_lstm.kernels.ahead import compile_launch
+
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+
+
+def _load_interpreted():
+    """A second copy of the kernels: triton.jit decides at import whether a function is compiled or interpreted."""
+    name = "interpreted_kernels"
+    spec = importlib.util.spec_from_loader(name, loader=None, is_package=True)
+    package = importlib.util.module_from_spec(spec)
+    package.__path__ = list(kernels.__path__)
+    sys.modules[name] = package
+    with mock.patch.object(triton.knobs.runtime, "interpret", True):
+        return importlib.import_module(name + ".launch")
+
+
+interpreted_launch = _load_interpreted()
+
+
+@contextlib.contextmanager
+def _use(launch):
+    triton_lstm.op.limits_of.cache_clear()
+    with mock.patch.object(triton_lstm.op, "launch", launch), mock.patch.object(triton_lstm.functional, "launch", launch):
+        yield launch
+    triton_lstm.op.limits_of.cache_clear()
+
+
+@contextlib.contextmanager
+def interpreter():
+    with _use(interpreted_launch), mock.patch.object(triton.knobs.runtime, "interpret", True):
+        yield
+
+
+class Stuck(AssertionError):
+    """No program can make progress."""
+
+
+@contextlib.contextmanager
+def interleaved(seed, patience=3000):
+    """``interpreter`` with a launch's programs as greenlets that switch around every memory access.
+
+    The next program is drawn from ``seed``. Raises Stuck when no program stored or added anything over ``patience``
+    switches for each program.
+    """
+    rng = random.Random(seed)
+    builder = triton_interpreter.interpreter_builder
+    state = {"driver": None, "idle": 0}
+
+    def switching(real, progress):
+        def access(*args, **kwargs):
+            driver = state["driver"]
+            if driver is None:
+                return real(*args, **kwargs)
+            driver.switch()
+            result = real(*args, **kwargs)
+            if progress(args, kwargs):
+                state["idle"] = 0
+            driver.switch()
+            return result
+        return access
+
+    def adds(args, kwargs):          # create_atomic_rmw(op, ptr, value, mask, ...): adding zero is a load
+        return bool((args[2].data != 0).any())
+
+    def run(real, executor, *args, **kwargs):
+        programs = []
+        body = executor.fn
+
+        def collect(**kw):          # called once a program; the last call runs them all
+            programs.append((tuple(builder.grid_idx), kw))
+            if len(programs) < builder.grid_dim[0] * builder.grid_dim[1] * builder.grid_dim[2]:
+                return
+            state["driver"] = greenlet.getcurrent()
+            alive = [(greenlet.greenlet(lambda kw=kw: body(**kw)), index) for index, kw in programs]
+            state["idle"] = 0
+            while alive:
+                state["idle"] += 1
+                if state["idle"] > patience * len(alive):
+                    raise Stuck(f"{len(alive)} of {len(programs)} programs wait for ever")
+                which = rng.randrange(len(alive))
+                program, index = alive[which]
+                builder.set_grid_idx(*index)
+                program.switch()
+                if program.dead:
+                    alive.pop(which)
+            state["driver"] = None
+
+        collect.__annotations__ = body.__annotations__          # tells the executor which arguments are constexpr
+        seen = lambda fn: body if fn is collect else fn
+        spec, callargs, patch = inspect.getfullargspec, inspect.getcallargs, triton_interpreter._patch_lang
+        executor.fn = collect
+        with mock.patch.object(inspect, "getfullargspec", lambda fn: spec(seen(fn))), \
+                mock.patch.object(inspect, "getcallargs", lambda fn, *a, **kw: callargs(seen(fn), *a, **kw)), \
+                mock.patch.object(triton_interpreter, "_patch_lang", lambda fn: patch(seen(fn))):
+            try:
+                return real(executor, *args, **kwargs)
+            finally:
+                state["driver"] = None
+
+    call = triton_interpreter.GridExecutor.__call__
+    with interpreter(), mock.patch.object(interpreted_launch, "interleaved", True), \
+            mock.patch.object(triton_interpreter.GridExecutor, "__call__",
+                              lambda self, *a, **kw: run(call, self, *a, **kw)), \
+            mock.patch.object(builder, "create_atomic_rmw", switching(builder.create_atomic_rmw, adds)), \
+            mock.patch.object(builder, "create_masked_load", switching(builder.create_masked_load, lambda *a: False)), \
+            mock.patch.object(builder, "create_masked_store", switching(builder.create_masked_store, lambda *a: True)):
+        yield
+
+
+@contextlib.contextmanager
+def emulator(arch=90, seed=0, memory="sc", edit=None, only=None):
+    """The compiled kernels in the PTX emulator. ``edit`` may change the PTX text of the kernels named in ``only``."""
+    def launch(kernel, plan, grid, *args, waits, **constants):
+        compiled, run_time = compile_launch(kernel, plan, args, waits, constants, arch)
+        changed = dict(ptx=edit(compiled.asm["ptx"])) if edit is not None and kernel.__name__ in only else {}
+        emulate(compiled, grid, *run_time, seed=seed, memory=memory, **changed)
+
+    with _use(compiled_launch), mock.patch.object(compiled_launch, "launch_kernel", launch), \
+            mock.patch.object(triton_lstm.functional, "runs_kernels", lambda x: x.dtype in triton_lstm.functional.DTYPES), \
+            mock.patch.object(triton_lstm.op, "limits_of", lambda device: triton_lstm.plan.H200):
+        yield

@@ -146,12 +146,36 @@ def add_shares(shares_ptr, mask, PROGRAMS: tl.constexpr, AREA: tl.constexpr, BLO
     return total
 
 
+@triton.jit
+def load_rows(r_ptr, unit, start, WIDTH: tl.constexpr, H: tl.constexpr, DIRECTIONS: tl.constexpr,
+              PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """The rows of R of some hidden units, by gate, as far as they reach WIDTH units of the earlier h."""
+    target = start + tl.arange(0, WIDTH)[None, :]
+    gates = ()
+    for gate in tl.static_range(4):
+        gates += (load_r(r_ptr, (gate * H + unit[:, None]) * H + target, (unit[:, None] < H) & (target < H),
+                         DIRECTIONS * 4 * H * H, PRECISION, INTERPRET),)
+    return gates
+
+
+@triton.jit
+def store_shares(half, da, r, p, alive, start, WIDTH: tl.constexpr, H: tl.constexpr, PROGRAMS: tl.constexpr,
+                 BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+    """Program p's share of dh for WIDTH units, put where their owners look for it."""
+    target = start + tl.arange(0, WIDTH)[None, :]
+    share = tl.full((BLOCK_B, WIDTH), 0., tl.float32)
+    for gate in tl.static_range(4):
+        share = product(da[gate], r[gate], share, PRECISION)
+    to = (target // BLOCK_H * PROGRAMS + p) * (BLOCK_B * BLOCK_H) + target % BLOCK_H
+    tl.store(half + to + tl.arange(0, BLOCK_B)[:, None] * BLOCK_H, share, mask=alive & (target < H))
+
+
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "tiles", "stride_dyt", "stride_dyb"])
 def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, count_ptr, T, S, B, first, tiles,
                   stride_dyt, stride_dyb, stride_dyh,
                   H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,
-                  PROGRAMS: tl.constexpr, ON_CHIP: tl.constexpr, BLOCK_B: tl.constexpr, HAS_DY: tl.constexpr,
-                  DY_UNIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+                  PROGRAMS: tl.constexpr, HELD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
+                  HAS_DY: tl.constexpr, DY_UNIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """As ``backward_resident``, but a group of programs shares R as in ``forward_grid``.
 
     A program multiplies its own da by its own rows of R, which gives a share of every unit's dh; the shares meet in
@@ -168,13 +192,7 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, co
     unit = p * BLOCK_H + tl.arange(0, BLOCK_H)
     r = ()
     for j in tl.static_range(len(CHUNKS)):
-        if j < ON_CHIP:
-            target = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])[None, :]
-            gates = ()
-            for gate in tl.static_range(4):
-                gates += (load_r(r_ptr, (gate * H + unit[:, None]) * H + target, (unit[:, None] < H) & (target < H),
-                                 DIRECTIONS * 4 * H * H, PRECISION, INTERPRET),)
-            r += (gates,)
+        r += (load_rows(r_ptr, unit, CHUNKS[j][0], CHUNKS[j][1], H, DIRECTIONS, PRECISION, INTERPRET),)
     s, m = S - 1, 0
     while s >= 0:
         row = (group * tiles + m) * BLOCK_B + rows
@@ -201,17 +219,11 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, co
         da = (operand(i, PRECISION, INTERPRET), operand(f, PRECISION, INTERPRET),
               operand(g, PRECISION, INTERPRET), operand(o, PRECISION, INTERPRET))
         for j in tl.static_range(len(CHUNKS)):
-            target = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])[None, :]
-            share = tl.full((BLOCK_B, CHUNKS[j][1]), 0., tl.float32)
-            for gate in tl.static_range(4):
-                if j < ON_CHIP:
-                    r_j = r[j][gate]
-                else:
-                    r_j = load_r(r_ptr, (gate * H + unit[:, None]) * H + target, (unit[:, None] < H) & (target < H),
-                                 DIRECTIONS * 4 * H * H, PRECISION, INTERPRET)
-                share = product(da[gate], r_j, share, PRECISION)
-            to = (target // BLOCK_H * PROGRAMS + p) * AREA + target % BLOCK_H
-            tl.store(half + to + tl.arange(0, BLOCK_B)[:, None] * BLOCK_H, share, mask=alive & (target < H))
+            store_shares(half, da, r[j], p, alive, CHUNKS[j][0], CHUNKS[j][1], H, PROGRAMS, BLOCK_B, BLOCK_H, PRECISION)
+        if HELD < H:
+            for start in range(HELD, H, BLOCK_K):
+                store_shares(half, da, load_rows(r_ptr, unit, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET),
+                             p, alive, start, BLOCK_K, H, PROGRAMS, BLOCK_B, BLOCK_H, PRECISION)
         last = m == tiles - 1
         m = tl.where(last, 0, m + 1)
         s = tl.where(last, s - 1, s)

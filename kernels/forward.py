@@ -21,8 +21,9 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first
                      PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """Steps ``first`` to ``first + S`` of a layer, every program alone with all of R and BLOCK_B rows.
 
-    x (D, S, B, 4H) pre-activations, r (D, 4H, H) as ``load_r`` has it, h (B, D H) before the first step, c (D, B, H) fp32 in and out,
-    y (T, B, D H), kept (-, D, B, H): c before step n keep_every, n = 1, 2, ... CHUNKS cuts H into (start, width).
+    x (D, S, B, 4H) pre-activations, r (D, 4H, H) as ``load_r`` has it, h (B, D H) before the first step, c (D, B, H)
+    fp32 in and out, y (T, B, D H), kept (-, D, B, H): c before step n keep_every, n = 1, 2, ... CHUNKS cut H into
+    (start, width).
     """
     tile, d = tl.program_id(0), tl.program_id(1)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -86,15 +87,33 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first
                  mask=alive & (unit[None, :] < H))
 
 
+@triton.jit
+def load_columns(r_ptr, at_r, n_unit, start, WIDTH: tl.constexpr, H: tl.constexpr, DIRECTIONS: tl.constexpr,
+                 PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """R from WIDTH input units on to the columns whose rows of R begin at ``at_r``."""
+    source = start + tl.arange(0, WIDTH)[:, None]
+    return load_r(r_ptr, at_r + source, (n_unit < H) & (source < H), DIRECTIONS * 4 * H * H, PRECISION, INTERPRET)
+
+
+@triton.jit
+def load_h(h_ptr, row, alive, start, WIDTH: tl.constexpr, H: tl.constexpr, DIRECTIONS: tl.constexpr,
+           PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """WIDTH units of h. With .cg: not from L1, which other multiprocessors' stores do not reach."""
+    source = start + tl.arange(0, WIDTH)[None, :]
+    h = tl.load(h_ptr + row * (DIRECTIONS * H) + source, mask=alive & (source < H), other=0., cache_modifier=".cg")
+    return operand(h, PRECISION, INTERPRET)
+
+
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles"])
 def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, count_ptr, T, S, B, first, keep_every, tiles,
                  H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,
-                 ON_CHIP: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+                 HELD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr,
+                 INTERPRET: tl.constexpr):
     """As ``forward_resident``, but a group of programs shares R: each holds the rows of BLOCK_H hidden units.
 
     A group takes ``tiles`` batch tiles through a step, then waits for itself once; h travels through y, and c lives in
-    c_ptr, so that a program needs no registers for more than one tile. R's first ON_CHIP chunks (of input units) stay
-    in registers, the others are read each step. count (D, groups, 32) int32, zero at launch: the arrivals of each
+    c_ptr, so that a program needs no registers for more than one tile. CHUNKS cut the HELD first input units, whose
+    part of R stays in registers; the rest is read each step, BLOCK_K units at a time. count (D, groups, 32) int32, zero at launch: the arrivals of each
     group, one cache line apart.
     """
     p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -112,10 +131,7 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, count_ptr, T, S, B
     at_r = (gate * H + n_unit) * H
     r = ()
     for k in tl.static_range(len(CHUNKS)):
-        if k < ON_CHIP:
-            source = CHUNKS[k][0] + tl.arange(0, CHUNKS[k][1])
-            r += (load_r(r_ptr, at_r + source[:, None], (n_unit < H) & (source[:, None] < H), DIRECTIONS * 4 * H * H,
-                         PRECISION, INTERPRET),)
+        r += (load_columns(r_ptr, at_r, n_unit, CHUNKS[k][0], CHUNKS[k][1], H, DIRECTIONS, PRECISION, INTERPRET),)
     row = group * tiles * BLOCK_B + rows
     local = tl.where(d == 0, 0, S - 1).to(tl.int64)
     x_i, x_f, x_g, x_o = load_gates(x_ptr + local * B * (4 * H), row * (4 * H) + unit, (row < B) & (unit < H), H)
@@ -131,16 +147,13 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, count_ptr, T, S, B
             h_prev = y_ptr + (time + tl.where(d == 0, -1, 1)) * B * (DIRECTIONS * H) + d * H
         a = tl.full((BLOCK_B, 4 * BLOCK_H), 0., tl.float32)
         for k in tl.static_range(len(CHUNKS)):
-            source = CHUNKS[k][0] + tl.arange(0, CHUNKS[k][1])
-            # .cg: not from L1, which other multiprocessors' stores do not reach
-            h = tl.load(h_prev + row * (DIRECTIONS * H) + source[None, :], mask=alive & (source[None, :] < H),
-                        other=0., cache_modifier=".cg")
-            if k < ON_CHIP:
-                r_k = r[k]
-            else:
-                r_k = load_r(r_ptr, at_r + source[:, None], (n_unit < H) & (source[:, None] < H),
-                             DIRECTIONS * 4 * H * H, PRECISION, INTERPRET)
-            a = product(operand(h, PRECISION, INTERPRET), r_k, a, PRECISION)
+            a = product(load_h(h_prev, row, alive, CHUNKS[k][0], CHUNKS[k][1], H, DIRECTIONS, PRECISION, INTERPRET),
+                        r[k], a, PRECISION)
+        if HELD < H:
+            for start in range(HELD, H, BLOCK_K):
+                a = product(load_h(h_prev, row, alive, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET),
+                            load_columns(r_ptr, at_r, n_unit, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET),
+                            a, PRECISION)
         at_c = (d * B + row).to(tl.int64) * H + unit
         c = tl.load(c_ptr + at_c, mask=mask, other=0.)
         if ((first + s) % keep_every == 0) & (first + s > 0):

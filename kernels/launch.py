@@ -71,7 +71,7 @@ def launch_kernel(kernel, plan, grid, *args, waits, **constants):
 def _loop_constants(plan):
     constants = dict(CHUNKS=plan.chunks, BLOCK_B=16, PRECISION=plan.precision, INTERPRET=INTERPRET)
     if plan.schedule != "resident":
-        constants.update(BLOCK_H=plan.block_h, ON_CHIP=plan.on_chip)
+        constants.update(BLOCK_H=plan.block_h, HELD=plan.held, BLOCK_K=plan.block_k)
     return constants
 
 
@@ -103,7 +103,7 @@ def forward(x, w, r, b, h0, c0, plan, save, run=None):
     if T == 0 or B == 0:
         return y, h0.clone(), c0.clone(), kept
     r = prepare_r(r, plan)
-    h = h0.transpose(0, 1).reshape(B, D * H)
+    h = h0.transpose(0, 1).reshape(B, D * H).contiguous()      # of H = 1, reshape alone makes a transposed view
     keep_every = plan.keep_every if save else T
     steps = plan.forward_steps(T, x.element_size())
     buffer = x.new_empty(D * steps * B * 4 * H)

@@ -13,6 +13,7 @@ import sys
 from unittest import mock
 
 import greenlet
+import numpy as np
 import triton
 import triton.runtime.interpreter as triton_interpreter
 from ptx_emulator import launch as emulate
@@ -50,7 +51,9 @@ def _use(launch):
 
 @contextlib.contextmanager
 def interpreter():
-    with _use(interpreted_launch), mock.patch.object(triton.knobs.runtime, "interpret", True):
+    # exp overflows on purpose, and numpy, unlike a GPU, remarks on it
+    with _use(interpreted_launch), mock.patch.object(triton.knobs.runtime, "interpret", True), \
+            np.errstate(over="ignore", invalid="ignore"):
         yield
 
 
@@ -142,3 +145,8 @@ def emulator(arch=90, seed=0, memory="sc", edit=None, only=None):
             mock.patch.object(triton_lstm.functional, "runs_kernels", lambda x: x.dtype in triton_lstm.functional.DTYPES), \
             mock.patch.object(triton_lstm.op, "limits_of", lambda device: triton_lstm.plan.H200):
         yield
+
+
+def limits(multiprocessors):
+    """A device of so many multiprocessors."""
+    return triton_lstm.plan.Limits(multiprocessors, triton_lstm.plan.H200.shared_memory)

@@ -53,8 +53,9 @@ class Plan:
     tiles        of 16 batch rows that a group takes through each step
     block_h      hidden units of a program
     num_warps    of a program
-    chunks       how R's columns are cut, (start, width) each: powers of two that reach hidden_size rounded up
-    on_chip      how many of the chunks stay in registers
+    chunks       how the part of R in registers is cut along the units that feed it, (start, width) each: powers of two,
+                 which reach hidden_size unless the plan is streamed
+    block_k      feeding units whose part of R is streamed at a time
     keep_every   c is kept every so many steps for backward, which recomputes that many steps at a time
     """
     schedule: str
@@ -68,8 +69,13 @@ class Plan:
     block_h: int
     num_warps: int
     chunks: tuple
-    on_chip: int
+    block_k: int
     keep_every: int
+
+    @property
+    def held(self):
+        """Units whose part of R is in registers."""
+        return sum(width for _, width in self.chunks)
 
     @property
     def r_bytes(self):
@@ -79,15 +85,13 @@ class Plan:
     @property
     def register_bytes(self):
         """Bytes of R in one program's registers, padding included."""
-        units = sum(width for _, width in self.chunks[:self.on_chip])
-        rows = units if self.schedule == "resident" else self.block_h
-        return 4 * rows * units * _element(self.precision)
+        rows = self.held if self.schedule == "resident" else self.block_h
+        return 4 * rows * self.held * _element(self.precision)
 
     @property
     def streamed_bytes(self):
-        """Bytes of R that one program reads from L2 each step, padding included."""
-        units = sum(width for _, width in self.chunks[self.on_chip:])
-        return 4 * self.block_h * units * _element(self.precision)
+        """Bytes of R that one program reads from L2 each step."""
+        return 4 * self.block_h * max(self.hidden_size - self.held, 0) * _element(self.precision)
 
     @property
     def launched(self):
@@ -95,7 +99,7 @@ class Plan:
         return self.programs * self.groups * self.directions
 
     def saved_bytes(self, T):
-        """Bytes kept for backward beyond x, y and the weights: c (fp32) before every keep_every-th step but the first."""
+        """Bytes kept for backward beyond x, y and the weights: c in fp32 before every keep_every-th step but step 0."""
         return 4 * (max(-(-T // self.keep_every), 1) - 1) * self.directions * self.batch * self.hidden_size
 
     def backward_bytes(self, T, element):
@@ -123,15 +127,16 @@ class Plan:
             raise PlanError(f"unknown schedule {self.schedule!r} or precision {self.precision!r}")
         if self.keep_every < 1:
             raise PlanError(f"keep_every must be at least 1, got {self.keep_every}")
-        widths = [width for _, width in self.chunks]
-        starts = [sum(widths[:i]) for i in range(len(widths))]
-        if [s for s, _ in self.chunks] != starts or sum(widths) < self.hidden_size or any(
-                w < 16 or w & (w - 1) for w in widths):
-            raise PlanError(f"chunks {self.chunks} must be powers of two from 16 up that cover {self.hidden_size} units")
+        ends = [0] + [start + width for start, width in self.chunks]
+        if [start for start, _ in self.chunks] != ends[:-1] or any(w < 16 or w & (w - 1) for _, w in self.chunks):
+            raise PlanError(f"chunks must be powers of two from 16 up, one after the other, got {self.chunks}")
+        if (self.held < self.hidden_size) != (self.schedule == "streamed"):
+            raise PlanError(f"{self.schedule} with {self.held} of {self.hidden_size} units' R in registers")
+        if self.schedule == "streamed" and (self.block_k < 16 or self.block_k & (self.block_k - 1)):
+            raise PlanError(f"block_k must be a power of two from 16 up, got {self.block_k}")
         if self.schedule == "resident":
-            if self.programs != 1 or self.on_chip != len(self.chunks):
-                raise PlanError(f"a resident plan has one program and all chunks on chip, got {self.programs} programs "
-                                f"and {self.on_chip} of {len(self.chunks)} chunks")
+            if self.programs != 1:
+                raise PlanError(f"a resident plan has one program, got {self.programs}")
         elif self.programs * self.block_h < self.hidden_size:
             raise PlanError(f"{self.programs} programs of {self.block_h} units hold fewer than {self.hidden_size} units")
         if self.groups * self.tiles * BLOCK_B < self.batch:
@@ -167,8 +172,9 @@ class Plan:
             how = "h stays in the program"
         else:
             how = f"{self.programs} programs share R and exchange h through L2"
-        return (f"{self.schedule}: H={self.hidden_size} B={self.batch} x {self.directions} direction(s), {self.precision}; "
-                f"{where}; {how}; {self.launched} programs of {self.num_warps} warps; c kept every {self.keep_every} steps")
+        return (f"{self.schedule}: H={self.hidden_size} B={self.batch} x {self.directions} direction(s), "
+                f"{self.precision}; {where}; {how}; {self.launched} programs of {self.num_warps} warps; "
+                f"c kept every {self.keep_every} steps")
 
 
 def _element(precision):
@@ -213,17 +219,15 @@ def _resident(hidden_size, precision, interpreted):
 
 
 def _shared(hidden_size, precision, block_h):
-    """(chunks, on_chip) of a program with ``block_h`` hidden units."""
-    column = 4 * block_h * _element(precision)          # bytes of R for one input unit
-    chunks = _chunks(hidden_size, {"native": 256, "tf32": 128, "tf32x3": 64}[precision])
-    if column * sum(w for _, w in chunks) <= HELD_BYTES:
-        return chunks, len(chunks)
-    # streamed: a chunk on its way needs registers too, so hold three quarters at most, and cut finer
-    width = max(min(256 * 128 // column, 256), 32)
-    if precision != "native":
-        width //= 2
+    """(chunks, block_k) of a program with ``block_h`` hidden units; block_k 0 where all of its R fits."""
+    column = 4 * block_h * _element(precision)          # bytes of R for one unit that feeds
+    width = {"native": 256, "tf32": 128, "tf32x3": 64}[precision]
     chunks = _chunks(hidden_size, width)
-    return chunks, max(HELD_BYTES * 3 // 4 // (column * width), 0)
+    if column * sum(w for _, w in chunks) <= HELD_BYTES:
+        return chunks, 0
+    # a block on its way needs registers too
+    held = HELD_BYTES * 3 // 4 // column // 32 * 32
+    return _chunks(held, width), max(16384 // column, 16)
 
 
 def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True, schedule=None, keep_every=None):
@@ -249,14 +253,14 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
             reasons.append("resident: " + found)
         else:
             plan = Plan("resident", programs=1, groups=all_tiles, tiles=1, block_h=hidden_size, num_warps=found[0],
-                        chunks=found[1], on_chip=len(found[1]), **common)
+                        chunks=found[1], block_k=0, **common)
             plan.check(limits)
             return plan
     best = None
     for block_h in (16, 32, 64):
-        chunks, on_chip = _shared(hidden_size, precision, block_h)
+        chunks, block_k = _shared(hidden_size, precision, block_h)
         programs = -(-hidden_size // block_h)
-        name = "grid" if on_chip == len(chunks) else "streamed"
+        name = "streamed" if block_k else "grid"
         groups = (all_tiles if limits is None else
                   min(limits.multiprocessors // (programs * directions), all_tiles))
         if schedule not in (None, name):
@@ -269,7 +273,7 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
         tiles = -(-all_tiles // groups)
         groups = -(-all_tiles // tiles)
         plan = Plan(name, programs=programs, groups=groups, tiles=tiles, block_h=block_h, num_warps=NUM_WARPS,
-                    chunks=chunks, on_chip=on_chip, **common)
+                    chunks=chunks, block_k=block_k, **common)
         try:
             plan.check(limits)
         except PlanError as error:

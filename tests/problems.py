@@ -1,0 +1,111 @@
+"""Random layers, their float64 results, and the error budget that every implementation is held to."""
+import dataclasses
+
+import torch
+
+import triton_lstm
+from triton_lstm.reference import lstm_reference
+
+BUDGET = 1.5        # times nn.LSTM's own error in the same dtype
+
+
+def floor(right, dtype):
+    """The error below which nn.LSTM's own says nothing, as the luck of single roundings decides.
+
+    In fp32 at these sizes it is one to three units in the last place, where the order of a sum decides: three units. In
+    the 16-bit types a tensor of a few elements may be exact by chance: the two roundings, of da and of the result.
+    """
+    eps = torch.finfo(dtype).eps
+    return 3 * eps if dtype == torch.float32 else eps if right.numel() < 64 else 0.
+
+
+class _Tf32Matmul(torch.autograd.Function):
+    """A product of operands rounded to TF32, forward and backward: what cuDNN computes for fp32 by default."""
+
+    @staticmethod
+    def round(v):
+        return ((v.float().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32).to(v.dtype)
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return _Tf32Matmul.round(a) @ _Tf32Matmul.round(b)
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = map(_Tf32Matmul.round, ctx.saved_tensors)
+        g = _Tf32Matmul.round(g)
+        return g @ b.t(), a.t() @ g
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A layer with inputs and incoming gradients drawn from ``seed``; D directions. ``results`` are named tensors."""
+    T: int
+    B: int
+    I: int
+    H: int
+    D: int = 1
+    dtype: torch.dtype = torch.float32
+    bias: bool = True
+    tf32: bool = False
+    seed: int = 0
+    device: str = "cpu"
+
+    def tensors(self):
+        """(x, w, r, b, h0, c0) and (dy, dh_n, dc_n), values as nn.LSTM initialises and inputs normal."""
+        generator = torch.Generator().manual_seed(self.seed)
+        T, B, I, H, D = self.T, self.B, self.I, self.H, self.D
+        normal = lambda *shape: torch.randn(shape, generator=generator).to(self.device, self.dtype)
+        uniform = lambda *shape: ((torch.rand(shape, generator=generator) * 2 - 1) / H ** 0.5).to(self.device, self.dtype)
+        inputs = [normal(T, B, I), uniform(D, 4 * H, I), uniform(D, 4 * H, H),
+                  uniform(D, 4 * H) if self.bias else None, normal(D, B, H), normal(D, B, H)]
+        return inputs, [normal(T, B, D * H), normal(D, B, H), normal(D, B, H)]
+
+    def results(self, function, dtype=None):
+        """What ``function(x, w, r, b, h0, c0) -> y, h_n, c_n`` computes, and the gradients it gives."""
+        inputs, gradients = self.tensors()
+        inputs = [t if t is None else t.to(dtype or self.dtype).requires_grad_() for t in inputs]
+        outputs = function(*inputs)
+        torch.autograd.backward(outputs, [g.to(dtype or self.dtype) for g in gradients])
+        named = dict(zip(("y", "h_n", "c_n"), outputs))
+        named.update((f"d{name}", t.grad) for name, t in zip(("x", "w", "r", "b", "h0", "c0"), inputs) if t is not None)
+        return {name: t.detach() for name, t in named.items()}
+
+    def exact(self):
+        return self.results(lstm_reference, torch.float64)
+
+    def torch(self):
+        """nn.LSTM in this dtype; in TF32, which no CPU has, a float64 LSTM whose products round their operands."""
+        if self.tf32 and self.device == "cpu":
+            return self.results(lambda *inputs: lstm_reference(*inputs, multiply=_Tf32Matmul.apply), torch.float64)
+
+        def function(x, w, r, b, h0, c0):
+            weights = [t for d in range(self.D) for t in
+                       [w[d], r[d]] + ([b[d], torch.zeros_like(b[d])] if self.bias else [])]
+            return torch._VF.lstm(x, (h0, c0), weights, self.bias, 1, 0., True, self.D == 2, False)
+        return self.results(function)
+
+    def ours(self, **options):
+        def function(x, w, r, b, h0, c0):
+            y, (h_n, c_n) = triton_lstm.lstm(x, w, r, b, (h0, c0), **options)
+            return y, h_n, c_n
+        return self.results(function)
+
+    def plan(self, **options):
+        return triton_lstm.make_plan(self.B, self.H, self.dtype, self.D, tf32=self.tf32, **options)
+
+    def check(self, ours):
+        """Every result of ours is finite and within the budget."""
+        exact, torchs = self.exact(), self.torch()
+        assert ours.keys() == exact.keys()
+        for name, right in exact.items():
+            assert ours[name].shape == right.shape and ours[name].dtype == self.dtype, name
+            allowed = BUDGET * max(error(torchs[name], right), floor(right, self.dtype))
+            got = error(ours[name], right)
+            assert got <= allowed, f"{name}: relative error {got:.2e}, allowed {allowed:.2e} ({self})"
+
+
+def error(result, right):
+    """Relative error in the Frobenius norm; NaN anywhere gives NaN, which passes no comparison."""
+    return ((result.double() - right).norm() / right.norm()).item()

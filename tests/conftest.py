@@ -1,3 +1,4 @@
+import contextlib
 import os
 from unittest import mock
 
@@ -7,17 +8,28 @@ import torch
 if os.environ.get("TRITON_INTERPRET"):
     pytest.exit("the tests choose the interpreter themselves: unset TRITON_INTERPRET", returncode=2)
 
+import harness  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Uninitialised tensors are full of NaN, so that an element nobody writes is seen."""
+    """What the launcher allocates is full of NaN, so that an element nobody writes is seen."""
     new_empty = torch.Tensor.new_empty
 
-    def poisoned(self, *args, **kwargs):
+    def poisoned_empty(self, *args, **kwargs):
         t = new_empty(self, *args, **kwargs)
         return t.fill_(float("nan")) if t.is_floating_point() and not t.is_meta else t
 
-    with mock.patch.object(torch.Tensor, "new_empty", poisoned):
+    def poisoned(function):
+        def run(*args, **kwargs):
+            with mock.patch.object(torch.Tensor, "new_empty", poisoned_empty):
+                return function(*args, **kwargs)
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for launch in (harness.interpreted_launch, harness.compiled_launch):
+            for name in ("forward", "backward"):
+                stack.enter_context(mock.patch.object(launch, name, poisoned(getattr(launch, name))))
         yield
 
 

@@ -142,11 +142,6 @@ def emulator(arch=90, seed=0, memory="sc", edit=None, only=None):
         emulate(compiled, grid, *run_time, seed=seed, memory=memory, **changed)
 
     with _use(compiled_launch), mock.patch.object(compiled_launch, "launch_kernel", launch), \
-            mock.patch.object(triton_lstm.functional, "runs_kernels", lambda x: x.dtype in triton_lstm.functional.DTYPES), \
+            mock.patch.object(triton_lstm.functional, "runs_kernels", lambda x, dtype: dtype in triton_lstm.functional.DTYPES), \
             mock.patch.object(triton_lstm.op, "limits_of", lambda device: triton_lstm.plan.H200):
         yield
-
-
-def limits(multiprocessors):
-    """A device of so many multiprocessors."""
-    return triton_lstm.plan.Limits(multiprocessors, triton_lstm.plan.H200.shared_memory)

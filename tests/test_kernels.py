@@ -6,6 +6,9 @@ import pytest
 import torch
 from problems import Problem
 
+import triton_lstm
+from triton_lstm.reference import lstm_reference
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [  # T, B, I, H, D
     (1, 1, 1, 1, 1), (1, 3, 4, 5, 2), (3, 17, 1, 1, 2), (7, 3, 5, 5, 1), (4, 17, 6, 33, 1), (5, 3, 6, 33, 2),
@@ -41,38 +44,28 @@ def test_no_bias():
         problem.check(problem.ours())
 
 
-@pytest.mark.parametrize("schedule", ["grid", "streamed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(3, 3, 4, 33, 2), (2, 17, 3, 100, 1), (4, 3, 2, 5, 1)], ids=str)
-def test_shared(shape, dtype, schedule):
+@pytest.mark.parametrize("shape, schedule", [
+    ((3, 3, 4, 33, 2), "grid"), ((2, 17, 3, 100, 1), "grid"), ((4, 3, 2, 5, 1), "grid"), ((3, 1, 1, 1, 2), "grid"),
+    ((3, 3, 4, 33, 2), "streamed"), ((2, 17, 3, 100, 1), "streamed"), ((1, 1, 2, 100, 1), "streamed")], ids=str)
+def test_shared(shape, schedule, dtype):
     problem = Problem(*shape, dtype=dtype)
     with harness.interleaved(seed=1):
-        problem.check(problem.ours(plan=shared_plan(problem, schedule)))
+        problem.check(problem.ours(plan=problem.shared_plan(schedule)))
 
 
 @pytest.mark.parametrize("schedule", ["grid", "streamed"])
 def test_shared_tf32(schedule):
     problem = Problem(3, 3, 4, 40, D=2, tf32=True)
     with harness.interleaved(seed=1):
-        problem.check(problem.ours(plan=shared_plan(problem, schedule)))
+        problem.check(problem.ours(plan=problem.shared_plan(schedule)))
 
 
 def test_several_tiles_a_group():
     problem = Problem(3, 50, 4, 20)
-    plan = dataclasses.replace(problem.plan(schedule="grid", limits=harness.limits(4), keep_every=2),
-                               programs=2, block_h=16, groups=2, tiles=2)
+    plan = dataclasses.replace(problem.shared_plan("grid"), programs=2, block_h=16, groups=2, tiles=2)
     with harness.interleaved(seed=1):
         problem.check(problem.ours(plan=plan))
-
-
-def shared_plan(problem, schedule, **options):
-    """A plan of several programs; streamed ones hold 16 units' R and read the rest, which no automatic plan so small does."""
-    plan = problem.plan(schedule="grid", limits=harness.limits(132), keep_every=2, **options)
-    if schedule == "streamed":
-        plan = dataclasses.replace(plan, schedule="streamed", chunks=((0, 16),), block_k=16)
-        if problem.H <= 16:
-            pytest.skip("nothing is left to stream")
-    return plan
 
 
 def test_forward_in_pieces(monkeypatch):
@@ -87,14 +80,14 @@ def test_strided_and_expanded():
     problem = Problem(4, 3, 5, 10, D=2)
 
     def function(x, w, r, b, h0, c0):
-        y, (h, c) = harness.triton_lstm.lstm(x.transpose(0, 1).contiguous().transpose(0, 1), w.transpose(1, 2).contiguous()
+        y, (h, c) = triton_lstm.lstm(x.transpose(0, 1).contiguous().transpose(0, 1), w.transpose(1, 2).contiguous()
                                      .transpose(1, 2), r, b, (h0, c0))
         return y, h, c
     with harness.interpreter():
         problem.check(problem.results(function))
         x = torch.randn(3, 1, 5).expand(3, 4, 5)
         w, r = torch.randn(1, 24, 5), torch.randn(1, 24, 6) / 3
-        y, _ = harness.triton_lstm.lstm(x, w, r)
+        y, _ = triton_lstm.lstm(x, w, r)
         assert torch.equal(y[:, 0], y[:, 3])
 
 
@@ -108,7 +101,7 @@ def test_only_wanted_gradients(wanted):
         def gradients(wanted):
             leaves = {n: t.clone().requires_grad_(n in wanted) for n, t in zip(names, inputs)}
             x, w, r, b, h0, c0 = leaves.values()
-            y, (h_n, c_n) = harness.triton_lstm.lstm(x, w, r, b, (h0, c0), keep_every=2)
+            y, (h_n, c_n) = triton_lstm.lstm(x, w, r, b, (h0, c0), keep_every=2)
             torch.autograd.backward([y, c_n], [dy, dc])
             return {n: t.grad for n, t in leaves.items()}
         every, some = gradients(set(names)), gradients(wanted)
@@ -125,10 +118,9 @@ def test_gradient_through_one_output(used):
         y, h_n, c_n = function(*inputs)
         dict(y=y, h_n=h_n, c_n=c_n)[used].square().sum().backward()
         return [t.grad for t in inputs]
-    from triton_lstm.reference import lstm_reference
 
     def ours(*inputs):
-        y, (h, c) = harness.triton_lstm.lstm(*inputs[:4], inputs[4:])
+        y, (h, c) = triton_lstm.lstm(*inputs[:4], inputs[4:])
         return y, h, c
     right = results(lstm_reference, torch.float64)
     with harness.interpreter():
@@ -139,13 +131,12 @@ def test_gradient_through_one_output(used):
 def test_expanded_gradient():
     """y.sum() gives a gradient of strides zero."""
     problem = Problem(4, 3, 5, 10)
-    from triton_lstm.reference import lstm_reference
     inputs = problem.tensors()[0]
     exact = [t.double().requires_grad_() for t in inputs]
     lstm_reference(*exact)[0].sum().backward()
     leaves = [t.clone().requires_grad_() for t in inputs]
     with harness.interpreter():
-        harness.triton_lstm.lstm(*leaves[:4], leaves[4:])[0].sum().backward()
+        triton_lstm.lstm(*leaves[:4], leaves[4:])[0].sum().backward()
     for got, want in zip(leaves, exact):
         torch.testing.assert_close(got.grad.double(), want.grad, rtol=1e-5, atol=1e-6)
 
@@ -160,7 +151,7 @@ def test_extreme_values(dtype):
     w = torch.rand(1, 4 * H, 1, generator=generator).to(dtype) + 0.5
     r = (torch.rand(1, 4 * H, H, generator=generator) - 0.5).to(dtype)
     with harness.interpreter():
-        y, (h_n, c_n) = harness.triton_lstm.lstm(x, w, r)
+        y, (h_n, c_n) = triton_lstm.lstm(x, w, r)
     weights = [w[0], r[0]]
     zeros = x.new_zeros(1, x.shape[1], H)
     want = torch._VF.lstm(x.double(), (zeros.double(),) * 2, [t.double() for t in weights], False, 1, 0., False, False,

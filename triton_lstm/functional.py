@@ -8,9 +8,9 @@ from .plan import Plan, keep_every_for
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def runs_kernels(x):
-    """Whether the kernels compute on the device and in the type of ``x``; torch's own LSTM does the rest."""
-    return x.dtype in DTYPES and (x.is_cuda or launch.INTERPRET and x.device.type == "cpu")
+def runs_kernels(x, dtype):
+    """Whether the kernels compute on the device of ``x`` in ``dtype``; torch's own LSTM does the rest."""
+    return dtype in DTYPES and (x.is_cuda or launch.INTERPRET and x.device.type == "cpu")
 
 
 def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, plan=None, keep_every=None):
@@ -58,7 +58,7 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, plan=None, keep_every=N
         raise TypeError(f"plan must be a triton_lstm.Plan, got {type(plan).__name__}")
     if keep_every is not None and keep_every < 1:
         raise ValueError(f"keep_every must be at least 1, got {keep_every}")
-    if not runs_kernels(x):
+    if not runs_kernels(x, x.dtype):
         return _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0)
     if plan is not None:
         keep_every = plan.keep_every

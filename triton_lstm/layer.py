@@ -5,7 +5,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from .functional import DTYPES, lstm, runs_kernels
-from .op import limits_of, plan_for
+from .op import automatic_plan
 from .plan import PlanError
 
 # Held here, so that a program may put our class in the place of torch.nn.LSTM.
@@ -46,7 +46,8 @@ class LSTM(torch.nn.RNNBase):
         """As ``torch.nn.LSTM.forward``: input (T, B, I), (B, T, I) with ``batch_first``, or (T, I); hx (h_0, c_0)."""
         if not self._natively(input, hx):
             return _TorchLSTM.forward(self, input, hx)
-        x = input.unsqueeze(int(self.batch_first)) if input.dim() == 2 else input
+        batch_dim = 0 if self.batch_first else 1
+        x = input.unsqueeze(batch_dim) if input.dim() == 2 else input
         if self.batch_first:
             x = x.transpose(0, 1)
         B = x.shape[1]
@@ -70,7 +71,7 @@ class LSTM(torch.nn.RNNBase):
         if self.batch_first:
             x = x.transpose(0, 1)
         if input.dim() == 2:
-            x, h_n, c_n = x.squeeze(int(self.batch_first)), h_n.squeeze(1), c_n.squeeze(1)
+            x, h_n, c_n = x.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
         return x, (h_n, c_n)
 
     def _weights(self, layer, dtype):
@@ -93,37 +94,37 @@ class LSTM(torch.nn.RNNBase):
             return self._no("packed sequences", input.data)
         if not isinstance(input, torch.Tensor) or input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
             return False
+        weight = self.weight_hh_l0
+        if weight.device != input.device or not runs_kernels(input, torch.float32):
+            return False
         dtype = self._compute_dtype(input)
+        if dtype == input.dtype and weight.dtype != input.dtype:
+            return False
         if dtype not in DTYPES:
             return self._no(f"{dtype}", input)
-        if not runs_kernels(input.new_empty(0, dtype=dtype)):
-            return False
-        weight = self.weight_hh_l0
-        if weight.device != input.device or dtype == input.dtype and weight.dtype != input.dtype:
-            return False
         if self.proj_size:
             return self._no("proj_size", input)
-        batched = input.dim() == 3
-        B = input.shape[0 if self.batch_first else 1] if batched else 1
-        if 0 in input.shape[:-1] and (not batched or input.shape[1 if self.batch_first else 0] == 0):
-            return False                                                # no steps
+        T, B = input.shape[:2] if input.dim() == 3 else (input.shape[0], 1)
+        if self.batch_first and input.dim() == 3:
+            T, B = B, T
+        if T == 0:
+            return False
         if hx is not None:
             layers = self.num_layers * (2 if self.bidirectional else 1)
-            shape = (layers, B, self.hidden_size) if batched else (layers, self.hidden_size)
+            shape = (layers, B, self.hidden_size) if input.dim() == 3 else (layers, self.hidden_size)
             if not isinstance(hx, (tuple, list)) or len(hx) != 2 or any(
                     not isinstance(s, torch.Tensor) or tuple(s.shape) != shape or s.device != input.device
                     or s.dtype != input.dtype and dtype == input.dtype for s in hx):
                 return False
         if self.plan is None and not torch.compiler.is_compiling():
             try:
-                plan_for(input.new_empty(1, B, 1, dtype=dtype), weight.new_empty(
-                    2 if self.bidirectional else 1, 0, self.hidden_size))
+                automatic_plan(B, self.hidden_size, dtype, 2 if self.bidirectional else 1, input.device)
             except PlanError as error:
                 return self._no(f"{error}", input)
         return True
 
     @staticmethod
     def _no(reason, tensor):
-        if runs_kernels(tensor.new_empty(0, dtype=torch.float32)):      # elsewhere nobody expects the kernels
+        if runs_kernels(tensor, torch.float32):         # on other devices nobody expects the kernels
             _tell_once(reason)
         return False

@@ -30,11 +30,16 @@ def _automatic(batch, hidden_size, dtype, directions, limits, tf32, keep_every):
     return make_plan(batch, hidden_size, dtype, directions, limits=limits, tf32=tf32, keep_every=keep_every)
 
 
-def plan_for(x, r, text="", keep_every=None):
+def automatic_plan(batch, hidden_size, dtype, directions, device, keep_every=None):
+    """The plan of a call that names none."""
+    return _automatic(batch, hidden_size, dtype, directions, limits_of(device), tf32_allowed(), keep_every)
+
+
+def plan_for(x, r, text, keep_every):
     """The plan that runs x (T, B, I) with r (D, 4H, H): the decoded ``text``, or the automatic one."""
     directions, batch, hidden_size = r.shape[0], x.shape[1], r.shape[2]
     if not text:
-        return _automatic(batch, hidden_size, x.dtype, directions, limits_of(x.device), tf32_allowed(), keep_every)
+        return automatic_plan(batch, hidden_size, x.dtype, directions, x.device, keep_every)
     plan = Plan.decode(text)
     if (plan.batch, plan.hidden_size, plan.directions) != (batch, hidden_size, directions):
         raise ValueError(f"the plan is for batch {plan.batch}, hidden_size {plan.hidden_size}, {plan.directions} "
@@ -49,7 +54,8 @@ def plan_for(x, r, text="", keep_every=None):
 def lstm_op(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor,
             c0: torch.Tensor, plan: str, keep_every: int, save: bool
             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return launch.forward(x, w, r, b, h0, c0, plan_for(x, r, plan, keep_every), save)
+    with torch.autocast(x.device.type, enabled=False):      # the types are chosen already
+        return launch.forward(x, w, r, b, h0, c0, plan_for(x, r, plan, keep_every), save)
 
 
 @lstm_op.register_fake
@@ -66,7 +72,9 @@ def lstm_backward_op(dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: t
                      w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor,
                      y: torch.Tensor, kept: torch.Tensor, plan: str, keep_every: int, needs: list[bool]
                      ) -> list[torch.Tensor]:
-    gradients = launch.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, y, kept, plan_for(x, r, plan, keep_every), needs)
+    plan = plan_for(x, r, plan, keep_every)
+    with torch.autocast(x.device.type, enabled=False):
+        gradients = launch.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, y, kept, plan, needs)
     return [x.new_empty(0) if g is None else g for g in gradients]
 
 

@@ -146,9 +146,10 @@ class Plan:
         if self.schedule != "resident" and self.launched > limits.multiprocessors:
             raise PlanError(f"{self.launched} programs wait for each other but only {limits.multiprocessors} "
                             f"multiprocessors can run them at the same time")
-        if self.register_bytes > HELD_BYTES * self.num_warps // NUM_WARPS:
-            raise PlanError(f"{self.register_bytes} bytes of R for a program's registers, which hold "
-                            f"{HELD_BYTES * self.num_warps // NUM_WARPS} beside a step's own")
+        room = HELD_BYTES * self.num_warps // NUM_WARPS
+        if self.register_bytes > room:
+            raise PlanError(f"{self.register_bytes} bytes of R for a program's registers, which hold {room} beside a "
+                            f"step's own")
         if self.register_bytes > limits.shared_memory:
             raise PlanError(f"{self.register_bytes} bytes of R pass through shared memory once, which has "
                             f"{limits.shared_memory}")
@@ -209,13 +210,13 @@ def precision_for(dtype, tf32):
     raise PlanError(f"no kernel computes in {dtype}")
 
 
-def _resident(hidden_size, precision, interpreted):
-    """(num_warps, chunks) of a resident plan, or the reason why R does not fit one program."""
+def _resident(hidden_size, precision, batch_tiles, common, limits):
     chunks = _chunks(hidden_size, 128)
     units = sum(width for _, width in chunks)
-    if units * units * 4 * _element(precision) > HELD_BYTES and not interpreted:
-        return f"R takes {units * units * 4 * _element(precision)} bytes, a program's registers hold {HELD_BYTES} of it"
-    return (4 if units <= 64 and precision == "native" else 8), chunks
+    plan = Plan("resident", programs=1, groups=batch_tiles, tiles=1, block_h=hidden_size, chunks=chunks, block_k=0,
+                num_warps=4 if units <= 64 and precision == "native" else NUM_WARPS, **common)
+    plan.check(limits)
+    return plan
 
 
 def _shared(hidden_size, precision, block_h):
@@ -248,14 +249,10 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
                   keep_every=keep_every)
     reasons = []
     if schedule in (None, "resident"):
-        found = _resident(hidden_size, precision, limits is None)
-        if isinstance(found, str):
-            reasons.append("resident: " + found)
-        else:
-            plan = Plan("resident", programs=1, groups=all_tiles, tiles=1, block_h=hidden_size, num_warps=found[0],
-                        chunks=found[1], block_k=0, **common)
-            plan.check(limits)
-            return plan
+        try:
+            return _resident(hidden_size, precision, all_tiles, common, limits)
+        except PlanError as error:
+            reasons.append(f"resident: {error}")
     best = None
     for block_h in (16, 32, 64):
         chunks, block_k = _shared(hidden_size, precision, block_h)

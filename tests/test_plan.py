@@ -1,0 +1,110 @@
+"""Plans: arithmetic without a GPU."""
+import dataclasses
+
+import pytest
+import torch
+
+from triton_lstm import Plan, PlanError, make_plan
+from triton_lstm.plan import A100, BACKWARD_ELEMENTS, H200, HELD_BYTES, Limits, keep_every_for
+
+SIZES = [1, 5, 16, 17, 33, 64, 96, 100, 128, 130, 192, 256, 400, 512, 640, 768, 1000, 1024, 1150, 1536, 2048]
+
+
+@pytest.mark.parametrize("limits", [H200, A100], ids=["H200", "A100"])
+@pytest.mark.parametrize("dtype, tf32", [(torch.bfloat16, True), (torch.float32, True), (torch.float32, False)], ids=str)
+@pytest.mark.parametrize("hidden_size", SIZES)
+def test_every_size_has_a_plan_that_fits(hidden_size, dtype, tf32, limits):
+    for directions in (1, 2):
+        for batch in (0, 1, 16, 17, 300, 4096):
+            plan = make_plan(batch, hidden_size, dtype, directions, limits=limits, tf32=tf32)
+            plan.check(limits)
+            assert plan.register_bytes <= HELD_BYTES
+            assert plan.programs * plan.block_h >= hidden_size
+            assert plan.groups * plan.tiles * 16 >= batch
+            if plan.schedule != "resident":
+                assert plan.launched <= limits.multiprocessors
+            assert (plan.held >= hidden_size) == (plan.schedule != "streamed") == (plan.streamed_bytes == 0)
+
+
+def test_chosen_schedules():
+    schedule = lambda H, dtype=torch.bfloat16, **kw: make_plan(16, H, dtype, **kw).schedule
+    assert [schedule(H) for H in (1, 64, 128, 129, 512, 1024, 1056, 2048)] == [
+        "resident"] * 3 + ["grid"] * 3 + ["streamed"] * 2
+    assert [schedule(H, torch.float32) for H in (64, 65, 512, 544)] == ["resident", "grid", "grid", "streamed"]
+    assert [schedule(H, torch.float32, tf32=False) for H in (64, 65, 256, 257)] == [
+        "resident", "grid", "grid", "streamed"]
+
+
+def test_bytes():
+    """R of 4 gates x 512 units x 512 units in bf16, over 32 programs of 16 units; all of it is held."""
+    plan = make_plan(16, 512, torch.bfloat16)
+    assert (plan.programs, plan.groups, plan.tiles, plan.block_h) == (32, 1, 1, 16)
+    assert plan.r_bytes == 4 * 512 * 512 * 2 == plan.programs * plan.register_bytes
+    assert plan.streamed_bytes == 0
+    # tf32x3 keeps two fp32 planes
+    assert make_plan(16, 256, torch.float32, tf32=False).register_bytes == 2 * make_plan(
+        16, 256, torch.float32).register_bytes == 2 * 4 * 16 * 256 * 4
+    streamed = make_plan(16, 2048, torch.bfloat16)
+    assert streamed.register_bytes + streamed.streamed_bytes == 4 * 16 * 2048 * 2
+
+
+def test_chunks_do_not_pad_to_a_power_of_two():
+    assert [width for _, width in make_plan(16, 640, torch.bfloat16).chunks] == [256, 256, 128]
+    assert make_plan(16, 96, torch.bfloat16).chunks == ((0, 64), (64, 32))
+    assert make_plan(1, 5, torch.bfloat16).chunks == ((0, 16),)
+
+
+def test_prints():
+    text = str(make_plan(64, 512, torch.bfloat16, 2))
+    assert text.startswith("grid: H=512 B=64 x 2 direction(s), native; 128 KiB of R in the registers of each program")
+    assert "16 programs share R and exchange h through L2" in text
+
+
+def test_encoding_round_trip():
+    plan = make_plan(64, 640, torch.float32, 2, keep_every=32)
+    assert Plan.decode(plan.encode()) == plan
+    assert hash(Plan.decode(plan.encode())) == hash(plan)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.tiles = 2
+
+
+def test_keep_every_bounds_the_workspace():
+    for batch in (1, 16, 1024, 4096):
+        for hidden_size in (32, 512, 2048):
+            steps = keep_every_for(batch, hidden_size, 1)
+            assert 16 <= steps <= 256 and (steps == 16 or steps * batch * hidden_size <= BACKWARD_ELEMENTS)
+    assert make_plan(16, 64, torch.float32, keep_every=7).keep_every == 7
+
+
+@pytest.mark.parametrize("change, reason", [
+    (dict(keep_every=0), "keep_every must be at least 1, got 0"),
+    (dict(programs=7), "7 programs of 16 units hold fewer than 512"),
+    (dict(tiles=1, groups=1, batch=33), "1 groups of 1 tiles hold fewer than 33"),
+    (dict(groups=5), "160 programs wait for each other but only 132"),
+    (dict(chunks=((0, 48),)), "powers of two"),
+    (dict(chunks=((0, 256),)), "grid with 256 of 512"),
+    (dict(chunks=((0, 256), (0, 256))), "one after the other"),
+    (dict(block_h=64), "262144 bytes of R for a program's registers"),
+    (dict(schedule="cluster"), "unknown schedule 'cluster'"),
+    (dict(schedule="resident"), "a resident plan has one program, got 32"),
+    (dict(schedule="streamed", chunks=((0, 256),), block_k=24), "block_k must be a power of two from 16 up, got 24"),
+])
+def test_impossible_plans_say_why(change, reason):
+    plan = dataclasses.replace(make_plan(16, 512, torch.bfloat16), **change)
+    with pytest.raises(PlanError, match=reason.replace("(", r"\(")):
+        plan.check(H200)
+
+
+@pytest.mark.parametrize("call, reason", [
+    (lambda: make_plan(16, 512, torch.float64), "no kernel computes in torch.float64"),
+    (lambda: make_plan(16, 0, torch.float32), "hidden_size 0"),
+    (lambda: make_plan(-1, 8, torch.float32), "batch -1"),
+    (lambda: make_plan(1, 8, torch.float32, 3), "3 directions"),
+    (lambda: make_plan(1, 8, torch.float32, schedule="best"), "got 'best'"),
+    (lambda: make_plan(1, 256, torch.float32, schedule="resident"), "1048576 bytes of R for a program"),
+    (lambda: make_plan(1, 512, torch.bfloat16, limits=Limits(7, 232448)), "8 programs of 64 units do not run side by side"),
+    (lambda: make_plan(1, 64, torch.float32, limits=Limits(1, 49152)), "pass through shared memory"),
+])
+def test_no_plan_says_why(call, reason):
+    with pytest.raises(PlanError, match=reason):
+        call()

@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def r_bytes(self):
-        """Bytes of R that every group keeps, all its programs and both planes of a tf32x3 R together."""
+        """Bytes of R of one direction, both planes of a tf32x3 R together: what each group keeps between its programs."""
         return 4 * self.hidden_size ** 2 * _element(self.precision)
 
     @property
@@ -102,18 +102,22 @@ class Plan:
         """Bytes kept for backward beyond x, y and the weights: c in fp32 before every keep_every-th step but step 0."""
         return 4 * (max(-(-T // self.keep_every), 1) - 1) * self.directions * self.batch * self.hidden_size
 
-    def backward_bytes(self, T, element):
-        """Bound on backward's workspace beside the gradients it returns, for inputs of ``element`` bytes.
+    def backward_bytes(self, T, input_size, element):
+        """Bound on the memory that backward needs beside dx, for inputs of ``element`` bytes; constant from T = keep_every.
 
-        Per unit, row and step of a chunk: pre-activations, later da (4 elements), and six fp32 coefficients. Beside
-        them the shares of dh that a group's programs exchange, R as the kernel wants it, and dW, dR, db in fp32 are
-        constant. Copies of a chunk of x or dy that is not contiguous come on top, at most as large as that chunk.
+        Per unit, row and step of a chunk: pre-activations, later da, in the input's type, and six fp32 coefficients; a
+        copy of the chunk of x, should it not be contiguous. Then the shares of dh that a group's programs exchange, R as
+        the kernels read it, dh and dc, and dW, dR, db in fp32 and in the input's type.
         """
-        units = min(T, self.keep_every) * self.directions * self.batch * self.hidden_size
-        shares = 0
+        chunk = min(T, self.keep_every) * self.batch
+        work = chunk * (self.directions * self.hidden_size * (4 * element + 6 * 4) + input_size * element)
         if self.schedule != "resident":
-            shares = 2 * 4 * self.directions * self.groups * self.tiles * BLOCK_B * self.programs ** 2 * self.block_h
-        return units * (4 * element + 6 * 4) + shares
+            rows = self.directions * self.groups * self.tiles * BLOCK_B
+            work += 2 * 4 * rows * self.programs ** 2 * self.block_h + 4 * 32 * self.directions * self.groups
+        weights = 4 * self.hidden_size * (input_size + self.hidden_size + 1)
+        # c0 in fp32, dh and dc, and the latter two in the input's type
+        states = self.directions * self.batch * self.hidden_size * (3 * 4 + 3 * element)
+        return work + self.directions * (self.r_bytes * 2 + weights * (4 + element)) + states
 
     def forward_steps(self, T, element):
         """Steps whose pre-activations forward holds at a time: all of them or a multiple of keep_every."""

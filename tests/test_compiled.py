@@ -1,0 +1,92 @@
+"""What the compiler made of the kernels: no spills, and R stays where the plan says, read from machine code."""
+import pytest
+import torch
+from bench.machine_code import read
+from bench.workloads import DTYPES, WORKLOADS
+
+from triton_lstm import make_plan
+from triton_lstm.kernels.ahead import compile_plan
+from triton_lstm.plan import A100, H200
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+OPERAND = {"native": 2, "tf32": 4, "tf32x3": 8}        # bytes of an operand of a product, in registers
+
+
+def check(plan, dtype, arch, limits):
+    for name, kernel in compile_plan(plan, dtype, arch).items():
+        report = read(kernel)
+        loop = report.time_loop
+        assert loop.spills == 0, f"{name}: {loop.counts}"
+        assert report.shared <= limits.shared_memory, name
+        if name == "coefficients":
+            continue
+        assert loop.counts["HMMA"] > 0, name
+        # Operands of products come out of shared memory by LDSM, 512 bytes of a warp's at a time. Every warp reads the
+        # left factor (h or the four da, 16 rows) whole. 14 more are conversions between layouts of the resident
+        # kernels; R's operands would be at least 16, one or two in the grid kernels, where R's would be at least 4.
+        left = plan.held if "forward" in name else 4 * (plan.held if plan.schedule == "resident" else plan.block_h)
+        if plan.schedule != "streamed":
+            slack = 14 if plan.schedule == "resident" else 2
+            assert loop.counts["LDSM"] <= left * OPERAND[plan.precision] / 32 + slack, f"{name}: {loop.counts}"
+        # Loads from device memory, where rows are aligned to the 16 bytes that one fetches for a thread.
+        if plan.schedule == "grid" and plan.hidden_size * dtype.itemsize % 16 == 0:
+            threads = 32 * plan.num_warps
+            tile = -(-16 * plan.block_h // threads)         # loads of a tile of the program's own units
+            if name == "forward_grid":                      # x of four gates, c, h; and the counter
+                loads = 5 * tile + sum(-(-16 * width * dtype.itemsize // (16 * threads)) for _, width in plan.chunks)
+            else:                                           # coefficients, dy, dc, dh or its shares; and the counter
+                loads = (9 + plan.programs) * tile
+            assert loop.counts["LDG"] <= loads + 1, f"{name}: {loop.counts}"
+
+
+def workload_plans():
+    """The plans that the workloads need in their own type, one of each kind that compiles to kernels of its own."""
+    plans = {}
+    for w in WORKLOADS:
+        plan = make_plan(w.batch, w.hidden_size, DTYPES[w.dtype], w.directions, limits=H200)
+        key = (w.hidden_size, w.dtype, w.directions, plan.schedule, plan.block_h)
+        plans.setdefault(key, pytest.param(plan, DTYPES[w.dtype], id=w.name))
+    return list(plans.values())
+
+
+@pytest.mark.parametrize("plan, dtype", workload_plans())
+def test_every_workload(plan, dtype):
+    check(plan, dtype, 90, H200)
+
+
+@pytest.mark.parametrize("hidden_size, dtype", [(128, BF16), (128, FP16), (256, BF16), (1024, FP16), (1150, BF16)], ids=str)
+def test_other_types(hidden_size, dtype):
+    check(make_plan(64, hidden_size, dtype), dtype, 90, H200)
+
+
+@pytest.mark.parametrize("hidden_size, batch", [(33, 16), (64, 16), (100, 1024), (256, 16), (512, 64)])
+def test_exact_fp32(hidden_size, batch):
+    check(make_plan(batch, hidden_size, FP32, tf32=False), FP32, 90, H200)
+
+
+SAMPLE = [(64, BF16, 1), (128, FP16, 1), (100, FP32, 2), (512, BF16, 1), (640, FP32, 1)]
+
+
+@pytest.mark.parametrize("arch, limits", [(80, A100), (100, H200)], ids=["sm_80", "sm_100"])
+@pytest.mark.parametrize("hidden_size, dtype, directions", SAMPLE, ids=str)
+def test_sample_of_other_architectures(hidden_size, dtype, directions, arch, limits):
+    """A Blackwell multiprocessor has Hopper's registers and shared memory."""
+    check(make_plan(16, hidden_size, dtype, directions, limits=limits), dtype, arch, limits)
+
+
+def test_a_new_length_or_batch_compiles_nothing():
+    """The kernels that a plan launches for other T and B, with the same tiling, are the same objects."""
+    from triton_lstm.kernels import ahead, launch
+    found = []
+
+    def collect(kernel, plan, grid, *args, waits, **constants):
+        found.append((kernel.__name__, ahead.compile_launch(kernel, plan, args, waits, constants, 90)[0].hash))
+
+    for T, B in ((1, 1), (2, 3), (16, 16), (17, 5), (64, 8)):
+        for H, schedule in ((32, "resident"), (160, "grid")):
+            plan = make_plan(B, H, BF16, schedule=schedule, keep_every=64)
+            tensor = lambda *shape: torch.empty(shape, dtype=BF16, device="meta")
+            x, w, r, state = tensor(T, B, 8), tensor(1, 4 * H, 8), tensor(1, 4 * H, H), tensor(1, B, H)
+            y, h, c, kept = launch.forward(x, w, r, None, state, state, plan, True, run=collect)
+            launch.backward(y, h, c, x, w, r, None, state, state, y, kept, plan, [True] * 6, run=collect)
+    assert len(set(found)) == 3 * 2, sorted(set(found))

@@ -1,0 +1,225 @@
+"""The kernels on a CUDA device: the same lists, and what only a device can show."""
+import dataclasses
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from problems import BUDGET, Problem, error, floor
+
+import triton_lstm
+from triton_lstm.plan import Limits
+
+pytestmark = [pytest.mark.gpu,
+              pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")]
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [  # T, B, I, H, D
+    (1, 1, 1, 1, 1), (1, 3, 4, 5, 2), (3, 17, 1, 1, 2), (7, 3, 5, 5, 1), (40, 17, 6, 33, 1), (50, 3, 6, 33, 2),
+    (30, 3, 9, 100, 1), (20, 17, 4, 100, 2), (64, 64, 128, 128, 1), (33, 16, 96, 96, 2), (70, 3, 40, 192, 2),
+    (100, 40, 256, 256, 1), (64, 100, 64, 400, 1), (30, 300, 32, 512, 1), (20, 16, 640, 640, 2), (40, 64, 128, 1024, 1),
+    (10, 17, 64, 1150, 1), (8, 5, 64, 2048, 1),
+]
+
+
+@pytest.fixture(params=[True, False], ids=["tf32", "ieee"])
+def tf32(request):
+    """torch's switch for fp32 in nn.LSTM, both ways."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = request.param
+    yield request.param
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def cuda(*shape, dtype=torch.float32, tf32=False, **options):
+    return Problem(*shape, dtype=dtype, tf32=tf32, device="cuda", **options)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fp32(shape, tf32):
+    problem = cuda(*shape, tf32=tf32)
+    problem.check(problem.ours())
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_16_bit(shape, dtype):
+    problem = cuda(*shape, dtype=dtype)
+    problem.check(problem.ours())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("schedule", ["resident", "grid", "streamed"])
+def test_every_schedule(schedule, dtype):
+    problem = cuda(50, 70, 30, 60, 2, dtype=dtype, tf32=torch.backends.cudnn.allow_tf32)
+    limits = Limits.of("cuda")
+    plan = (problem.plan(schedule="resident", limits=limits, keep_every=16) if schedule == "resident" else
+            problem.shared_plan(schedule, limits.multiprocessors, keep_every=16))
+    problem.check(problem.ours(plan=plan))
+
+
+def test_more_steps_than_cudnn_takes():
+    """T > 65,535, in one launch a chunk of steps."""
+    torch.manual_seed(0)
+    theirs, ours = torch.nn.LSTM(3, 8), triton_lstm.LSTM(3, 8).cuda()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(70_000, 2, 3)
+    x_cuda = x.cuda().requires_grad_()
+    y = ours(x_cuda)[0]
+    y[-1].sum().backward()
+    x = x.double().requires_grad_()
+    want = theirs.double()(x)[0]
+    want[-1].sum().backward()
+    assert error(y.cpu(), want) < 1e-3          # TF32
+    assert error(x_cuda.grad[-50:].cpu(), x.grad[-50:]) < 5e-3
+
+
+@pytest.mark.parametrize("H", [64, 300])
+def test_deterministic(H):
+    problem = cuda(60, 50, 20, H, 2)
+    first, second = problem.ours(), problem.ours()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("H", [64, 300])
+def test_cuda_graph(H):
+    """Captured once, replayed on other input: the counters start at zero in every replay."""
+    layer = triton_lstm.LSTM(20, H).cuda().half()
+    x = torch.randn(30, 17, 20, device="cuda", dtype=torch.half, requires_grad=True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            layer(x)[0].sum().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    layer.zero_grad()
+    x.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)[0]
+        y.sum().backward()
+    for seed in range(3):
+        fresh = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).half().cuda()
+        with torch.no_grad():
+            x.copy_(fresh)
+            x.grad.zero_()
+        graph.replay()
+        leaf = fresh.clone().requires_grad_()
+        want = layer(leaf)[0]
+        assert torch.equal(y, want)
+        want.sum().backward()
+        assert torch.equal(x.grad, leaf.grad)
+
+
+def test_other_stream():
+    problem = cuda(50, 20, 10, 200)
+    want = problem.ours()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = problem.ours()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_second_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs a second CUDA device")
+    layer = triton_lstm.LSTM(4, 200).to("cuda:1")
+    y = layer(torch.randn(5, 3, 4, device="cuda:1"))[0]
+    assert y.device.index == 1 and y.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(num_layers=3, bidirectional=True, batch_first=True, bias=False)],
+                         ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer(options, dtype):
+    torch.manual_seed(0)
+    theirs = torch.nn.LSTM(30, 70, **options).cuda().to(dtype)
+    ours = triton_lstm.LSTM(30, 70, **options).cuda().to(dtype)
+    exact = torch.nn.LSTM(30, 70, **options).cuda().double()
+    ours.load_state_dict(theirs.state_dict())
+    exact.load_state_dict(theirs.state_dict())
+    x = torch.randn(20, 24, 30, device="cuda", dtype=dtype)
+    results = []
+    for module in (theirs, ours, exact):
+        leaf = x.to(next(module.parameters()).dtype).requires_grad_()
+        y, (h, c) = module(leaf)
+        (y.square().sum() + h.sum() + c.sum()).backward()
+        results.append([y, h, c, leaf.grad, *(p.grad for p in module.parameters())])
+    for want, got, right in zip(*results):
+        assert got.shape == want.shape and got.stride() == want.stride()
+        assert error(got, right) <= BUDGET * max(error(want, right), floor(right, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(dtype):
+    layer = triton_lstm.LSTM(6, 40, num_layers=2).cuda()
+    x = torch.randn(9, 3, 6, device="cuda")
+    with torch.autocast("cuda", dtype):
+        y = layer(x)[0]
+    y.float().square().sum().backward()
+    exact = torch.nn.LSTM(6, 40, num_layers=2).cuda().double()
+    exact.load_state_dict(layer.state_dict())
+    assert y.dtype == dtype and error(y, exact(x.double())[0]) < 0.02
+    assert layer.weight_hh_l0.grad.dtype == torch.float32
+
+
+def test_compile_full_graph():
+    model = torch.nn.ModuleDict(dict(lstm=triton_lstm.LSTM(6, 200), head=torch.nn.Linear(200, 2))).cuda()
+    loss = lambda x: model["head"](model["lstm"](x)[0]).square().sum()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for T in (5, 9):
+        x = torch.randn(T, 3, 6, device="cuda")
+        gradients = []
+        for function in (loss, compiled):
+            model.zero_grad()
+            function(x).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def test_peak_memory():
+    """Beyond what the caller holds and dx: what is saved, and the larger of the two workspaces."""
+    T, B, I, H, dtype = 512, 64, 256, 256, torch.bfloat16
+    layer = triton_lstm.LSTM(I, H).cuda().to(dtype)
+    x = torch.randn(T, B, I, device="cuda", dtype=dtype, requires_grad=True)
+    dy = torch.randn(T, B, H, device="cuda", dtype=dtype)
+    layer(x)[0].backward(dy)
+    layer.zero_grad(), setattr(x, "grad", None)
+    plan = triton_lstm.make_plan(B, H, dtype, limits=Limits.of("cuda"))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    layer(x)[0].backward(dy)
+    peak = torch.cuda.max_memory_allocated() - before
+    forward = plan.forward_steps(T, 2) * B * 4 * H * 2
+    bound = T * B * (H + I) * 2 + plan.saved_bytes(T) + max(forward, plan.backward_bytes(T, I, 2)) + 2**22
+    assert peak <= bound, (peak, bound)
+
+
+def test_impossible_plan_raises_before_the_launch():
+    problem = cuda(5, 16, 4, 64)
+    many = Limits.of("cuda").multiprocessors + 1
+    with pytest.raises(triton_lstm.PlanError, match=f"{many * 4} programs wait"):
+        problem.ours(plan=dataclasses.replace(problem.shared_plan("grid"), groups=many))
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_sanitizer(tool):
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        pytest.skip("needs compute-sanitizer, of the CUDA toolkit")
+    code = """
+import torch, triton_lstm
+for H, dtype in ((33, torch.half), (160, torch.half), (70, torch.float)):
+    layer = triton_lstm.LSTM(5, H, bidirectional=True).cuda().to(dtype)
+    layer(torch.randn(4, 17, 5, device="cuda", dtype=dtype))[0].sum().backward()
+torch.cuda.synchronize()
+"""
+    result = subprocess.run([program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
+                            capture_output=True, text=True)
+    if "not supported" in result.stdout.lower():
+        pytest.skip(f"compute-sanitizer cannot run here: {result.stdout.strip().splitlines()[0]}")
+    assert result.returncode == 0, result.stdout[-3000:]

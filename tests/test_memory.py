@@ -1,0 +1,98 @@
+"""What training keeps and needs, in bytes, against the formulas of ``Plan``."""
+import weakref
+
+import harness
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import triton_lstm
+from triton_lstm.kernels import launch
+from triton_lstm.plan import H200
+
+
+def saved(T, B, I, H, D, dtype, keep_every):
+    """Bytes saved for backward in storages that are neither an argument's nor y's."""
+    generator = torch.Generator().manual_seed(0)
+    tensor = lambda *shape: torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+    arguments = [tensor(T, B, I), tensor(D, 4 * H, I), tensor(D, 4 * H, H), tensor(D, 4 * H)]
+    state = tensor(D, B, H), tensor(D, B, H)
+    kept = []
+    with harness.interpreter(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y, _ = triton_lstm.lstm(*arguments, state, keep_every=keep_every)
+    own = {t.untyped_storage().data_ptr() for t in (*arguments, *state, y)}
+    others = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    return sum(size for place, size in others.items() if place not in own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T, keep_every", [(12, 4), (13, 4), (4, 4), (5, 4), (1, 4), (7, 1)])
+def test_saved_for_backward(T, keep_every, dtype):
+    """4 H / K bytes a row and step for c, nothing for gates."""
+    B, H, D = 3, 10, 2
+    plan = triton_lstm.make_plan(B, H, dtype, D, limits=None, keep_every=keep_every)
+    assert saved(T, B, 5, H, D, dtype, keep_every) == plan.saved_bytes(T) == 4 * D * B * H * ((T - 1) // keep_every)
+
+
+def test_nothing_is_kept_without_gradients():
+    x, w, r = torch.randn(9, 2, 3), torch.randn(20, 3), torch.randn(20, 5)
+    with harness.interpreter():
+        *_, kept = triton_lstm.op.lstm_op(x, w[None], r[None], None, *[torch.zeros(1, 2, 5)] * 2, "", 2, False)
+    assert kept.shape == (0, 1, 2, 5)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes alive at once in storages made while the mode was on."""
+
+    def __init__(self, old):
+        super().__init__()
+        self.seen, self.alive, self.most = {t.untyped_storage().data_ptr() for t in old}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for t in tree_leaves(results):
+            if isinstance(t, torch.Tensor) and (place := t.untyped_storage().data_ptr()) not in self.seen and place:
+                self.seen.add(place)
+                self.alive += (size := t.untyped_storage().nbytes())
+                self.most = max(self.most, self.alive)
+                weakref.finalize(t.untyped_storage(), self.free, place, size)
+        return results
+
+    def free(self, place, size):
+        self.seen.discard(place)
+        self.alive -= size
+
+
+def backward_peak(plan, T, I, contiguous=True):
+    """Bytes that backward allocates at once beside dx, its kernels left out: they allocate nothing."""
+    D, B, H = plan.directions, plan.batch, plan.hidden_size
+    x = torch.randn(T, B, I) if contiguous else torch.randn(B, T, I).transpose(0, 1)
+    w, r, b, state = torch.randn(D, 4 * H, I), torch.randn(D, 4 * H, H), torch.randn(D, 4 * H), torch.randn(D, B, H)
+    y, kept = torch.randn(T, B, D * H), torch.randn(max(T - 1, 0) // plan.keep_every, D, B, H)
+    dy = torch.randn(T, B, D * H)
+    old = [x, w, r, b, state, y, kept, dy]
+    with Peak(old) as peak:
+        launch.backward(dy, state, state, x, w, r, b, state, state, y, kept, plan, [True] * 6,
+                        run=lambda *args, **kwargs: None)
+    return peak.most - x.numel() * 4
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("schedule, H", [("resident", 20), ("grid", 100)])
+def test_backward_workspace_is_bounded(schedule, H, contiguous):
+    plan = triton_lstm.make_plan(17, H, torch.float32, 2, limits=H200, schedule=schedule, keep_every=8)
+    I = 40
+    peaks = [backward_peak(plan, T, I, contiguous) for T in (8, 16, 64)]
+    bounds = [plan.backward_bytes(T, I, 4) for T in (8, 16, 64)]
+    assert bounds[0] == bounds[1] == bounds[2]
+    assert peaks[2] <= peaks[1] <= bounds[0], (peaks, bounds)
+    # the bound is no idle one: at least a third of it is really needed
+    assert peaks[2] > bounds[0] / 3
+
+
+def test_forward_holds_few_pre_activations():
+    plan = triton_lstm.make_plan(64, 1024, torch.bfloat16, keep_every=32)
+    steps = plan.forward_steps(10_000, 2)
+    assert steps == 512 and steps * 64 * 4 * 1024 * 2 == 2**28
+    assert plan.forward_steps(20, 2) == 20

@@ -27,6 +27,14 @@ from triton_lstm.kernels.ahead import compile_launch
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
+@contextlib.contextmanager
+def interpreting():
+    """Triton's switch for the interpreter, which is an environment variable too, on and back to what it was."""
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        yield
+
+
 def _load_interpreted():
     """A second copy of the kernels: triton.jit decides at import whether a function is compiled or interpreted."""
     name = "interpreted_kernels"
@@ -34,7 +42,7 @@ def _load_interpreted():
     package = importlib.util.module_from_spec(spec)
     package.__path__ = list(kernels.__path__)
     sys.modules[name] = package
-    with mock.patch.object(triton.knobs.runtime, "interpret", True):
+    with interpreting():
         return importlib.import_module(name + ".launch")
 
 
@@ -44,7 +52,8 @@ interpreted_launch = _load_interpreted()
 @contextlib.contextmanager
 def _use(launch):
     triton_lstm.op.limits_of.cache_clear()
-    with mock.patch.object(triton_lstm.op, "launch", launch), mock.patch.object(triton_lstm.functional, "launch", launch):
+    with mock.patch.object(triton_lstm.op, "launch", launch), \
+            mock.patch.object(triton_lstm.functional, "launch", launch):
         yield launch
     triton_lstm.op.limits_of.cache_clear()
 
@@ -52,8 +61,7 @@ def _use(launch):
 @contextlib.contextmanager
 def interpreter():
     # exp overflows on purpose, and numpy, unlike a GPU, remarks on it
-    with _use(interpreted_launch), mock.patch.object(triton.knobs.runtime, "interpret", True), \
-            np.errstate(over="ignore", invalid="ignore"):
+    with _use(interpreted_launch), interpreting(), np.errstate(over="ignore", invalid="ignore"):
         yield
 
 

@@ -91,11 +91,12 @@ def test_strided_and_expanded():
         assert torch.equal(y[:, 0], y[:, 3])
 
 
-@pytest.mark.parametrize("wanted", [{"x"}, {"w"}, {"r"}, {"b"}, {"h0"}, {"c0"}, {"x", "c0"}], ids=str)
+@pytest.mark.parametrize("wanted", ["x", "w", "r", "b", "h0", "c0", "x c0"])
 def test_only_wanted_gradients(wanted):
     """Each gradient alone equals itself among all."""
     problem = Problem(5, 3, 4, 10, D=2)
     inputs, (dy, _, dc) = problem.tensors()
+    wanted = set(wanted.split())
     names = ("x", "w", "r", "b", "h0", "c0")
     with harness.interpreter():
         def gradients(wanted):

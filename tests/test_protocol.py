@@ -40,10 +40,11 @@ def test_interleaved_groups_of_two_tiles(seed):
 @contextlib.contextmanager
 def barrier(function):
     """The kernels with ``function`` in the place of their barrier."""
-    with mock.patch.object(triton.knobs.runtime, "interpret", True):
+    with harness.interpreting():
         broken = triton.jit(function)
     package = harness.interpreted_launch.__package__
-    with mock.patch(f"{package}.forward.group_barrier", broken), mock.patch(f"{package}.backward.group_barrier", broken):
+    with mock.patch(f"{package}.forward.group_barrier", broken), \
+            mock.patch(f"{package}.backward.group_barrier", broken):
         yield
 
 
@@ -121,8 +122,7 @@ def test_emulator_catches_a_missing_arrival():
 
 
 def test_emulator_catches_a_missing_cta_barrier():
-    """Without the barrier before the arrival (ours, and the compiler's that follows it), one warp announces what another
-    has not stored yet."""
+    """Without the barriers before the arrival, ours and the compiler's, it announces what no warp has stored yet."""
     def edit(ptx):
         head, tail = ptx.split("bar.sync 0; mov.b32", 1)
         between, tail = tail.split("red.global.gpu.release", 1)

@@ -1,0 +1,1 @@
+"""The benchmark of triton_lstm: ``python -m bench --help``."""

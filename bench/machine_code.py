@@ -1,0 +1,188 @@
+"""What a compiled kernel does in its loops, read from its machine code. No GPU needed."""
+import collections
+import dataclasses
+import functools
+import os
+import re
+import subprocess
+import tempfile
+
+import triton
+
+CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+
+# Cycles until the result of an instruction that completes through a scoreboard is there; 12 for the others. From
+# public microbenchmarks of Hopper, rounded: trust comparisons more than the absolute figures.
+LATENCY = {
+    "HMMA": 25, "HGMMA": 64, "MUFU": 23, "LDS": 30, "LDSM": 33, "STS": 20, "STSM": 20, "LDG": 263, "LD": 200,
+    "LDL": 40, "STG": 30, "SHFL": 24, "BAR": 25, "S2R": 25, "UCGABAR_WAIT": 190, "ATOMG": 700, "REDG": 350,
+    "MEMBAR": 350, "CCTL": 30, "ERRBAR": 5,
+}
+WAITS = ("BAR", "UCGABAR_WAIT", "MEMBAR")       # nothing of the warp issues before these are through
+# Multiply-adds of 16-bit types that a scheduler's tensor core does in a cycle; TF32 runs at half the rate.
+HGMMA_RATE = 512
+HMMA_RATE = {8: 256, 9: 320}                    # by major architecture; Hopper's HMMA reaches 63 % of its peak
+MUFU_CYCLES = 8                                 # a warp's 32 results from the 4 lanes of its scheduler
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A loop: its addresses, how often each instruction occurs, what stays in registers, what one pass takes at least.
+
+    ``held`` are the bytes, of all threads of a program, that its matrix products find in registers as second factor and
+    nothing in it writes there. The bounds are in cycles of one multiprocessor: issue slots, tensor cores, special functions, and ``chain``: one
+    warp in order against the waits that the compiler encoded, which is what a pass costs when nothing hides latency.
+    A nested loop's instructions belong to it, once.
+    """
+    start: int
+    end: int
+    counts: collections.Counter
+    held: int
+    issue: float
+    tensor: float
+    mufu: float
+    chain: float
+
+    @property
+    def instructions(self):
+        return self.counts.total()
+
+    @property
+    def bound(self):
+        """Cycles that one pass takes at least."""
+        return max(self.issue, self.tensor, self.mufu, self.chain)
+
+    @property
+    def spills(self):
+        """Loads and stores of registers that did not fit."""
+        return self.counts["LDL"] + self.counts["STL"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A kernel: registers and bytes of stack of a thread, bytes of shared memory of a program, loops, longest first."""
+    registers: int
+    stack: int
+    shared: int
+    loops: tuple
+
+    @property
+    def time_loop(self):
+        """The loop over the steps: the longest one."""
+        return self.loops[0]
+
+    def inside(self, loop):
+        """The loops nested in ``loop``."""
+        return [other for other in self.loops
+                if other is not loop and loop.start <= other.start and other.end <= loop.end]
+
+
+# An instruction: address, name without and with modifiers, operands, and its control bits: cycles to the next one,
+# scoreboards that it sets when it has written its result (wr) or read its operands (rd), 7 for none, and a mask of
+# those it waits for.
+_Instruction = collections.namedtuple("_Instruction", "address op full operands stall wr rd wait")
+
+
+def read(compiled):
+    """The ``Report`` of what ``triton.compile`` returned for an NVIDIA GPU."""
+    m = compiled.metadata
+    return _read(compiled.asm["cubin"], m.num_warps, m.target.arch, m.shared)
+
+
+@functools.lru_cache
+def _read(cubin, warps, arch, shared):
+    text = _disassemble(cubin)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
+    return Report(registers, stack, shared, tuple(_loops(_parse(text), warps, arch)))
+
+
+def _disassemble(cubin):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([CUOBJDUMP, "-sass", "-res-usage", file.name], capture_output=True, text=True,
+                              check=True).stdout
+
+
+def _loops(code, warps, arch):
+    """The loops of ``code``, longest first."""
+    index = {instruction.address: n for n, instruction in enumerate(code)}
+    loops = []
+    for n, instruction in enumerate(code):
+        target = re.search(r"0x([0-9a-f]+)", instruction.operands) if instruction.op == "BRA" else None
+        first = index.get(int(target[1], 16), n) if target else n
+        if first < n:                                   # a branch backwards
+            body = code[first:n + 1]
+            loops.append(Loop(code[first].address, instruction.address, collections.Counter(i.op for i in body),
+                              _held(body, warps), *_bounds(body, warps, arch)))
+    return sorted(loops, key=lambda loop: -loop.instructions)
+
+
+def _parse(text):
+    """Instructions are two lines: /*address*/ code; /* low word */ and /* high word */, whose top bits are control."""
+    code = []
+    for address, body, high in re.findall(
+            r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s+/\* 0x[0-9a-f]+ \*/\s*\n\s+/\* 0x([0-9a-f]{16}) \*/", text):
+        full, _, operands = re.sub(r"^@!?U?P\w+\s+", "", body).partition(" ")
+        control = int(high, 16) >> 41
+        code.append(_Instruction(int(address, 16), full.split(".")[0], full, operands, control & 15, control >> 5 & 7,
+                                 control >> 8 & 7, control >> 11 & 63))
+    return code
+
+
+def _written(instruction):
+    """The registers that an instruction writes: from the first one it names, unless that is in an address, on."""
+    m = re.match(r"(?:P\w, )?R(\d+)\b", instruction.operands)
+    if not m:
+        return range(0)
+    if instruction.op == "HMMA" or re.search(r"\.128\b|88\.4", instruction.full):
+        count = 4
+    else:       # two for instructions on pairs: FFMA2, IMAD.WIDE, ...
+        count = 2 if re.search(r"\.64\b|\.WIDE|88\.2|^CS2R$|^\w+2$", instruction.full) else 1
+    return range(int(m[1]), int(m[1]) + count)
+
+
+def _held(body, warps):
+    """Bytes of the second factors of matrix products that stay in registers over the passes of a loop."""
+    factors = set()
+    for i in body:
+        if m := re.match(r"HMMA\.168(\d+)\S* R\S+ R\S+ R(\d+)", f"{i.full} {i.operands}"):
+            count = int(m[1]) * 8 * (4 if "TF32" in i.full else 2) // 128       # k by 8 elements over 32 threads
+            factors.update(range(int(m[2]), int(m[2]) + count))
+    return len(factors.difference(*map(_written, body))) * 4 * 32 * warps
+
+
+def _tensor_cycles(instruction, arch):
+    """Cycles that one warp's matrix product keeps its scheduler's tensor core busy."""
+    rate = HMMA_RATE.get(arch // 10, HMMA_RATE[9])
+    if m := re.match(r"HMMA\.(16)(8)(16|8|4)\b", instruction.full):
+        products = int(m[1]) * int(m[2]) * int(m[3])
+    elif m := re.match(r"HGMMA\.64x(\d+)x(\d+)", instruction.full):
+        products, rate = 16 * int(m[1]) * int(m[2]), HGMMA_RATE     # a quarter of the warp group's
+    else:
+        return 0
+    return products / rate * (2 if "TF32" in instruction.full else 1)
+
+
+def _bounds(body, warps, arch):
+    """Lower bounds of one pass through ``body`` in cycles: issue, tensor, mufu, chain."""
+    per_scheduler = max(1, warps // 4)
+    issue = len(body) * per_scheduler
+    tensor = sum(_tensor_cycles(i, arch) for i in body) * per_scheduler
+    mufu = sum(i.op == "MUFU" for i in body) * MUFU_CYCLES * per_scheduler
+    clock = tensor_free = mufu_free = 0
+    ready = [0] * 6                                                 # by scoreboard
+    for i in body:
+        clock = max([clock] + [ready[n] for n in range(6) if i.wait >> n & 1])
+        if busy := _tensor_cycles(i, arch):
+            clock = max(clock, tensor_free)
+            tensor_free = clock + busy
+        if i.op == "MUFU":
+            clock = max(clock, mufu_free)
+            mufu_free = clock + MUFU_CYCLES
+        done = clock + LATENCY.get(i.op, 12)
+        for scoreboard in (i.wr, i.rd):
+            if scoreboard < 6:
+                ready[scoreboard] = max(ready[scoreboard], done)
+        clock = max(1, i.stall) + (done if i.op in WAITS else clock)
+    return issue, tensor, mufu, clock

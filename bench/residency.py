@@ -1,0 +1,92 @@
+"""Where R lives under each plan, and what the compiler made of its time loops. No GPU needed."""
+import dataclasses
+
+import triton
+
+from triton_lstm import Plan, PlanError, make_plan
+from triton_lstm.kernels.ahead import compile_plan
+from triton_lstm.plan import A100, H200
+
+from .console import markdown, progress
+from .machine_code import Report, read
+from .workloads import DTYPES
+
+LIMITS = {80: A100}                 # by architecture; H200's for the others
+L2_BYTES_PER_CYCLE = 64             # that one multiprocessor reads at most
+
+LEGEND = """\
+Two numbers are of the forward / backward time loop. "R planned" is KiB of R that the plan means to hold in the
+registers of each program, "R in registers" KiB that the compiled loop finds there at each step, copies that warps share
+included; what is planned but not found is read from shared memory. "R from L2" is KiB that a program reads again for
+each tile of a step. Registers are of a thread, shared memory (KiB) of a program. Spills and barriers are instructions
+in the time loop. Cycles a step are a bound read from the machine code with assumed latencies, on one multiprocessor,
+for all tiles of a program; it contains no waiting for other programs. Nothing here is measured."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Residency:
+    """A workload, its plan and the plan's two time loops; or the reason why there is no plan."""
+    workload: str
+    dtype: str
+    plan: Plan | None = None
+    forward: Report | None = None
+    backward: Report | None = None
+    reason: str = ""
+
+
+def step_cycles(plan, report):
+    """Cycles that a program of ``plan`` takes for a step at least."""
+    loop = report.time_loop
+    bound = loop.bound
+    if plan.streamed_bytes:
+        # where the loop over the streamed part of R stayed a loop, it passes once for each block_k units
+        passes = -(-(plan.hidden_size - plan.held) // plan.block_k)
+        bound += sum((passes - 1) * inner.bound for inner in report.inside(loop) if inner.counts["HMMA"])
+    # one pass of the time loop is one tile
+    return plan.tiles * max(bound, plan.streamed_bytes / L2_BYTES_PER_CYCLE)
+
+
+def read_plans(workloads, arch=90):
+    """The ``Residency`` of each workload on a GPU of architecture ``arch``; plans that workloads share compile once."""
+    plans, reasons = {}, {}
+    for w in workloads:
+        try:
+            plans[w.name] = make_plan(w.batch, w.hidden_size, DTYPES[w.dtype], w.directions,
+                                      limits=LIMITS.get(arch, H200))
+        except PlanError as error:
+            reasons[w.name] = str(error)
+    dtypes = {w.name: w.dtype for w in workloads}
+    distinct = dict.fromkeys((plan, dtypes[name]) for name, plan in plans.items())
+    for plan, dtype in progress(distinct, lambda key: f"compiling {key[0].schedule} H={key[0].hidden_size} "
+                                                      f"B={key[0].batch} {key[1]} for sm_{arch}"):
+        kernels = compile_plan(plan, DTYPES[dtype], arch)
+        distinct[plan, dtype] = [next(read(kernel) for name, kernel in kernels.items() if name.startswith(which))
+                                 for which in ("forward", "backward")]
+    return [Residency(w.name, w.dtype, plans[w.name], *distinct[plans[w.name], w.dtype]) if w.name in plans else
+            Residency(w.name, w.dtype, reason=reasons[w.name]) for w in workloads]
+
+
+def table(found):
+    """A Markdown table of ``Residency`` objects, followed by why the workloads without a plan have none."""
+    header = ("workload", "type", "schedule", "programs x groups", "R planned", "R in registers", "R from L2",
+              "registers", "shared", "spills", "barriers", "cycles a step")
+    kib = lambda n: f"{n / 1024:.0f}"
+    rows = []
+    for f in found:
+        if f.plan is None:
+            rows.append((f.workload, f.dtype, "no plan") + ("",) * (len(header) - 3))
+            continue
+        both = lambda value: f"{value(f.forward)} / {value(f.backward)}"
+        groups = f"{f.plan.groups}" if f.plan.directions == 1 else f"{f.plan.groups} x {f.plan.directions}"
+        rows.append((f.workload, f.dtype, f.plan.schedule, f"{f.plan.programs} x {groups}", kib(f.plan.register_bytes),
+                     both(lambda r: kib(r.time_loop.held)), kib(f.plan.streamed_bytes), both(lambda r: r.registers),
+                     both(lambda r: kib(r.shared)), both(lambda r: r.time_loop.spills),
+                     both(lambda r: r.time_loop.counts["BAR"]), both(lambda r: f"{step_cycles(f.plan, r):.0f}")))
+    notes = [f"{f.workload}: {f.reason}" for f in found if f.plan is None]
+    return "\n".join([markdown(header, rows)] + notes)
+
+
+def show(workloads, arch=90):
+    """Print the table of ``workloads``."""
+    found = read_plans(workloads, arch)
+    print(f"Plans compiled for sm_{arch} by Triton {triton.__version__}\n\n{table(found)}\n\n{LEGEND}")

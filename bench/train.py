@@ -1,0 +1,137 @@
+"""Trains one character model with torch's LSTM and with ours, from the same weights on the same batches."""
+import dataclasses
+import pathlib
+import statistics
+import sys
+import sysconfig
+import time
+
+import torch
+import triton
+
+import triton_lstm
+
+from . import plots
+from .workloads import DTYPES
+
+TEXT_BYTES = 1 << 22
+LAYERS = {"torch.nn.LSTM": torch.nn.LSTM, "triton_lstm.LSTM": triton_lstm.LSTM}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sequences in a batch, characters in a sequence, units of the model, training steps."""
+    batch: int
+    sequence: int
+    hidden: int
+    steps: int
+
+
+SIZES = {"cuda": Sizes(64, 128, 512, 300), "interpreter": Sizes(8, 16, 32, 40)}
+
+
+class Model(torch.nn.Module):
+    """Predicts the next of 256 characters: (T, B) to logits (T, B, 256)."""
+
+    def __init__(self, layer_class, hidden, layers):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(256, hidden)
+        self.lstm = layer_class(hidden, hidden, layers)
+        self.head = torch.nn.Linear(hidden, 256)
+
+    def forward(self, characters):
+        return self.head(self.lstm(self.embedding(characters))[0])
+
+
+def read_text():
+    """The sources of Python's standard library, some megabytes of them, as a tensor of bytes."""
+    data = bytearray()
+    for path in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        data += path.read_bytes()
+    return torch.frombuffer(data[:TEXT_BYTES], dtype=torch.uint8)
+
+
+def batches(text, sizes, seed):
+    """``sizes.steps`` batches of random places in the text, (sequence + 1, batch) each."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.arange(sizes.sequence + 1)[:, None]
+    for _ in range(sizes.steps):
+        yield text[offsets + torch.randint(len(text) - sizes.sequence, (sizes.batch,), generator=generator)].long()
+
+
+def train_step(model, optimizer, characters):
+    """One step of training; returns the loss before it."""
+    logits = model(characters[:-1]).float()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), characters[1:].flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def train(sizes, layers, seed, dtype, device):
+    """({name: losses}, {name: characters a second}) by step; an interrupted run returns the steps it made."""
+    torch.manual_seed(seed)
+    models = {name: Model(layer_class, sizes.hidden, layers).to(device, dtype) for name, layer_class in LAYERS.items()}
+    start = next(iter(models.values())).state_dict()
+    for model in models.values():
+        model.load_state_dict(start)
+    optimizers = {name: torch.optim.Adam(model.parameters(), lr=2e-3) for name, model in models.items()}
+    losses, rates = ({name: [] for name in models} for _ in range(2))
+    began = time.monotonic()
+    try:
+        for step, characters in enumerate(batches(read_text(), sizes, seed), 1):
+            characters = characters.to(device)
+            for name, model in models.items():
+                _wait(device)
+                before = time.perf_counter()
+                loss = train_step(model, optimizers[name], characters)
+                _wait(device)
+                rates[name].append(sizes.batch * sizes.sequence / (time.perf_counter() - before))
+                losses[name].append(loss)
+            if step % max(sizes.steps // 20, 1) == 0 or step == 1:
+                left = (time.monotonic() - began) / step * (sizes.steps - step)
+                both = lambda value: " / ".join(value(name) for name in models)
+                print(f"[{step}/{sizes.steps}] loss {both(lambda name: f'{losses[name][-1]:.4f}')}, "
+                      + (f"characters/s {both(lambda name: f'{rates[name][-1]:,.0f}')}, " if device == "cuda" else "")
+                      + f"{left:.0f} s left", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        steps = len(losses[name := list(models)[-1]])           # of the layer that goes second
+        losses = {name: curve[:steps] for name, curve in losses.items()}
+        print(f"interrupted after {steps} steps", file=sys.stderr)
+    return losses, rates
+
+
+def _wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def run(out, sizes, layers=1, seed=0, dtype="fp32", interpreted=False):
+    """Train, print the outcome and draw it into train.png in the folder ``out``.
+
+    ``interpreted``: the kernels run in Triton's interpreter on the CPU, where speed means nothing and is not drawn.
+    """
+    print(f"{' and '.join(LAYERS)}: batch {sizes.batch}, {sizes.sequence} characters, hidden {sizes.hidden}, "
+          f"{layers} layer(s), {sizes.steps} steps, {dtype}", flush=True)
+    if interpreted:
+        print("The kernels run in Triton's interpreter on the CPU: losses count, speed would mean nothing and is left "
+              "out.", flush=True)
+    losses, rates = train(sizes, layers, seed, DTYPES[dtype], "cpu" if interpreted else "cuda")
+    if not all(losses.values()):
+        return 130
+    difference = max(abs(a - b) for a, b in zip(*losses.values()))
+    # the first step compiles
+    speeds = None if interpreted else {name: statistics.median(r[1:] or r) for name, r in rates.items()}
+    for name, curve in losses.items():
+        print(f"{name}: final loss {curve[-1]:.6f}" + (f", {speeds[name]:,.0f} characters/s" if speeds else ""))
+    print(f"largest difference between the loss curves: {difference:.1e}")
+    out.mkdir(parents=True, exist_ok=True)
+    where = "CPU, kernels in Triton's interpreter: no speed" if interpreted else torch.cuda.get_device_name()
+    plots.training(losses, speeds, out / "train.png",
+                   f"Character model on Python's standard library; batch {sizes.batch}, {sizes.sequence} characters, "
+                   f"{layers} layer(s) of {sizes.hidden} units, {dtype}, seed {seed}; largest difference of the losses "
+                   f"{difference:.1e}. {where}, torch {torch.__version__}, Triton {triton.__version__}, triton_lstm "
+                   f"{triton_lstm.__version__}.")
+    print(f"wrote {out / 'train.png'}")
+    return 0

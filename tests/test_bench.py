@@ -1,0 +1,332 @@
+"""The benchmark without a GPU: it reads machine code right, gives a wrong result no time, keeps what it measured."""
+import collections
+import dataclasses
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+import harness
+import triton_lstm
+from bench import __main__ as command
+from bench import console, correctness, machine_code, residency, sweep, train
+from bench.workloads import DTYPES, MODES, WORKLOADS
+from triton_lstm import make_plan
+from triton_lstm.kernels import launch as compiled_launch
+from triton_lstm.kernels.ahead import compile_plan
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Wrong(torch.nn.LSTM):
+    """An LSTM that is wrong by a tenth."""
+    def forward(self, x, hx=None):
+        y, state = super().forward(x, hx)
+        return 1.1 * y, state
+
+
+def assert_drawn(path):
+    """The picture has dark marks on white, not only a frame."""
+    from matplotlib.image import imread
+    picture = imread(path)[..., :3].mean(-1)
+    assert picture.max() == 1 and 0.01 < (picture < 0.5).mean() < 0.5
+
+
+# Machine code
+
+def sass(*instructions):
+    """What cuobjdump would print; an instruction is its text, stall, wr, rd and mask of scoreboards to wait for."""
+    line = "        /*{:04x}*/         {:>40} ;  /* 0x0000000000000000 */\n                  /* 0x{:016x} */\n"
+    return "".join(line.format(16 * n, text, (stall | wr << 5 | rd << 8 | wait << 11) << 41)
+                   for n, (text, stall, wr, rd, wait) in enumerate(instructions))
+
+
+def test_parse_reads_instructions_and_control_bits():
+    code = machine_code._parse(sass(
+        ("@!P0 LDG.E.128 R4, desc[UR4][R2.64]", 4, 2, 0, 0), ("FADD R1, R4, R1", 5, 7, 7, 0b100),
+        ("@UP0 BAR.SYNC.DEFER_BLOCKING 0x0", 1, 7, 7, 0), ("EXIT", 5, 7, 7, 0)))
+    assert [(i.address, i.op, i.stall, i.wr, i.rd, i.wait) for i in code] == [
+        (0, "LDG", 4, 2, 0, 0), (16, "FADD", 5, 7, 7, 0b100), (32, "BAR", 1, 7, 7, 0), (48, "EXIT", 5, 7, 7, 0)]
+    assert code[0].full == "LDG.E.128" and code[0].operands == "R4, desc[UR4][R2.64]"
+
+
+@pytest.mark.parametrize("text, registers", [
+    ("LDSM.16.M88.4 R4, [R2]", [4, 5, 6, 7]), ("LDS.64 R4, [R2]", [4, 5]), ("FADD R4, R5, R6", [4]),
+    ("@!P0 IMAD.WIDE R4, R5, 0x4, R6", [4, 5]), ("FFMA2 R4, R6, R8, R10", [4, 5]), ("SHFL.BFLY PT, R4, R5, 0x1", [4]),
+    ("HMMA.16816.F32 R4, R8, R12, R4", [4, 5, 6, 7]), ("STS.128 [R2], R4", []), ("ISETP.GE.AND P0, PT, R4, R5", []),
+    ("STG.E desc[UR4][R2.64], R4", []), ("UMOV UR4, 0x1", []), ("EXIT", []), ("IADD3 R4, P0, R5, R6, RZ", [4])])
+def test_registers_written(text, registers):
+    assert list(machine_code._written(*machine_code._parse(sass((text, 1, 7, 7, 0))))) == registers
+
+
+def test_held_factors_are_those_that_the_loop_does_not_write():
+    held = lambda *lines: machine_code._held(machine_code._parse(sass(*((line, 1, 7, 7, 0) for line in lines))), warps=8)
+    product, tf32 = "HMMA.16816.F32.BF16 R0, R8, R12.reuse, R0", "HMMA.1688.F32.TF32 R0, R8, R14, RZ"
+    pair = 2 * 4 * 32 * 8           # two registers of every thread
+    assert held(product) == held(product, product) == pair and held(product, tf32) == 2 * pair
+    assert held("HMMA.1688.F32.BF16 R0, R8, R12, R0") == pair // 2
+    assert held("LDSM.16.M88.4 R12, [R20]", product, tf32) == 0
+    assert held("LDS R13, [R20]", product) == pair // 2
+    assert held("FADD R1, R12, R13") == 0
+
+
+def test_loops_nest_and_are_bounded():
+    outer, inner = machine_code._loops(machine_code._parse(sass(
+        ("MOV R1, RZ", 1, 7, 7, 0),
+        ("LDG.E R4, [R2]", 2, 0, 7, 0),                         # the outer loop begins here
+        ("STL [R1], R4", 1, 7, 7, 1),
+        ("MUFU.TANH R4, R4", 1, 1, 7, 0),                       # the inner one
+        ("@P0 BRA 0x30", 5, 7, 7, 0),
+        ("HMMA.16816.F32.BF16 R8, R4, R6, R8", 1, 2, 7, 0b10),
+        ("BRA.U UP0, 0x10", 5, 7, 7, 0),
+        ("BRA 0x70", 0, 7, 7, 0))), warps=8, arch=90)          # the trap at the end of every kernel is no loop
+    assert (outer.start, outer.end, inner.start, inner.end) == (0x10, 0x60, 0x30, 0x40)
+    assert outer.counts == collections.Counter(LDG=1, STL=1, MUFU=1, BRA=2, HMMA=1) and outer.spills == 1
+    report = machine_code.Report(32, 0, 0, (outer, inner))
+    assert report.time_loop is outer and report.inside(outer) == [inner] and report.inside(inner) == []
+    # two warps on each scheduler; a matrix product of 2048 multiply-adds at 320 a cycle
+    assert (outer.instructions, outer.issue, outer.tensor, outer.mufu) == (6, 12, 2 * 2048 / 320, 2 * 8)
+    # LDG and its stall, then STL waits until 263; MUFU at 264 is done at 287, HMMA waits for it
+    assert outer.chain == 263 + 1 + 23 + 1 + 5 == outer.bound
+
+
+@pytest.mark.parametrize("name, arch, cycles", [
+    ("HMMA.16816.F32", 90, 6.4), ("HMMA.16816.F32.BF16", 80, 8), ("HMMA.1688.F32.TF32", 90, 6.4),
+    ("HGMMA.64x128x16.F32.BF16", 90, 64), ("FFMA", 90, 0)])
+def test_tensor_cycles(name, arch, cycles):
+    instruction = machine_code._Instruction(0, name.split(".")[0], name, "", 0, 7, 7, 0)
+    assert machine_code._tensor_cycles(instruction, arch) == pytest.approx(cycles)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("schedule, hidden_size", [("resident", 64), ("grid", 128)])
+def test_read_a_plan(arch, schedule, hidden_size):
+    plan = make_plan(16, hidden_size, torch.float16, schedule=schedule)
+    for name, kernel in compile_plan(plan, torch.float16, arch).items():
+        report = machine_code.read(kernel)
+        loop = report.time_loop
+        assert report.stack == 0 and loop.spills == 0 and 16 <= report.registers <= 255
+        assert report.shared == kernel.metadata.shared
+        assert loop.bound >= loop.chain > 0 and loop.issue == loop.instructions * plan.num_warps / 4
+        # every product of a step once: 16 rows, 4 gates, m16n8k16
+        units = hidden_size if schedule == "resident" else plan.block_h
+        products = 0 if name == "coefficients" else 16 * 4 * units * hidden_size // (16 * 8 * 16) // plan.num_warps
+        assert loop.counts["HMMA"] == products
+        assert loop.held == (plan.register_bytes if products else 0)
+        assert loop.counts["STG"] > 0 and (loop.counts["MUFU"] > 0) == (not name.startswith("backward"))
+        # the wait for the group spins, which is a loop in the time loop
+        assert bool(report.inside(loop)) == name.endswith("grid")
+        machine_code._read.cache_clear()
+        assert machine_code.read(kernel) == report
+
+
+# Workloads and residency
+
+def test_workloads():
+    assert len({w.name for w in WORKLOADS}) == len(WORKLOADS) == 24
+    for w in WORKLOADS:
+        assert min(w.batch, w.steps, w.input_size, w.hidden_size, w.layers) >= 1
+        assert w.directions in (1, 2) and w.dtype in DTYPES and w.mode in MODES and w.source
+    openunmix = next(w for w in WORKLOADS if w.name == "openunmix")
+    assert dataclasses.astuple(openunmix) == ("openunmix", 16, 255, 512, 256, 3, 2, "fp32", "train",
+                                              "open-unmix model.py", "dropout 0.4")
+
+
+def test_residency_compiles_shared_plans_once_and_tells_why_one_has_none(capsys):
+    deepar = next(w for w in WORKLOADS if w.name == "deepar")
+    huge = dataclasses.replace(deepar, name="huge", hidden_size=10 ** 5)
+    with mock.patch.object(residency, "compile_plan", wraps=compile_plan) as compiled:
+        found = residency.read_plans([deepar, dataclasses.replace(deepar, name="twin", steps=7), huge])
+    assert compiled.call_count == 1 and "[1/1]" in capsys.readouterr().err
+    assert found[0].forward is found[1].forward is not None and found[2].plan is None
+    lines = residency.table(found).splitlines()
+    assert len({len(line) for line in lines[:5]}) == 1
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:5]]
+    row = dict(zip(cells[0], cells[2]))
+    assert row["workload"] == "deepar" and row["schedule"] == "resident" and row["spills"] == "0 / 0"
+    planned = f"{found[0].plan.register_bytes / 1024:.0f}"
+    assert row["R planned"] == planned and row["R in registers"] == f"{planned} / {planned}" and row["R from L2"] == "0"
+    assert row["registers"] == f"{found[0].forward.registers} / {found[0].backward.registers}"
+    assert cells[4][:3] == ["huge", "fp32", "no plan"] and re.match("huge: .*multiprocessors", lines[5])
+
+
+def test_step_cycles_counts_tiles_and_the_streamed_part():
+    loop = lambda start, end, cycles, op: machine_code.Loop(start, end, collections.Counter([op]), 0, 0, 0, 0, cycles)
+    outer, stream, spin = loop(0, 99, 1000, "HMMA"), loop(10, 20, 100, "HMMA"), loop(30, 40, 500, "LDG")
+    report = machine_code.Report(255, 0, 0, (outer, stream, spin))
+    plan = make_plan(32, 2048, torch.bfloat16)
+    passes = -(-(2048 - plan.held) // plan.block_k)
+    assert plan.schedule == "streamed" and passes > 1
+    assert residency.step_cycles(plan, report) == plan.tiles * max(1000 + 100 * (passes - 1), plan.streamed_bytes / 64)
+    assert residency.step_cycles(make_plan(16, 64, torch.bfloat16), report) == 1000
+
+
+def test_progress_tells_the_time_left(capsys):
+    assert list(console.progress("ab")) == ["a", "b"]
+    assert re.fullmatch(r"\[1/2\] a\n\[2/2\] b, \d+ s left\n", capsys.readouterr().err)
+
+
+# The check in the interpreter
+
+@pytest.mark.parametrize("layer, good", [(triton_lstm.LSTM, True), (Wrong, False)])
+def test_check(layer, good, capsys):
+    launch = harness.interpreted_launch
+    with harness.interpreter(), mock.patch.object(correctness, "SHAPES", correctness.SHAPES[:2]), \
+            mock.patch.object(launch, "launch_kernel", wraps=launch.launch_kernel) as launched:
+        assert correctness.check_interpreted(layer) == good
+    assert launched.call_count == 3 * 2 * good           # forward, coefficients, backward
+    assert capsys.readouterr().out.count("ok" if good else "WRONG") == 2
+
+
+def test_an_error_that_is_not_a_number_passes_no_bound():
+    one, zero = dict(y=torch.ones(2)), dict(y=torch.zeros(2))
+    assert correctness.error(zero, dict(y=torch.zeros(2).double())) == 0
+    assert not correctness.error(dict(y=torch.tensor([1., float("nan")])), dict(y=torch.ones(2).double())) <= 1e9
+    assert correctness.error(one, dict(y=torch.zeros(2).double())) > 1e9
+
+
+# The sweep, with a timer that says 1, 2, 3 ms
+
+CASES = [sweep.Case(mode, dtype, 2, hidden, steps=4) for mode in ("forward", "train") for dtype in ("fp16", "fp32")
+         for hidden in (8, 16)]
+
+
+def run_sweep(out, timer, ours=torch.nn.LSTM):
+    providers = {sweep.OURS: ours, sweep.THEIRS: torch.nn.LSTM}
+    code = sweep.run(out, CASES, providers, "cpu", timer, lambda: "a GPU, torch 0")
+    return code, sweep.load(out / "sweep.csv")
+
+
+def test_sweep_measures_writes_and_draws(tmp_path, capsys):
+    timed = []
+
+    def timer(function, tensors):
+        function()
+        timed.append(all(t.grad is not None for t in tensors) and len(tensors))
+        return 1., 2., 3.
+
+    code, rows = run_sweep(tmp_path / "new", timer)
+    assert code == 0 and timed == [0] * 8 + [5] * 8         # x, two weights and two biases have gradients
+    assert [row.case for row in rows[::2]] == CASES and rows[0].us_per_step == 500
+    first = dataclasses.replace(rows[0], error=0.)
+    assert first == sweep.Row("forward", "fp16", 2, 8, 4, sweep.OURS, "a GPU, torch 0", "ok", 0., 1., 2., 3.)
+    assert all(0 < row.error < 1e-2 for row in rows)
+    out = capsys.readouterr().out
+    assert "500.00" in out and "1.00" in out and "a GPU" in out
+    assert_drawn(tmp_path / "new" / "sweep.png")
+
+
+def test_sweep_gives_a_wrong_result_no_time(tmp_path, capsys):
+    timer = mock.Mock(return_value=(1., 2., 3.))
+    code, rows = run_sweep(tmp_path, timer, Wrong)
+    assert code == 1 and timer.call_count == len(CASES)
+    for row in rows:
+        assert (row.status == "wrong") == (row.provider == sweep.OURS) == (row.ms_median is None)
+    assert capsys.readouterr().out.count("WRONG") == len(CASES)
+
+
+def test_sweep_times_no_fallback_in_place_of_ours(tmp_path):
+    timer = mock.Mock(return_value=(1., 2., 3.))
+    with mock.patch.object(sweep, "plan_for", side_effect=triton_lstm.PlanError("too large")):
+        code, rows = run_sweep(tmp_path, timer, triton_lstm.LSTM)
+    assert code == 0 and timer.call_count == len(CASES)
+    assert {(row.provider, row.status) for row in rows} == {(sweep.OURS, "too large"), (sweep.THEIRS, "ok")}
+
+
+def test_an_interrupted_sweep_keeps_its_rows(tmp_path, capsys):
+    timer = mock.Mock(side_effect=[(1., 2., 3.)] * 3 + [KeyboardInterrupt])
+    code, rows = run_sweep(tmp_path, timer)
+    assert code == 130 and [row.ms_median for row in rows] == [2.] * 3
+    assert "interrupted after 3" in capsys.readouterr().out
+    assert_drawn(tmp_path / "sweep.png")
+
+
+def test_the_timer_asks_for_quantiles():
+    with mock.patch("triton.testing.do_bench", return_value=[1., 2., 3.]) as do_bench:
+        assert sweep.time_gpu("f", ["x"]) == [1., 2., 3.]
+    do_bench.assert_called_once_with("f", quantiles=(0.2, 0.5, 0.8), grad_to_none=["x"])
+
+
+# Training
+
+def test_training_gives_the_same_losses(tmp_path):
+    """The whole command: without a GPU it starts itself anew in the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-m", "bench", "train", "--steps", "6", "--hidden", "20", "--sequence", "8",
+                           "--layers", "2", "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**environment, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    torchs, ours = map(float, re.findall(r"final loss (\S+)", done.stdout))
+    difference = float(re.search(r"largest difference between the loss curves: (\S+)", done.stdout)[1])
+    # fp32 in both; six steps of Adam raise the last bit's difference a little
+    assert 3 < ours < 5.6 and abs(ours - torchs) <= 1e-5 and difference <= 1e-5
+    assert "interpreter" in done.stdout and "characters/s" not in done.stdout + done.stderr
+    assert "[6/6] loss" in done.stderr
+    assert_drawn(tmp_path / "train.png")
+
+
+def test_training_on_a_gpu(tmp_path, capsys):
+    """The path of a GPU, on the CPU with torch's LSTM twice: speeds are shown and drawn."""
+    sizes, real = train.Sizes(2, 4, 8, 3), train.train
+    assert list(real(sizes, 1, 0, torch.float32, "cpu")[0]) == list(train.LAYERS)
+    with mock.patch.object(train, "train", lambda *args: real(*args[:-1], "cpu")), \
+            mock.patch.object(torch.cuda, "get_device_name", return_value="a GPU"):
+        assert train.run(tmp_path, sizes) == 0
+    assert len(re.findall(r"final loss \S+, \S+ characters/s", capsys.readouterr().out)) == 2
+    assert_drawn(tmp_path / "train.png")
+
+
+def test_interrupted_training_keeps_equal_curves(tmp_path):
+    steps = mock.Mock(side_effect=[5., 5., 4., KeyboardInterrupt])
+    with mock.patch.object(train, "train_step", steps):
+        losses, _ = train.train(train.Sizes(2, 4, 8, 9), 1, 0, torch.float32, "cpu")
+    assert losses == {name: [5.] for name in train.LAYERS}
+
+
+def test_text_and_batches_are_the_same_each_time():
+    text, sizes = train.read_text(), train.Sizes(3, 5, 8, 2)
+    assert len(text) > 10 ** 6 and torch.equal(text, train.read_text())
+    first, again, other = (list(train.batches(text, sizes, seed)) for seed in (1, 1, 2))
+    assert len(first) == 2 and first[0].shape == (6, 3)
+    assert all(map(torch.equal, first, again)) and not torch.equal(first[0], other[0])
+
+
+# The command line
+
+def test_command_without_a_gpu_says_so_and_passes_the_check_on(capsys):
+    for code in (0, 1):
+        with mock.patch.object(torch.cuda, "is_available", return_value=False), \
+                mock.patch.object(command, "run_in_interpreter", return_value=code) as checked, \
+                mock.patch.object(residency, "show") as shown:
+            assert command.main([]) == code
+        checked.assert_called_once_with(["check"])
+        shown.assert_called_once_with(WORKLOADS)
+        assert "nothing is timed" in capsys.readouterr().out
+
+
+def test_command_with_a_gpu_sweeps(tmp_path):
+    with mock.patch.object(torch.cuda, "is_available", return_value=True), \
+            mock.patch.object(sweep, "run", return_value=1) as swept:
+        assert command.main(["--out", str(tmp_path)]) == 1
+    swept.assert_called_once_with(tmp_path)
+
+
+def test_command_line_is_explained(capsys):
+    for arguments in ([], ["residency"], ["check"], ["train"]):
+        with pytest.raises(SystemExit) as stop:
+            command.main([*arguments, "--help"])
+        assert stop.value.code == 0 and "usage: python -m bench" in capsys.readouterr().out
+    args = command.parser().parse_args(["--out", "a", "train", "--steps", "3"])
+    assert args.out == pathlib.Path("a") and args.steps == 3
+    with pytest.raises(SystemExit):
+        command.parser().parse_args(["train", "--steps", "0"])
+
+
+def test_nothing_compiles_in_the_interpreter():
+    with mock.patch.object(compiled_launch, "INTERPRET", True), pytest.raises(SystemExit):
+        command.main(["residency"])

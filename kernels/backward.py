@@ -54,19 +54,25 @@ def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, S, B, first, keep_every,
 
 
 @triton.jit
+def load_coefficients(k, mask, H: tl.constexpr):
+    return (tl.load(k, mask=mask, other=0.), tl.load(k + H, mask=mask, other=0.), tl.load(k + 2 * H, mask=mask, other=0.),
+            tl.load(k + 3 * H, mask=mask, other=0.), tl.load(k + 4 * H, mask=mask, other=0.),
+            tl.load(k + 5 * H, mask=mask, other=0.))
+
+
+@triton.jit
 def gate_gradients(k, da, dh, dc, mask, H: tl.constexpr, INTERPRET: tl.constexpr):
-    """One reverse step of some units, elementwise: stores da at ``da``, returns it by gate with the earlier dc."""
+    """One reverse step of some units with coefficients k: stores da at ``da``, returns it by gate with the earlier dc."""
     dtype: tl.constexpr = da.dtype.element_ty
-    o = narrow(dh * tl.load(k, mask=mask, other=0.), dtype, INTERPRET)
-    dc += dh * tl.load(k + H, mask=mask, other=0.)
-    i = narrow(dc * tl.load(k + 2 * H, mask=mask, other=0.), dtype, INTERPRET)
-    f = narrow(dc * tl.load(k + 3 * H, mask=mask, other=0.), dtype, INTERPRET)
-    g = narrow(dc * tl.load(k + 4 * H, mask=mask, other=0.), dtype, INTERPRET)
-    tl.store(da, i, mask=mask)
-    tl.store(da + H, f, mask=mask)
-    tl.store(da + 2 * H, g, mask=mask)
-    tl.store(da + 3 * H, o, mask=mask)
-    return i, f, g, o, dc * tl.load(k + 5 * H, mask=mask, other=0.)
+    ko, kh, ki, kf, kg, f = k
+    dc += dh * kh
+    da_i, da_f = narrow(dc * ki, dtype, INTERPRET), narrow(dc * kf, dtype, INTERPRET)
+    da_g, da_o = narrow(dc * kg, dtype, INTERPRET), narrow(dh * ko, dtype, INTERPRET)
+    tl.store(da, da_i, mask=mask)
+    tl.store(da + H, da_f, mask=mask)
+    tl.store(da + 2 * H, da_g, mask=mask)
+    tl.store(da + 3 * H, da_o, mask=mask)
+    return da_i, da_f, da_g, da_o, dc * f
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "stride_dyt", "stride_dyb", "stride_dyh"])
@@ -114,7 +120,7 @@ def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, 
             if HAS_DY:
                 dy = dy_ptr + time * stride_dyt * DY_UNIT + row[:, None].to(tl.int64) * stride_dyb * DY_UNIT
                 dh_k += tl.load(dy + (d * H + unit[None, :]) * stride_dyh, mask=mask, other=0.).to(tl.float32)
-            i, f, g, o, dc_k = gate_gradients(coef_ptr + at * (6 * H) + unit[None, :],
+            i, f, g, o, dc_k = gate_gradients(load_coefficients(coef_ptr + at * (6 * H) + unit[None, :], mask, H),
                                               da_ptr + at * (4 * H) + unit[None, :], dh_k, dc[k], mask, H, INTERPRET)
             da += ((operand(i, PRECISION, INTERPRET), operand(f, PRECISION, INTERPRET),
                     operand(g, PRECISION, INTERPRET), operand(o, PRECISION, INTERPRET)),)
@@ -141,8 +147,13 @@ def add_shares(shares_ptr, mask, PROGRAMS: tl.constexpr, AREA: tl.constexpr, BLO
     """The sum of PROGRAMS tiles of (BLOCK_B, BLOCK_H), one after another, always in the same order."""
     at = tl.arange(0, BLOCK_B)[:, None] * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     total = tl.full((BLOCK_B, BLOCK_H), 0., tl.float32)
-    for q in tl.static_range(PROGRAMS):
-        total += tl.load(shares_ptr + q * AREA + at, mask=mask, other=0., cache_modifier=".cg")
+    for first in tl.static_range(0, PROGRAMS, 16):
+        # 16 at a time on their way; the compiler may wait for each alone where loads and sums alternate
+        shares = ()
+        for q in tl.static_range(first, min(first + 16, PROGRAMS)):
+            shares += (tl.load(shares_ptr + q * AREA + at, mask=mask, other=0., cache_modifier=".cg"),)
+        for q in tl.static_range(len(shares)):
+            total += shares[q]
     return total
 
 
@@ -205,16 +216,19 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, co
         # this step's half of the shares, and the one that the step after it filled
         half = share_ptr + (((s % 2) * groups + my_group) * tiles + m).to(tl.int64) * (PROGRAMS * PROGRAMS * AREA)
         other = share_ptr + (((1 - s % 2) * groups + my_group) * tiles + m).to(tl.int64) * (PROGRAMS * PROGRAMS * AREA)
+        # loads that wait for nobody come first, to be on their way together with the shares
+        k = load_coefficients(coef_ptr + at * (6 * H) + unit[None, :], mask, H)
+        dc = tl.load(dc_ptr + at_state, mask=mask, other=0.)
+        if HAS_DY:
+            dy_t = dy_ptr + time * stride_dyt * DY_UNIT + row.to(tl.int64) * stride_dyb * DY_UNIT
+            dy = tl.load(dy_t + (d * H + unit[None, :]) * stride_dyh, mask=mask, other=0.).to(tl.float32)
         if s == S - 1:
             dh = tl.load(dh_ptr + at_state, mask=mask, other=0.)
         else:
             dh = add_shares(other + p * (PROGRAMS * AREA), mask, PROGRAMS, AREA, BLOCK_B, BLOCK_H)
         if HAS_DY:
-            dy = dy_ptr + time * stride_dyt * DY_UNIT + row.to(tl.int64) * stride_dyb * DY_UNIT
-            dh += tl.load(dy + (d * H + unit[None, :]) * stride_dyh, mask=mask, other=0.).to(tl.float32)
-        dc = tl.load(dc_ptr + at_state, mask=mask, other=0.)
-        i, f, g, o, dc = gate_gradients(coef_ptr + at * (6 * H) + unit[None, :],
-                                        da_ptr + at * (4 * H) + unit[None, :], dh, dc, mask, H, INTERPRET)
+            dh += dy
+        i, f, g, o, dc = gate_gradients(k, da_ptr + at * (4 * H) + unit[None, :], dh, dc, mask, H, INTERPRET)
         tl.store(dc_ptr + at_state, dc, mask=mask)
         da = (operand(i, PRECISION, INTERPRET), operand(f, PRECISION, INTERPRET),
               operand(g, PRECISION, INTERPRET), operand(o, PRECISION, INTERPRET))

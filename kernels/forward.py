@@ -96,12 +96,10 @@ def load_columns(r_ptr, at_r, n_unit, start, WIDTH: tl.constexpr, H: tl.constexp
 
 
 @triton.jit
-def load_h(h_ptr, row, alive, start, WIDTH: tl.constexpr, H: tl.constexpr, DIRECTIONS: tl.constexpr,
-           PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+def load_h(h_ptr, row, alive, start, WIDTH: tl.constexpr, H: tl.constexpr, DIRECTIONS: tl.constexpr):
     """WIDTH units of h. With .cg: not from L1, which other multiprocessors' stores do not reach."""
     source = start + tl.arange(0, WIDTH)[None, :]
-    h = tl.load(h_ptr + row * (DIRECTIONS * H) + source, mask=alive & (source < H), other=0., cache_modifier=".cg")
-    return operand(h, PRECISION, INTERPRET)
+    return tl.load(h_ptr + row * (DIRECTIONS * H) + source, mask=alive & (source < H), other=0., cache_modifier=".cg")
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles"])
@@ -145,17 +143,21 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, count_ptr, T, S, B
             h_prev = h_ptr + d * H
         else:
             h_prev = y_ptr + (time + tl.where(d == 0, -1, 1)) * B * (DIRECTIONS * H) + d * H
-        a = tl.full((BLOCK_B, 4 * BLOCK_H), 0., tl.float32)
+        # All loads first: the compiler keeps them in this order with the products' barriers, and each would be waited
+        # for alone.
+        h = ()
         for k in tl.static_range(len(CHUNKS)):
-            a = product(load_h(h_prev, row, alive, CHUNKS[k][0], CHUNKS[k][1], H, DIRECTIONS, PRECISION, INTERPRET),
-                        r[k], a, PRECISION)
-        if HELD < H:
-            for start in range(HELD, H, BLOCK_K):
-                a = product(load_h(h_prev, row, alive, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET),
-                            load_columns(r_ptr, at_r, n_unit, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET),
-                            a, PRECISION)
+            h += (load_h(h_prev, row, alive, CHUNKS[k][0], CHUNKS[k][1], H, DIRECTIONS),)
         at_c = (d * B + row).to(tl.int64) * H + unit
         c = tl.load(c_ptr + at_c, mask=mask, other=0.)
+        a = tl.full((BLOCK_B, 4 * BLOCK_H), 0., tl.float32)
+        for k in tl.static_range(len(CHUNKS)):
+            a = product(operand(h[k], PRECISION, INTERPRET), r[k], a, PRECISION)
+        if HELD < H:
+            for start in range(HELD, H, BLOCK_K):
+                a = product(operand(load_h(h_prev, row, alive, start, BLOCK_K, H, DIRECTIONS), PRECISION, INTERPRET),
+                            load_columns(r_ptr, at_r, n_unit, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET),
+                            a, PRECISION)
         if ((first + s) % keep_every == 0) & (first + s > 0):
             at_kept = ((first + s) // keep_every - 1).to(tl.int64) * DIRECTIONS + d
             tl.store(kept_ptr + (at_kept * B + row) * H + unit, c, mask=mask)

@@ -52,8 +52,12 @@ def prepare_r(r, plan):
 
 
 def options(plan, waits):
-    """Compiler and launch options of a kernel of ``plan``; programs that wait must all run at the same time."""
-    chosen = dict(num_warps=plan.num_warps, enable_fp_fusion=True)
+    """Compiler and launch options of a kernel of ``plan``; programs that wait must all run at the same time.
+
+    maxnreg: a multiprocessor runs one such program, and all registers are its own. Left to itself the assembler likes
+    to stop at 128 of a thread, for two programs, and then waits for each load before it issues the next.
+    """
+    chosen = dict(num_warps=plan.num_warps, enable_fp_fusion=True, maxnreg=255)
     if waits:
         chosen["launch_cooperative_grid"] = True
     return chosen

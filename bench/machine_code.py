@@ -29,10 +29,10 @@ MUFU_CYCLES = 8                                 # a warp's 32 results from the 4
 class Loop:
     """A loop: its addresses, how often each instruction occurs, what stays in registers, what one pass takes at least.
 
-    ``held`` are the bytes, of all threads of a program, that its matrix products find in registers as second factor and
-    nothing in it writes there. The bounds are in cycles of one multiprocessor: issue slots, tensor cores, special functions, and ``chain``: one
-    warp in order against the waits that the compiler encoded, which is what a pass costs when nothing hides latency.
-    A nested loop's instructions belong to it, once.
+    ``held`` counts the bytes, of all threads of a program, that matrix products read from registers as second factor
+    and that nothing in the loop writes. The bounds are in cycles of one multiprocessor: issue slots, tensor cores,
+    special functions, and ``chain``: one warp in order against the waits that the compiler encoded, which is what a
+    pass costs when nothing hides latency. A nested loop's instructions belong to it, once.
     """
     start: int
     end: int

@@ -5,7 +5,7 @@ MARKERS = {"fp16": "o", "bf16": "s", "fp32": "^"}
 
 
 def _figure(width, height, rows, columns, **options):
-    from matplotlib.figure import Figure            # without pyplot: draws with Agg, keeps no state
+    from matplotlib.figure import Figure  # without pyplot: draws with Agg, keeps no state
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
@@ -18,6 +18,7 @@ def _save(figure, path, caption):
 def sweep(rows, path):
     """Microseconds a step and speed-up over H, a column of panels for each mode and batch, a marker for each dtype."""
     from matplotlib.ticker import LogLocator
+
     from .sweep import OURS, THEIRS, pairs
     found = pairs(rows)
     panels = list(dict.fromkeys((row.mode, row.batch) for row in rows))

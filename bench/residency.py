@@ -2,9 +2,9 @@
 import dataclasses
 
 import triton
+from triton_lstm.kernels.ahead import compile_plan
 
 from triton_lstm import Plan, PlanError, make_plan
-from triton_lstm.kernels.ahead import compile_plan
 from triton_lstm.plan import A100, H200
 
 from .console import markdown, progress
@@ -15,12 +15,12 @@ LIMITS = {80: A100}                 # by architecture; H200's for the others
 L2_BYTES_PER_CYCLE = 64             # that one multiprocessor reads at most
 
 LEGEND = """\
-Two numbers are of the forward / backward time loop. "R planned" is KiB of R that the plan means to hold in the
-registers of each program, "R in registers" KiB that the compiled loop finds there at each step, copies that warps share
-included; what is planned but not found is read from shared memory. "R from L2" is KiB that a program reads again for
-each tile of a step. Registers are of a thread, shared memory (KiB) of a program. Spills and barriers are instructions
-in the time loop. Cycles a step are a bound read from the machine code with assumed latencies, on one multiprocessor,
-for all tiles of a program; it contains no waiting for other programs. Nothing here is measured."""
+Two numbers are of the forward / backward time loop. "R planned" is KiB of R that the plan holds on chip in each
+program, "R in registers" KiB that the compiled loop finds in registers at each step, copies that warps share included;
+what is planned but not found there is read from shared memory. "R from L2" is KiB that a program reads again for each
+tile of a step. Registers are of a thread, shared memory (KiB) of a program. Spills and barriers are instructions in
+the time loop. Cycles a step are a bound for all tiles of a program, read from the machine code with assumed latencies;
+it counts the exchange once a tile and no waiting for other programs. Nothing here is measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +76,12 @@ def table(found):
         if f.plan is None:
             rows.append((f.workload, f.dtype, "no plan") + ("",) * (len(header) - 3))
             continue
-        both = lambda value: f"{value(f.forward)} / {value(f.backward)}"
+        both = lambda value, f=f: f"{value(f.forward)} / {value(f.backward)}"
         groups = f"{f.plan.groups}" if f.plan.directions == 1 else f"{f.plan.groups} x {f.plan.directions}"
-        rows.append((f.workload, f.dtype, f.plan.schedule, f"{f.plan.programs} x {groups}", kib(f.plan.register_bytes),
+        rows.append((f.workload, f.dtype, f.plan.schedule, f"{f.plan.programs} x {groups}", kib(f.plan.held_bytes),
                      both(lambda r: kib(r.time_loop.held)), kib(f.plan.streamed_bytes), both(lambda r: r.registers),
                      both(lambda r: kib(r.shared)), both(lambda r: r.time_loop.spills),
-                     both(lambda r: r.time_loop.counts["BAR"]), both(lambda r: f"{step_cycles(f.plan, r):.0f}")))
+                     both(lambda r: r.time_loop.counts["BAR"]), both(lambda r, f=f: f"{step_cycles(f.plan, r):.0f}")))
     notes = [f"{f.workload}: {f.reason}" for f in found if f.plan is None]
     return "\n".join([markdown(header, rows)] + notes)
 

@@ -72,7 +72,7 @@ def environment():
 
 
 def time_gpu(function, tensors):
-    """Quantiles of the milliseconds of ``function``: 20, 50, 80 %. ``tensors`` lose their gradients before each call."""
+    """The 20, 50 and 80 % quantiles of a call's milliseconds. ``tensors`` lose their gradients before each call."""
     return triton.testing.do_bench(function, quantiles=(0.2, 0.5, 0.8), grad_to_none=tensors)
 
 

@@ -55,14 +55,16 @@ def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, S, B, first, keep_every,
 
 @triton.jit
 def load_coefficients(k, mask, H: tl.constexpr):
-    return (tl.load(k, mask=mask, other=0.), tl.load(k + H, mask=mask, other=0.), tl.load(k + 2 * H, mask=mask, other=0.),
-            tl.load(k + 3 * H, mask=mask, other=0.), tl.load(k + 4 * H, mask=mask, other=0.),
-            tl.load(k + 5 * H, mask=mask, other=0.))
+    """ko, kh, ki, kf, kg and f of some units."""
+    k_all = ()
+    for n in tl.static_range(6):
+        k_all += (tl.load(k + n * H, mask=mask, other=0.),)
+    return k_all
 
 
 @triton.jit
 def gate_gradients(k, da, dh, dc, mask, H: tl.constexpr, INTERPRET: tl.constexpr):
-    """One reverse step of some units with coefficients k: stores da at ``da``, returns it by gate with the earlier dc."""
+    """One reverse step of some units with coefficients k: stores da, returns it by gate and the earlier dc."""
     dtype: tl.constexpr = da.dtype.element_ty
     ko, kh, ki, kf, kg, f = k
     dc += dh * kh

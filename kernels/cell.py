@@ -48,7 +48,8 @@ def round_tf32(v, INTERPRET: tl.constexpr):
         rounded = (v.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
         return tl.where(v == v, rounded.to(tl.float32, bitcast=True), v)
     else:
-        return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [v], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [v], dtype=tl.float32, is_pure=True,
+                                         pack=1)
 
 
 @triton.jit

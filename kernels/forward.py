@@ -111,8 +111,8 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, count_ptr, T, S, B
 
     A group takes ``tiles`` batch tiles through a step, then waits for itself once; h travels through y, and c lives in
     c_ptr, so that a program needs no registers for more than one tile. CHUNKS cut the HELD first input units, whose
-    part of R stays in registers; the rest is read each step, BLOCK_K units at a time. count (D, groups, 32) int32, zero at launch: the arrivals of each
-    group, one cache line apart.
+    part of R stays on chip; the rest is read each step, BLOCK_K units at a time. count (D, groups, 32) int32, zero at
+    launch: the arrivals of each group, one cache line apart.
     """
     p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     programs = tl.num_programs(0)

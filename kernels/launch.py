@@ -144,7 +144,8 @@ def _previous(y, h0, d, span, H):
     if d == 0 and lo == 0:
         pairs = [(slice(0, B), h0[d]), (slice(B, hi * B), columns[:(hi - 1) * B])]
     elif d == 1 and hi == T:
-        pairs = [(slice(0, (hi - lo - 1) * B), columns[(lo + 1) * B:]), (slice((hi - lo - 1) * B, (hi - lo) * B), h0[d])]
+        last = (hi - lo - 1) * B
+        pairs = [(slice(0, last), columns[(lo + 1) * B:]), (slice(last, last + B), h0[d])]
     else:
         shift = -B if d == 0 else B
         pairs = [(slice(0, (hi - lo) * B), columns[lo * B + shift:hi * B + shift])]

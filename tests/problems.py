@@ -59,7 +59,8 @@ class Problem:
         generator = torch.Generator().manual_seed(self.seed)
         T, B, I, H, D = self.T, self.B, self.I, self.H, self.D
         normal = lambda *shape: torch.randn(shape, generator=generator).to(self.device, self.dtype)
-        uniform = lambda *shape: ((torch.rand(shape, generator=generator) * 2 - 1) / H ** 0.5).to(self.device, self.dtype)
+        flat = lambda *shape: (torch.rand(shape, generator=generator) * 2 - 1) / H ** 0.5
+        uniform = lambda *shape: flat(*shape).to(self.device, self.dtype)
         inputs = [normal(T, B, I), uniform(D, 4 * H, I), uniform(D, 4 * H, H),
                   uniform(D, 4 * H) if self.bias else None, normal(D, B, H), normal(D, B, H)]
         return inputs, [normal(T, B, D * H), normal(D, B, H), normal(D, B, H)]

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from triton_lstm.kernels.ahead import compile_plan
 
 import harness
 import triton_lstm
@@ -18,7 +19,6 @@ from bench import console, correctness, machine_code, residency, sweep, train
 from bench.workloads import DTYPES, MODES, WORKLOADS
 from triton_lstm import make_plan
 from triton_lstm.kernels import launch as compiled_launch
-from triton_lstm.kernels.ahead import compile_plan
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -65,7 +65,8 @@ def test_registers_written(text, registers):
 
 
 def test_held_factors_are_those_that_the_loop_does_not_write():
-    held = lambda *lines: machine_code._held(machine_code._parse(sass(*((line, 1, 7, 7, 0) for line in lines))), warps=8)
+    parse = lambda lines: machine_code._parse(sass(*((line, 1, 7, 7, 0) for line in lines)))
+    held = lambda *lines: machine_code._held(parse(lines), warps=8)
     product, tf32 = "HMMA.16816.F32.BF16 R0, R8, R12.reuse, R0", "HMMA.1688.F32.TF32 R0, R8, R14, RZ"
     pair = 2 * 4 * 32 * 8           # two registers of every thread
     assert held(product) == held(product, product) == pair and held(product, tf32) == 2 * pair
@@ -117,7 +118,7 @@ def test_read_a_plan(arch, schedule, hidden_size):
         units = hidden_size if schedule == "resident" else plan.block_h
         products = 0 if name == "coefficients" else 16 * 4 * units * hidden_size // (16 * 8 * 16) // plan.num_warps
         assert loop.counts["HMMA"] == products
-        assert loop.held == (plan.register_bytes if products else 0)
+        assert loop.held == (plan.held_bytes if products else 0)
         assert loop.counts["STG"] > 0 and (loop.counts["MUFU"] > 0) == (not name.startswith("backward"))
         # the wait for the group spins, which is a loop in the time loop
         assert bool(report.inside(loop)) == name.endswith("grid")
@@ -149,7 +150,7 @@ def test_residency_compiles_shared_plans_once_and_tells_why_one_has_none(capsys)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:5]]
     row = dict(zip(cells[0], cells[2]))
     assert row["workload"] == "deepar" and row["schedule"] == "resident" and row["spills"] == "0 / 0"
-    planned = f"{found[0].plan.register_bytes / 1024:.0f}"
+    planned = f"{found[0].plan.held_bytes / 1024:.0f}"
     assert row["R planned"] == planned and row["R in registers"] == f"{planned} / {planned}" and row["R from L2"] == "0"
     assert row["registers"] == f"{found[0].forward.registers} / {found[0].backward.registers}"
     assert cells[4][:3] == ["huge", "fp32", "no plan"] and re.match("huge: .*multiprocessors", lines[5])
@@ -232,7 +233,7 @@ def test_sweep_gives_a_wrong_result_no_time(tmp_path, capsys):
 
 def test_sweep_times_no_fallback_in_place_of_ours(tmp_path):
     timer = mock.Mock(return_value=(1., 2., 3.))
-    with mock.patch.object(sweep, "plan_for", side_effect=triton_lstm.PlanError("too large")):
+    with mock.patch.object(sweep, "automatic_plan", side_effect=triton_lstm.PlanError("too large")):
         code, rows = run_sweep(tmp_path, timer, triton_lstm.LSTM)
     assert code == 0 and timer.call_count == len(CASES)
     assert {(row.provider, row.status) for row in rows} == {(sweep.OURS, "too large"), (sweep.THEIRS, "ok")}

@@ -1,11 +1,11 @@
 """What the compiler made of the kernels: no spills, and R stays where the plan says, read from machine code."""
 import pytest
 import torch
+from triton_lstm.kernels.ahead import compile_plan
+
 from bench.machine_code import read
 from bench.workloads import DTYPES, WORKLOADS
-
 from triton_lstm import make_plan
-from triton_lstm.kernels.ahead import compile_plan
 from triton_lstm.plan import A100, H200
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -21,6 +21,8 @@ def check(plan, dtype, arch, limits):
         if name == "coefficients":
             continue
         assert loop.counts["HMMA"] > 0, name
+        if plan.schedule != "streamed":
+            assert loop.held >= plan.held_bytes, f"{name}: {loop.held} of {plan.held_bytes} bytes of R in registers"
         # Operands of products come out of shared memory by LDSM, 512 bytes of a warp's at a time. Every warp reads the
         # left factor (h or the four da, 16 rows) whole. 14 more are conversions between layouts of the resident
         # kernels; R's operands would be at least 16, one or two in the grid kernels, where R's would be at least 4.
@@ -54,7 +56,8 @@ def test_every_workload(plan, dtype):
     check(plan, dtype, 90, H200)
 
 
-@pytest.mark.parametrize("hidden_size, dtype", [(128, BF16), (128, FP16), (256, BF16), (1024, FP16), (1150, BF16)], ids=str)
+@pytest.mark.parametrize("hidden_size, dtype", [(128, BF16), (128, FP16), (256, BF16), (1024, FP16), (1150, BF16)],
+                         ids=str)
 def test_other_types(hidden_size, dtype):
     check(make_plan(64, hidden_size, dtype), dtype, 90, H200)
 

@@ -4,9 +4,10 @@ Races, accesses outside a buffer and deadlocks raise. sm_80 and sm_90 compile to
 """
 import dataclasses
 
-import harness
 import pytest
 import torch
+
+import harness
 from problems import Problem
 
 ARCHS = [80, 90]

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from problems import BUDGET, Problem, error, floor
 
 import triton_lstm
+from problems import BUDGET, Problem, error, floor
 from triton_lstm.plan import Limits
 
 pytestmark = [pytest.mark.gpu,

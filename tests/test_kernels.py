@@ -1,12 +1,12 @@
 """The kernels' mathematics, in Triton's interpreter: values and every gradient against float64."""
 import dataclasses
 
-import harness
 import pytest
 import torch
-from problems import Problem
 
+import harness
 import triton_lstm
+from problems import Problem
 from triton_lstm.reference import lstm_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

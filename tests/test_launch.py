@@ -33,7 +33,8 @@ def no_gpu(found):
             found.append((self.warmup(*args, grid=grid, **kwargs), grid))
         return run
 
-    with mock.patch.object(driver, "_active", NamesOnly()), mock.patch.object(triton.JITFunction, "__getitem__", getitem):
+    with mock.patch.object(driver, "_active", NamesOnly()), \
+            mock.patch.object(triton.JITFunction, "__getitem__", getitem):
         yield
 
 
@@ -55,7 +56,7 @@ def test_launch_compiles_what_the_tests_compile(H, schedule, dtype):
     for kernel, grid in found:
         other = expected[kernel.metadata.name]
         assert kernel.asm["ptx"] == other.asm["ptx"]
-        assert kernel.metadata.num_warps == (plan.num_warps)
+        assert kernel.metadata.num_warps == plan.num_warps
         waits = kernel.metadata.name.endswith("_grid")
         assert kernel.metadata.launch_cooperative_grid == other.metadata.launch_cooperative_grid == waits
         if waits:

@@ -7,15 +7,15 @@ import sys
 import warnings
 from unittest import mock
 
-import harness
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from problems import BUDGET, error, floor
 from torch._dynamo.backends.common import aot_autograd
 
+import harness
 import triton_lstm
 import triton_lstm.layer
+from problems import BUDGET, error, floor
 
 LAYERS = [
     dict(), dict(bias=False), dict(num_layers=2), dict(bidirectional=True), dict(batch_first=True),

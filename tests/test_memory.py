@@ -1,12 +1,12 @@
 """What training keeps and needs, in bytes, against the formulas of ``Plan``."""
 import weakref
 
-import harness
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import harness
 import triton_lstm
 from triton_lstm.kernels import launch
 from triton_lstm.plan import H200

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def built(tmp_path_factory):
     """A wheel and an sdist built from a copy of the checkout, without the network."""
     source, out = tmp_path_factory.mktemp("source") / "triton_lstm", tmp_path_factory.mktemp("dist")
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*.egg-info", "results"))
+    leave = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*.egg-info", "results")
+    shutil.copytree(ROOT, source, ignore=leave)
     subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source], check=True,
                    capture_output=True, text=True)
     return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))

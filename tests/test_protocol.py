@@ -3,11 +3,12 @@ import contextlib
 import dataclasses
 from unittest import mock
 
-import harness
 import pytest
 import torch
 import triton
 import triton.language as tl
+
+import harness
 from problems import Problem, error
 from ptx_emulator import Deadlock, EmulatorError
 

@@ -45,7 +45,8 @@ class Plan:
     """How one layer runs over all its timesteps; ``str(plan)`` is the explanation for people.
 
     schedule     "resident": every program holds all of R for its batch rows; "grid": ``programs`` of them share R by
-                 hidden units and meet in L2 once a step; "streamed": grid, but part of R is read from L2 every step
+                 hidden units and meet in L2 once a step; "streamed": grid, but part of R is read from L2 every step,
+                 and the rest stays in shared memory or registers
     hidden_size, directions, batch
     precision    "native" (16-bit types), "tf32", or "tf32x3" (fp32 in three TF32 products)
     programs     that share one R
@@ -53,7 +54,7 @@ class Plan:
     tiles        of 16 batch rows that a group takes through each step
     block_h      hidden units of a program
     num_warps    of a program
-    chunks       how the part of R in registers is cut along the units that feed it, (start, width) each: powers of two,
+    chunks       how the part of R on chip is cut along the units that feed it, (start, width) each: powers of two,
                  which reach hidden_size unless the plan is streamed
     block_k      feeding units whose part of R is streamed at a time
     keep_every   c is kept every so many steps for backward, which recomputes that many steps at a time
@@ -74,17 +75,18 @@ class Plan:
 
     @property
     def held(self):
-        """Units whose part of R is in registers."""
+        """Units whose part of R stays on chip."""
         return sum(width for _, width in self.chunks)
 
     @property
     def r_bytes(self):
-        """Bytes of R of one direction, both planes of a tf32x3 R together: what each group keeps between its programs."""
+        """Bytes of R of one direction, both planes of a tf32x3 R together."""
         return 4 * self.hidden_size ** 2 * _element(self.precision)
 
     @property
-    def register_bytes(self):
-        """Bytes of R in one program's registers, padding included."""
+    def held_bytes(self):
+        """Bytes of R that one program holds on chip, padding included: in registers, but those of a streamed plan in
+        shared memory or registers, as the compiler likes."""
         rows = self.held if self.schedule == "resident" else self.block_h
         return 4 * rows * self.held * _element(self.precision)
 
@@ -103,11 +105,11 @@ class Plan:
         return 4 * (max(-(-T // self.keep_every), 1) - 1) * self.directions * self.batch * self.hidden_size
 
     def backward_bytes(self, T, input_size, element):
-        """Bound on the memory that backward needs beside dx, for inputs of ``element`` bytes; constant from T = keep_every.
+        """Bound on what backward needs beside dx for inputs of ``element`` bytes; constant from T = keep_every on.
 
         Per unit, row and step of a chunk: pre-activations, later da, in the input's type, and six fp32 coefficients; a
-        copy of the chunk of x, should it not be contiguous. Then the shares of dh that a group's programs exchange, R as
-        the kernels read it, dh and dc, and dW, dR, db in fp32 and in the input's type.
+        copy of the chunk of x, should it not be contiguous. Then the shares of dh that a group's programs exchange, R
+        as the kernels read it, dh and dc, and dW, dR, db in fp32 and in the input's type.
         """
         chunk = min(T, self.keep_every) * self.batch
         work = chunk * (self.directions * self.hidden_size * (4 * element + 6 * 4) + input_size * element)
@@ -135,14 +137,14 @@ class Plan:
         if [start for start, _ in self.chunks] != ends[:-1] or any(w < 16 or w & (w - 1) for _, w in self.chunks):
             raise PlanError(f"chunks must be powers of two from 16 up, one after the other, got {self.chunks}")
         if (self.held < self.hidden_size) != (self.schedule == "streamed"):
-            raise PlanError(f"{self.schedule} with {self.held} of {self.hidden_size} units' R in registers")
+            raise PlanError(f"{self.schedule} with {self.held} of {self.hidden_size} units' R on chip")
         if self.schedule == "streamed" and (self.block_k < 16 or self.block_k & (self.block_k - 1)):
             raise PlanError(f"block_k must be a power of two from 16 up, got {self.block_k}")
         if self.schedule == "resident":
             if self.programs != 1:
                 raise PlanError(f"a resident plan has one program, got {self.programs}")
         elif self.programs * self.block_h < self.hidden_size:
-            raise PlanError(f"{self.programs} programs of {self.block_h} units hold fewer than {self.hidden_size} units")
+            raise PlanError(f"{self.programs} programs of {self.block_h} units hold fewer than {self.hidden_size}")
         if self.groups * self.tiles * BLOCK_B < self.batch:
             raise PlanError(f"{self.groups} groups of {self.tiles} tiles hold fewer than {self.batch} batch rows")
         if limits is None:
@@ -151,11 +153,11 @@ class Plan:
             raise PlanError(f"{self.launched} programs wait for each other but only {limits.multiprocessors} "
                             f"multiprocessors can run them at the same time")
         room = HELD_BYTES * self.num_warps // NUM_WARPS
-        if self.register_bytes > room:
-            raise PlanError(f"{self.register_bytes} bytes of R for a program's registers, which hold {room} beside a "
+        if self.held_bytes > room:
+            raise PlanError(f"{self.held_bytes} bytes of R for a program's registers, which hold {room} beside a "
                             f"step's own")
-        if self.register_bytes > limits.shared_memory:
-            raise PlanError(f"{self.register_bytes} bytes of R pass through shared memory once, which has "
+        if self.held_bytes > limits.shared_memory:
+            raise PlanError(f"{self.held_bytes} bytes of R pass through shared memory once, which has "
                             f"{limits.shared_memory}")
 
     def encode(self):
@@ -170,9 +172,10 @@ class Plan:
 
     def __str__(self):
         kib = lambda n: f"{n / 1024:.0f} KiB"
-        where = f"{kib(self.register_bytes)} of R in the registers of each program"
+        where = f"{kib(self.held_bytes)} of R in the registers of each program"
         if self.streamed_bytes:
-            where += f", {kib(self.streamed_bytes)} read from L2 every step"
+            where = (f"{kib(self.held_bytes)} of R on the chip in each program, {kib(self.streamed_bytes)} read from "
+                     f"L2 every step")
         if self.schedule == "resident":
             how = "h stays in the program"
         else:

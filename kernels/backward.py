@@ -77,7 +77,7 @@ def gate_gradients(k, da, dh, dc, mask, H: tl.constexpr, INTERPRET: tl.constexpr
     return da_i, da_f, da_g, da_o, dc * f
 
 
-@triton.jit(do_not_specialize=["T", "S", "B", "first", "stride_dyt", "stride_dyb", "stride_dyh"])
+@triton.jit(do_not_specialize=["T", "S", "B", "first", "stride_dyt", "stride_dyb"])
 def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, first,
                       stride_dyt, stride_dyb, stride_dyh,
                       H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr,

@@ -158,12 +158,14 @@ def test_residency_compiles_shared_plans_once_and_tells_why_one_has_none(capsys)
 
 def test_step_cycles_counts_tiles_and_the_streamed_part():
     loop = lambda start, end, cycles, op: machine_code.Loop(start, end, collections.Counter([op]), 0, 0, 0, 0, cycles)
-    outer, stream, spin = loop(0, 99, 1000, "HMMA"), loop(10, 20, 100, "HMMA"), loop(30, 40, 500, "LDG")
+    outer, stream, spin = loop(0, 99, 1000, "HMMA"), loop(10, 20, 700, "HMMA"), loop(30, 40, 500, "LDG")
     report = machine_code.Report(255, 0, 0, (outer, stream, spin))
     plan = make_plan(32, 2048, torch.bfloat16)
     passes = -(-(2048 - plan.held) // plan.block_k)
     assert plan.schedule == "streamed" and passes > 1
-    assert residency.step_cycles(plan, report) == plan.tiles * max(1000 + 100 * (passes - 1), plan.streamed_bytes / 64)
+    assert residency.step_cycles(plan, report) == plan.tiles * (1000 + 700 * (passes - 1))
+    slow = dataclasses.replace(report, loops=(loop(0, 99, 10, "HMMA"),))       # L2 takes longer than the instructions
+    assert residency.step_cycles(plan, slow) == plan.tiles * plan.streamed_bytes / 64
     assert residency.step_cycles(make_plan(16, 64, torch.bfloat16), report) == 1000
 
 

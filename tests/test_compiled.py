@@ -6,7 +6,7 @@ from triton_lstm.kernels.ahead import compile_plan
 from bench.machine_code import read
 from bench.workloads import DTYPES, WORKLOADS
 from triton_lstm import make_plan
-from triton_lstm.plan import A100, H200
+from triton_lstm.plan import A100, H200, RTX_4090
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 OPERAND = {"native": 2, "tf32": 4, "tf32x3": 8}        # bytes of an operand of a product, in registers
@@ -67,10 +67,10 @@ def test_exact_fp32(hidden_size, batch):
     check(make_plan(batch, hidden_size, FP32, tf32=False), FP32, 90, H200)
 
 
-SAMPLE = [(64, BF16, 1), (128, FP16, 1), (100, FP32, 2), (512, BF16, 1), (640, FP32, 1)]
+SAMPLE = [(64, BF16, 1), (128, FP16, 1), (100, FP32, 2), (512, BF16, 1), (640, FP32, 1), (1024, BF16, 2)]
 
 
-@pytest.mark.parametrize("arch, limits", [(80, A100), (100, H200)], ids=["sm_80", "sm_100"])
+@pytest.mark.parametrize("arch, limits", [(80, A100), (89, RTX_4090), (100, H200)], ids=["sm_80", "sm_89", "sm_100"])
 @pytest.mark.parametrize("hidden_size, dtype, directions", SAMPLE, ids=str)
 def test_sample_of_other_architectures(hidden_size, dtype, directions, arch, limits):
     """A Blackwell multiprocessor has Hopper's registers and shared memory."""

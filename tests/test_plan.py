@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from triton_lstm import Plan, PlanError, make_plan
-from triton_lstm.plan import A100, BACKWARD_ELEMENTS, H200, HELD_BYTES, Limits, keep_every_for
+from triton_lstm.plan import A100, BACKWARD_ELEMENTS, H200, HELD_BYTES, RTX_4090, Limits, keep_every_for
 
 SIZES = [1, 5, 16, 17, 33, 64, 96, 100, 128, 130, 192, 256, 400, 512, 640, 768, 1000, 1024, 1150, 1536, 2048]
 
 
-@pytest.mark.parametrize("limits", [H200, A100], ids=["H200", "A100"])
+@pytest.mark.parametrize("limits", [H200, A100, RTX_4090], ids=["H200", "A100", "RTX 4090"])
 @pytest.mark.parametrize("dtype, tf32", [(torch.bfloat16, True), (torch.float32, True), (torch.float32, False)],
                          ids=str)
 @pytest.mark.parametrize("hidden_size", SIZES)
@@ -104,7 +104,8 @@ def test_impossible_plans_say_why(change, reason):
     (lambda: make_plan(1, 8, torch.float32, schedule="best"), "got 'best'"),
     (lambda: make_plan(1, 256, torch.float32, schedule="resident"), "1048576 bytes of R for a program"),
     (lambda: make_plan(1, 512, torch.bfloat16, limits=Limits(7, 232448)), "8 programs of 64 units do not run"),
-    (lambda: make_plan(1, 64, torch.float32, limits=Limits(1, 49152)), "pass through shared memory"),
+    (lambda: make_plan(1, 64, torch.float32, limits=Limits(1, 49152), schedule="resident"),
+     "65536 bytes of R pass through shared memory once, which has 49152"),
 ])
 def test_no_plan_says_why(call, reason):
     with pytest.raises(PlanError, match=reason):

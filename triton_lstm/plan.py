@@ -15,6 +15,7 @@ PRECISIONS = ("native", "tf32", "tf32x3")
 BLOCK_B = 16                            # batch rows of a tile: the height of one mma.sync
 NUM_WARPS = 8                           # of every program of the grid and streamed schedules
 HELD_BYTES = 128 * 4 * 32 * NUM_WARPS   # of R in registers at most: 128 of a thread's 255, the rest is the step's
+BLOCK_BYTES = 1 << 14                   # of R that a streamed plan reads at a time
 BACKWARD_ELEMENTS = 1 << 21             # units x rows x steps that backward recomputes at a time, if it can choose
 FORWARD_BYTES = 1 << 28                 # of pre-activations that forward holds at a time, if it can choose
 
@@ -38,6 +39,7 @@ class Limits:
 
 H200 = H100 = Limits(132, 232448)
 A100 = Limits(108, 166912)
+RTX_4090 = Limits(128, 101376)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,16 +228,16 @@ def _resident(hidden_size, precision, batch_tiles, common, limits):
     return plan
 
 
-def _shared(hidden_size, precision, block_h):
+def _shared(hidden_size, precision, block_h, shared_memory):
     """(chunks, block_k) of a program with ``block_h`` hidden units; block_k 0 where all of its R fits."""
     column = 4 * block_h * _element(precision)          # bytes of R for one unit that feeds
     width = {"native": 256, "tf32": 128, "tf32x3": 64}[precision]
     chunks = _chunks(hidden_size, width)
-    if column * sum(w for _, w in chunks) <= HELD_BYTES:
+    if column * sum(w for _, w in chunks) <= min(HELD_BYTES, shared_memory):
         return chunks, 0
-    # a block on its way needs registers too
-    held = HELD_BYTES * 3 // 4 // column // 32 * 32
-    return _chunks(held, width), max(16384 // column, 16)
+    # blocks on their way need registers, and shared memory for three
+    held = min(HELD_BYTES * 3 // 4, shared_memory - 3 * BLOCK_BYTES) // column // 32 * 32
+    return _chunks(max(held, 16), width), max(BLOCK_BYTES // column, 16)
 
 
 def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True, schedule=None, keep_every=None):
@@ -262,7 +264,8 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
             reasons.append(f"resident: {error}")
     best = None
     for block_h in (16, 32, 64):
-        chunks, block_k = _shared(hidden_size, precision, block_h)
+        chunks, block_k = _shared(hidden_size, precision, block_h,
+                                  HELD_BYTES if limits is None else limits.shared_memory)
         programs = -(-hidden_size // block_h)
         name = "streamed" if block_k else "grid"
         groups = (all_tiles if limits is None else
@@ -283,9 +286,9 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
         except PlanError as error:
             reasons.append(f"{name}: {error}")
             continue
-        # Cycles of a step: the exchange, then for every tile the tensor cores (1280 multiply-adds a cycle), the
-        # elementwise part and the stream of R, 64 bytes a cycle. Read off machine code, not measured.
-        cycles = 2500 + tiles * (700 + BLOCK_B * 4 * block_h * hidden_size / 1280 + 8 * block_h
+        # Cycles of a step: the exchange once; for every tile the latencies in a row, the tensor cores (1280 multiply-adds
+        # a cycle), the elementwise part, and the stream of R at 32 bytes a cycle. From machine code, not measured.
+        cycles = 2000 + tiles * (2000 + BLOCK_B * 4 * block_h * hidden_size / 1280 + 8 * block_h
                                  + plan.streamed_bytes / 32)
         if best is None or cycles < best[0]:
             best = cycles, plan

@@ -286,8 +286,9 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
         except PlanError as error:
             reasons.append(f"{name}: {error}")
             continue
-        # Cycles of a step: the exchange once; for every tile the latencies in a row, the tensor cores (1280 multiply-adds
-        # a cycle), the elementwise part, and the stream of R at 32 bytes a cycle. From machine code, not measured.
+        # Cycles of a step: the exchange once; for every tile the latencies in a row, the tensor cores (1280
+        # multiply-adds a cycle), the elementwise part, and the stream of R at 32 bytes a cycle. From machine code, not
+        # measured.
         cycles = 2000 + tiles * (2000 + BLOCK_B * 4 * block_h * hidden_size / 1280 + 8 * block_h
                                  + plan.streamed_bytes / 32)
         if best is None or cycles < best[0]:

@@ -12,7 +12,6 @@ import random
 import sys
 from unittest import mock
 
-import greenlet
 import numpy as np
 import pytest
 import triton
@@ -79,6 +78,7 @@ def interleaved(seed, patience=3000):
     The next program is drawn from ``seed``. Raises Stuck when no program stored or added anything over ``patience``
     switches for each program.
     """
+    greenlet = pytest.importorskip("greenlet")
     rng = random.Random(seed)
     builder = triton_interpreter.interpreter_builder
     state = {"driver": None, "idle": 0}

@@ -74,8 +74,7 @@ def operand(v, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 def load_r(r_ptr, at, mask, plane, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """A block of R as ``product`` wants its second factor.
 
-    R comes rounded, for tf32x3 as two planes whose sum it is: rounding here would be redone in the time loop, where
-    the compiler moves it.
+    R comes rounded, for tf32x3 as two planes whose sum it is: once a call, not in every program of every launch.
     """
     high = tl.load(r_ptr + at, mask=mask, other=0.)
     if PRECISION == "tf32x3":

@@ -64,6 +64,7 @@ def options(plan, waits):
 
 
 def launch_kernel(kernel, plan, grid, *args, waits, **constants):
+    """Run ``kernel`` over ``grid``; ``waits`` tells whether its programs wait for each other."""
     if INTERPRET:
         if waits and plan.programs > 1 and not interleaved:
             raise RuntimeError(f"the interpreter would wait for ever: {plan.programs} programs exchange h")
@@ -121,10 +122,10 @@ def forward(x, w, r, b, h0, c0, plan, save, run=None):
             h = torch.cat([y[first - 1, :, :H], y[T - first, :, H:]], 1) if D == 2 else y[first - 1]
         if plan.schedule == "resident":
             run(forward_resident, plan, (plan.groups, D), a, r, h, c, y, kept, T, S, B, first, keep_every,
-                    waits=False, **_loop_constants(plan))
+                waits=False, **_loop_constants(plan))
         else:
             run(forward_grid, plan, (plan.programs, plan.groups, D), a, r, h, c, y, kept, _counters(plan, c),
-                    T, S, B, first, keep_every, plan.tiles, waits=True, **_loop_constants(plan))
+                T, S, B, first, keep_every, plan.tiles, waits=True, **_loop_constants(plan))
     h_n = torch.stack([y[T - 1, :, :H], y[0, :, H:]] if D == 2 else [y[T - 1]])
     return y, h_n, c.to(x.dtype), kept
 
@@ -195,17 +196,17 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, y, kept, plan, needs, run=None)
                     _input_product(x, w, b, d, spans[d], a[d])
                     for rows, h in _previous(y, h0, d, spans[d], H):
                         a[d, rows].addmm_(h, r[d].t())
-            run(coefficients, plan, (triton.cdiv(B * H, 256), D), a, c0, kept, coef, S, B, first, K,
-                    waits=False, BLOCK=256)
+            run(coefficients, plan, (triton.cdiv(B * H, 256), D), a, c0, kept, coef, S, B, first, K, waits=False,
+                BLOCK=256)
             # from here on a holds da
             head = (dy if has_dy else a, coef, prepared, a, dh, dc)
             constants = dict(HAS_DY=has_dy, DY_UNIT=dy_unit, **_loop_constants(plan))
             if plan.schedule == "resident":
                 run(backward_resident, plan, (plan.groups, D), *head, T, S, B, first, *strides, waits=False,
-                        **constants)
+                    **constants)
             else:
                 run(backward_grid, plan, (plan.programs, plan.groups, D), *head, share, _counters(plan, dc),
-                        T, S, B, first, plan.tiles, *strides, waits=True, PROGRAMS=plan.programs, **constants)
+                    T, S, B, first, plan.tiles, *strides, waits=True, PROGRAMS=plan.programs, **constants)
             with matmul_precision(plan):
                 for d in range(D):
                     if dw is not None:

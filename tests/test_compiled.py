@@ -3,8 +3,9 @@ import pytest
 import torch
 from triton_lstm.kernels.ahead import compile_plan
 
+from bench.correctness import dtype_of
 from bench.machine_code import read
-from bench.workloads import DTYPES, WORKLOADS
+from bench.workloads import WORKLOADS
 from triton_lstm import make_plan
 from triton_lstm.plan import A100, H200, RTX_4090
 
@@ -45,9 +46,9 @@ def workload_plans():
     """The plans that the workloads need in their own type, one of each kind that compiles to kernels of its own."""
     plans = {}
     for w in WORKLOADS:
-        plan = make_plan(w.batch, w.hidden_size, DTYPES[w.dtype], w.directions, limits=H200)
+        plan = make_plan(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions, limits=H200)
         key = (w.hidden_size, w.dtype, w.directions, plan.schedule, plan.block_h)
-        plans.setdefault(key, pytest.param(plan, DTYPES[w.dtype], id=w.name))
+        plans.setdefault(key, pytest.param(plan, dtype_of(w.dtype), id=w.name))
     return list(plans.values())
 
 

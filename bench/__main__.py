@@ -171,14 +171,14 @@ def sweep(args):
     print(f"{here}\n{len(cases)} cases, {len(chosen)} providers, into {path}", flush=True)
     seconds = dict(quick=100, record=420, full=None)[amount]
     major, minor = torch.cuda.get_device_capability()
-    began = sweeping.compile_all(cases, Limits.of(torch.device("cuda")), 10 * major + minor)
+    compiling_s = sweeping.compile_all(cases, Limits.of(torch.device("cuda")), 10 * major + minor)
     gpu = instrument.Gpu()
     floor = floors.Floors(gpu)
     print(f"launch {floor.launch_us():.2f} us, flag {floor.flag_us():.2f} us, barrier of 2 to 64 programs "
           + ", ".join(f"{floor.barrier_us(n, 1):.2f}" for n in (2, 8, 32, 64)) + " us, GEMM "
           + ", ".join(f"{name} {floor.gemm_tflops(name):.0f}" for name in DTYPES) + " TFLOP/s", flush=True)
     code = sweeping.run(path, cases, chosen, gpu, floor, here, sweeping.EFFORTS[amount],
-                        seconds and seconds - began)
+                        seconds and seconds - compiling_s)
     plot([path], out)
     return code
 

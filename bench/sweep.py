@@ -114,16 +114,15 @@ def measure(case, providers, gpu, floors, environment, effort):
             else:
                 yield row(name, **figures)
     del exact
-    for name, samples in _take_turns({name: run for name, (_, run) in running.items()}, gpu, effort,
-                                     case.mode == "stream").items():
-        figures, run = running[name]
-        p20, median, p80 = torch.tensor(samples).quantile(torch.tensor([.2, .5, .8])).tolist()
-        sm_mhz, memory_mhz = gpu.clocks()
+    samples = _take_turns({name: run for name, (_, run) in running.items()}, gpu, effort, case.mode == "stream")
+    sm_mhz, memory_mhz = gpu.clocks() if running else (None, None)
+    for name, (figures, run) in running.items():
+        p20, median, p80 = torch.tensor(samples[name]).quantile(torch.tensor([.2, .5, .8])).tolist()
         if (plan := getattr(run.layer, "plan", None)) is not None:
             floor_us, exchange_us = floors.step_us(plan, case, sm_mhz)
             figures.update(floor_us=floor_us, exchange_us=exchange_us,
                            plan=f"{plan.schedule} {plan.programs} x {plan.groups}")
-        yield row(name, **figures, ms_p20=p20, ms_median=median, ms_p80=p80, samples=len(samples), sm_mhz=sm_mhz,
+        yield row(name, **figures, ms_p20=p20, ms_median=median, ms_p80=p80, samples=len(samples[name]), sm_mhz=sm_mhz,
                   memory_mhz=memory_mhz, gemm_tflops=floors.gemm_tflops(case.dtype))
 
 
@@ -188,7 +187,7 @@ def compile_all(cases, limits, arch):
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
         futures = [pool.submit(_compile, plan, dtype, arch) for (_, dtype), plan in wanted.items()]
         for future in progress(concurrent.futures.as_completed(futures), lambda _: "compiling", len(futures)):
-            future.result()
+            future.exception()          # waits; of a kernel that does not compile its row will tell
     return time.monotonic() - began
 
 

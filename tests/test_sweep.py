@@ -314,7 +314,7 @@ def test_a_reference_that_does_not_fit_says_so(tmp_path):
 def test_an_interrupted_run_keeps_its_rows_and_goes_on(tmp_path):
     path = tmp_path / "a.csv"
     gpu = Instrument({OURS: 1., CUDNN: 3.})
-    with mock.patch.object(gpu, "clocks", side_effect=[(1, 2)] * 4 + [KeyboardInterrupt]):
+    with mock.patch.object(gpu, "clocks", side_effect=[(1, 2)] * 2 + [KeyboardInterrupt]):
         found, code = run(path, gpu=gpu)
     assert code == 130 and len(found) == 4
     again, code = run(path)

@@ -91,6 +91,6 @@ def test_a_new_length_or_batch_compiles_nothing():
             plan = make_plan(B, H, BF16, schedule=schedule, keep_every=64)
             tensor = lambda *shape: torch.empty(shape, dtype=BF16, device="meta")
             x, w, r, state = tensor(T, B, 8), tensor(1, 4 * H, 8), tensor(1, 4 * H, H), tensor(1, B, H)
-            y, h, c, kept = launch.forward(x, w, r, None, state, state, plan, True, run=collect)
-            launch.backward(y, h, c, x, w, r, None, state, state, y, kept, plan, [True] * 6, run=collect)
+            y, h, c, kept = launch.forward(x, w, r, None, state, state, None, plan, True, run=collect)
+            launch.backward(y, h, c, x, w, r, None, state, state, None, y, kept, plan, [True] * 6, run=collect)
     assert len(set(found)) == 3 * 2, sorted(set(found))

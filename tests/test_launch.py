@@ -33,8 +33,8 @@ def test_launch_compiles_what_the_tests_compile(H, schedule, dtype):
     x, w, r, b, state = tensor(T, B, 16), tensor(D, 4 * H, 16), tensor(D, 4 * H, H), tensor(D, 4 * H), tensor(D, B, H)
     found = []
     with recorded(found):
-        y, h, c, kept = launch.forward(x, w, r, b, state, state, plan, True)
-        launch.backward(y, h, c, x, w, r, b, state, state, y, kept, plan, [True] * 6)
+        y, h, c, kept = launch.forward(x, w, r, b, state, state, None, plan, True)
+        launch.backward(y, h, c, x, w, r, b, state, state, None, y, kept, plan, [True] * 6)
     expected = ahead.compile_plan(plan, dtype, 90)
     assert [kernel.metadata.name for kernel, _ in found] == list(expected)
     for kernel, grid in found:

@@ -213,8 +213,7 @@ def test_torchrl_and_flashrnn_are_called_by_their_interface():
 @pytest.mark.parametrize("name, change, reason", [
     ("TorchRL", {}, "not installed"), (PACKED, {}, "for ragged"), (CUDNN, dict(sequences="ragged"), "for padded"),
     ("cuDNN graph", {}, "need a GPU"), ("compiled loop", dict(sequences="ragged"), "padded"),
-    ("compiled loop", dict(steps=2000), "1024 steps"), ("compiled loop", dict(dropout=.5, layers=2), "dropout"),
-    (OURS, dict(sequences="ragged"), "not computed natively")])
+    ("compiled loop", dict(steps=2000), "1024 steps"), ("compiled loop", dict(dropout=.5, layers=2), "dropout")])
 def test_unavailable_providers_say_why(name, change, reason):
     with pytest.raises(providers.Unavailable, match=reason):
         providers.PROVIDERS[name](providers.Problem.of(
@@ -225,6 +224,16 @@ def test_ours_is_not_timed_where_torch_would_compute():
     with mock.patch.object(providers, "automatic_plan", side_effect=triton_lstm.PlanError("too large")), \
             pytest.raises(providers.Unavailable, match="too large"):
         providers.PROVIDERS[OURS](providers.Problem.of(CASES[0], "cpu"))
+
+
+@pytest.mark.parametrize("sequences", ["ragged", "resets"])
+def test_ours_computes_lengths_and_resets(sequences):
+    case = Case("grid", "train", "fp32", 5, 7, 6, 10, sequences=sequences)
+    with mock.patch.object(providers, "automatic_plan", return_value=make_plan(5, 10, torch.float32, limits=None)), \
+            harness.interpreter():
+        run, found, exact = results_of(case, providers.PROVIDERS[OURS])
+    assert run.layer.plan.hidden_size == 10 and set(found) == set(exact)
+    assert correctness.error(found, exact) < 1e-2           # the plan is in TF32
 
 
 def test_ours_runs_by_the_schedule_that_its_name_has():

@@ -356,7 +356,8 @@ def test_saved_bytes_are_what_autograd_keeps_beyond_weights_input_and_output():
 
 
 def test_compile_all_compiles_each_kernel_once():
-    cases = [*CASES, dataclasses.replace(CASES[0], steps=99), dataclasses.replace(CASES[0], hidden_size=10 ** 5)]
+    cases = [*CASES, *(dataclasses.replace(CASES[0], **change) for change in
+                       (dict(steps=99), dict(hidden_size=10 ** 5), dict(sequences="ragged"), dict(sequences="resets")))]
 
     class Pool:
         def __init__(self, *_):
@@ -377,7 +378,8 @@ def test_compile_all_compiles_each_kernel_once():
             mock.patch.object(sweep.concurrent.futures, "as_completed", list):
         assert sweep.compile_all(cases, triton_lstm.plan.H200, 90) < 60
     assert [(call[1].hidden_size, *call[2:]) for call in submitted] == [
-        (8, "fp16", 90), (16, "fp16", 90), (8, "fp32", 90), (16, "fp32", 90)]
+        (8, "fp16", False, 90), (16, "fp16", False, 90), (8, "fp32", False, 90), (16, "fp32", False, 90),
+        (8, "fp16", True, 90)]
 
 
 # The file

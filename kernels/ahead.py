@@ -3,6 +3,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from . import launch
 
@@ -32,10 +33,11 @@ def compile_launch(kernel, plan, args, waits, constants, arch):
             divisible = value % 16 == 0 and name not in free
         if divisible:
             attrs[(i,)] = [["tt.divisibility", 16]]
-    options = launch.options(plan, waits)
+    options = launch.options(kernel, plan, waits)
     key = kernel.__name__, arch, repr((signature, fixed, attrs, options))
     if key not in _compiled:
-        _compiled[key] = triton.compile(ASTSource(kernel, signature, fixed, attrs),
+        source = GluonASTSource if kernel.is_gluon() else ASTSource
+        _compiled[key] = triton.compile(source(kernel, signature, fixed, attrs),
                                         target=GPUTarget("cuda", arch, 32), options=options)
     return _compiled[key], [values[name] for name in kernel.arg_names if signature[name] != "constexpr"]
 

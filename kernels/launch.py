@@ -9,6 +9,9 @@ from .backward import backward_grid, backward_resident, coefficients
 from .forward import forward_grid, forward_resident
 
 INTERPRET = isinstance(forward_resident, InterpretedFunction)
+if not INTERPRET:       # which knows no Gluon
+    from .gluon_backward import backward_gluon
+    from .gluon_forward import forward_gluon
 # Triton's interpreter runs a launch's programs one after the other, so one that waits for another waits for ever.
 # Tests that interleave them set this.
 interleaved = False
@@ -51,13 +54,15 @@ def prepare_r(r, plan):
     return torch.stack((high, _round_tf32(low)))
 
 
-def options(plan, waits):
+def options(kernel, plan, waits):
     """Compiler and launch options of a kernel of ``plan``; programs that wait must all run at the same time.
 
     maxnreg: a multiprocessor runs one such program, and all registers are its own. Left to itself the assembler likes
     to stop at 128 of a thread, for two programs, and then waits for each load before it issues the next.
     """
     chosen = dict(num_warps=plan.num_warps, enable_fp_fusion=True, maxnreg=255)
+    if kernel.is_gluon():
+        chosen["num_ctas"] = plan.programs
     if waits:
         chosen["launch_cooperative_grid"] = True
     return chosen
@@ -70,10 +75,12 @@ def launch_kernel(kernel, plan, grid, *args, waits, **constants):
             raise RuntimeError(f"the interpreter would wait for ever: {plan.programs} programs exchange h")
     with torch.cuda.device_of(args[0]):
         kernel[grid](*args, H=plan.hidden_size, DIRECTIONS=plan.directions, **constants,
-                     **({} if INTERPRET else options(plan, waits)))
+                     **({} if INTERPRET else options(kernel, plan, waits)))
 
 
 def _loop_constants(plan):
+    if plan.gluon:
+        return dict(BLOCK_H=plan.block_h, BLOCK_B=16, PRECISION=plan.precision)
     constants = dict(CHUNKS=plan.chunks, BLOCK_B=16, PRECISION=plan.precision, INTERPRET=INTERPRET)
     if plan.schedule != "resident":
         constants.update(BLOCK_H=plan.block_h, HELD=plan.held, BLOCK_K=plan.block_k)
@@ -120,7 +127,10 @@ def forward(x, w, r, b, h0, c0, plan, save, run=None):
                 _input_product(x, w, b, d, _span(d, first, S, T), a[d])
         if first:
             h = torch.cat([y[first - 1, :, :H], y[T - first, :, H:]], 1) if D == 2 else y[first - 1]
-        if plan.schedule == "resident":
+        if plan.gluon:
+            run(forward_gluon, plan, (plan.groups, D), a, r, h, c, y, kept, T, S, B, first, keep_every,
+                waits=False, CHUNKS=plan.chunks, **_loop_constants(plan))
+        elif plan.schedule == "resident":
             run(forward_resident, plan, (plan.groups, D), a, r, h, c, y, kept, T, S, B, first, keep_every,
                 waits=False, **_loop_constants(plan))
         else:
@@ -185,7 +195,7 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, y, kept, plan, needs, run=None)
         strides = [n // dy_unit for n in dy.stride()[:2]] + [dy.stride(2)] if has_dy else [0, 0, 1]
         chunk = min(K, T) * D * B * H
         a_buffer, coef = x.new_empty(4 * chunk), dh.new_empty(6 * chunk)
-        if plan.schedule != "resident":
+        if plan.schedule not in ("resident", "cluster"):
             share = dh.new_empty(2 * D * plan.groups * plan.tiles * plan.programs ** 2 * 16 * plan.block_h)
         for first in reversed(range(0, T, K)):
             S = min(K, T - first)
@@ -201,7 +211,9 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, y, kept, plan, needs, run=None)
             # from here on a holds da
             head = (dy if has_dy else a, coef, prepared, a, dh, dc)
             constants = dict(HAS_DY=has_dy, DY_UNIT=dy_unit, **_loop_constants(plan))
-            if plan.schedule == "resident":
+            if plan.gluon:
+                run(backward_gluon, plan, (plan.groups, D), *head, T, S, B, first, *strides, waits=False, **constants)
+            elif plan.schedule == "resident":
                 run(backward_resident, plan, (plan.groups, D), *head, T, S, B, first, *strides, waits=False,
                     **constants)
             else:

@@ -6,11 +6,12 @@ cycles are bounds read from that machine code, not measurements.
 """
 import dataclasses
 import functools
+import importlib.metadata
 import json
 
 import torch
 
-SCHEDULES = ("resident", "grid", "streamed")
+SCHEDULES = ("resident", "cluster", "grid", "streamed")
 PRECISIONS = ("native", "tf32", "tf32x3")
 BLOCK_B = 16                            # batch rows of a tile: the height of one mma.sync
 NUM_WARPS = 8                           # of every program of the grid and streamed schedules
@@ -26,18 +27,31 @@ class PlanError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a plan must fit: multiprocessors, and shared memory of one program in bytes."""
+    """What a plan must fit: multiprocessors, shared memory of one program in bytes, and how many programs a cluster may
+    have at most, 0 where the Gluon kernels do not run."""
     multiprocessors: int
     shared_memory: int
+    cluster: int = 0
 
     @staticmethod
     def of(device):
         """The limits of a CUDA device."""
         p = torch.cuda.get_device_properties(device)
-        return Limits(p.multi_processor_count, p.shared_memory_per_block_optin)
+        return Limits(p.multi_processor_count, p.shared_memory_per_block_optin,
+                      _cluster((p.major, p.minor), p.multi_processor_count))
 
 
-H200 = H100 = Limits(132, 232448)
+def _cluster(capability, multiprocessors):
+    """The Gluon kernels are tested for compute capability 9.0 alone; clusters of them need Triton 3.9. A cluster lies
+    within one GPC, of which only the full chips have several with 16 multiprocessors."""
+    if capability != (9, 0):
+        return 0
+    if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 9):
+        return 1
+    return 16 if multiprocessors >= 132 else 8
+
+
+H200 = H100 = Limits(132, 232448, _cluster((9, 0), 132))
 A100 = Limits(108, 166912)
 RTX_4090 = Limits(128, 101376)
 
@@ -46,9 +60,10 @@ RTX_4090 = Limits(128, 101376)
 class Plan:
     """How one layer runs over all its timesteps; ``str(plan)`` is the explanation for people.
 
-    schedule     "resident": every program holds all of R for its batch rows; "grid": ``programs`` of them share R by
-                 hidden units and meet in L2 once a step; "streamed": grid, but part of R is read from L2 every step,
-                 and the rest stays in shared memory or registers
+    schedule     "resident": every program holds all of R for its batch rows; "cluster": the ``programs`` of one
+                 thread-block cluster share R by hidden units and exchange h through their shared memory; "grid": any
+                 programs share R so and meet in L2 once a step; "streamed": grid, but part of R is read from L2 every
+                 step, and the rest stays in shared memory or registers
     hidden_size, directions, batch
     precision    "native" (16-bit types), "tf32", or "tf32x3" (fp32 in three TF32 products)
     programs     that share one R
@@ -60,6 +75,7 @@ class Plan:
                  which reach hidden_size unless the plan is streamed
     block_k      feeding units whose part of R is streamed at a time
     keep_every   c is kept every so many steps for backward, which recomputes that many steps at a time
+    gluon        whether the Gluon kernels run it: always in a cluster, never in grid and streamed plans
     """
     schedule: str
     hidden_size: int
@@ -74,6 +90,7 @@ class Plan:
     chunks: tuple
     block_k: int
     keep_every: int
+    gluon: bool = False
 
     @property
     def held(self):
@@ -88,7 +105,9 @@ class Plan:
     @property
     def held_bytes(self):
         """Bytes of R that one program holds on chip, padding included: in registers, but those of a streamed plan in
-        shared memory or registers, as the compiler likes."""
+        shared memory or registers, as the compiler likes. The Gluon backward kernel's, which pads both sides alike."""
+        if self.gluon:
+            return 4 * self.block_h ** 2 * self.programs * _element(self.precision)
         rows = self.held if self.schedule == "resident" else self.block_h
         return 4 * rows * self.held * _element(self.precision)
 
@@ -115,7 +134,7 @@ class Plan:
         """
         chunk = min(T, self.keep_every) * self.batch
         work = chunk * (self.directions * self.hidden_size * (4 * element + 6 * 4) + input_size * element)
-        if self.schedule != "resident":
+        if self.schedule in ("grid", "streamed"):
             rows = self.directions * self.groups * self.tiles * BLOCK_B
             work += 2 * 4 * rows * self.programs ** 2 * self.block_h + 4 * 32 * self.directions * self.groups
         weights = 4 * self.hidden_size * (input_size + self.hidden_size + 1)
@@ -142,6 +161,16 @@ class Plan:
             raise PlanError(f"{self.schedule} with {self.held} of {self.hidden_size} units' R on chip")
         if self.schedule == "streamed" and (self.block_k < 16 or self.block_k & (self.block_k - 1)):
             raise PlanError(f"block_k must be a power of two from 16 up, got {self.block_k}")
+        if self.gluon != (self.schedule == "cluster") and not (self.gluon and self.schedule == "resident"):
+            raise PlanError(f"gluon={self.gluon} with {self.schedule}")
+        if self.gluon and (self.programs & (self.programs - 1) or self.block_h & (self.block_h - 1)
+                           or self.block_h < max(16, 4 * self.num_warps)):
+            raise PlanError(f"Gluon programs and their units must be powers of two, from 16 and four a warp up, got "
+                            f"{self.programs} of {self.block_h} units and {self.num_warps} warps")
+        if self.gluon and self.precision == "tf32x3":
+            raise PlanError("the Gluon kernels have no exact fp32")
+        if self.schedule == "cluster" and not 2 <= self.programs <= 16:
+            raise PlanError(f"a cluster has 2 to 16 programs, got {self.programs}")
         if self.schedule == "resident":
             if self.programs != 1:
                 raise PlanError(f"a resident plan has one program, got {self.programs}")
@@ -151,7 +180,10 @@ class Plan:
             raise PlanError(f"{self.groups} groups of {self.tiles} tiles hold fewer than {self.batch} batch rows")
         if limits is None:
             return
-        if self.schedule != "resident" and self.launched > limits.multiprocessors:
+        if self.gluon and self.programs > limits.cluster:
+            raise PlanError(f"a cluster of {self.programs} programs, where at most {limits.cluster} run" if limits.cluster
+                            else "the Gluon kernels need compute capability 9.0")
+        if self.schedule in ("grid", "streamed") and self.launched > limits.multiprocessors:
             raise PlanError(f"{self.launched} programs wait for each other but only {limits.multiprocessors} "
                             f"multiprocessors can run them at the same time")
         room = HELD_BYTES * self.num_warps // NUM_WARPS
@@ -180,6 +212,8 @@ class Plan:
                      f"L2 every step")
         if self.schedule == "resident":
             how = "h stays in the program"
+        elif self.schedule == "cluster":
+            how = f"clusters of {self.programs} programs share R and exchange h through shared memory"
         else:
             how = f"{self.programs} programs share R and exchange h through L2"
         return (f"{self.schedule}: H={self.hidden_size} B={self.batch} x {self.directions} direction(s), "
@@ -219,7 +253,22 @@ def precision_for(dtype, tf32):
     raise PlanError(f"no kernel computes in {dtype}")
 
 
+def _gluon(ctas, batch_tiles, common, limits):
+    """The plan of the Gluon kernels in clusters of ``ctas``, or of one CTA."""
+    hidden_size, precision = common["hidden_size"], common["precision"]
+    block_h = max(1 << (-(-hidden_size // ctas) - 1).bit_length(), 16)
+    # a warp's share of the columns is at least 8 wide, and 16 for four gates of a unit in one thread
+    num_warps = min(NUM_WARPS, block_h // 4 if ctas > 1 else block_h // 8)
+    plan = Plan("cluster" if ctas > 1 else "resident", programs=ctas, groups=batch_tiles, tiles=1, block_h=block_h,
+                chunks=_chunks(hidden_size, 64 if precision == "native" else 32), block_k=0, num_warps=num_warps,
+                gluon=True, **common)
+    plan.check(limits)
+    return plan
+
+
 def _resident(hidden_size, precision, batch_tiles, common, limits):
+    if limits is not None and limits.cluster and precision != "tf32x3":
+        return _gluon(1, batch_tiles, common, limits)
     chunks = _chunks(hidden_size, 128)
     units = sum(width for _, width in chunks)
     plan = Plan("resident", programs=1, groups=batch_tiles, tiles=1, block_h=hidden_size, chunks=chunks, block_k=0,
@@ -263,6 +312,16 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
         except PlanError as error:
             reasons.append(f"resident: {error}")
     best = None
+    for ctas in (2, 4, 8, 16) if schedule in (None, "cluster") and limits is not None else ():
+        try:
+            plan = _gluon(ctas, all_tiles, common, limits)
+        except PlanError as error:
+            reasons.append(f"cluster: {error}")
+            continue
+        waves = -(-all_tiles * directions // max(limits.multiprocessors // ctas, 1))
+        cycles = waves * (1200 + BLOCK_B * 4 * plan.block_h * hidden_size / 1280 + 8 * plan.block_h)
+        if best is None or cycles < best[0]:
+            best = cycles, plan
     for block_h in (16, 32, 64):
         chunks, block_k = _shared(hidden_size, precision, block_h,
                                   HELD_BYTES if limits is None else limits.shared_memory)

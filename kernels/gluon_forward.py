@@ -1,0 +1,89 @@
+"""The forward time loop in Gluon: by one CTA, or by a cluster whose CTAs share R by hidden units."""
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from .gluon_cell import acc_layout, cell, join_gates, narrowest, row_layout, split_gates, unit_layout
+from .cell import round_tf32
+
+
+@gluon.jit
+def load_gates(x, mask, H: gl.constexpr):
+    """The four gates' pre-activations x W^T + b, (rows, units) each."""
+    i = gl.load(x, mask=mask, other=0.)
+    f = gl.load(x + H, mask=mask, other=0.)
+    g = gl.load(x + 2 * H, mask=mask, other=0.)
+    o = gl.load(x + 3 * H, mask=mask, other=0.)
+    return i, f, g, o
+
+
+@gluon.jit
+def load_r(r_ptr, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr, PRECISION: gl.constexpr):
+    """R from WIDTH units on to all columns of the cluster, as second factor."""
+    UPPER: gl.constexpr = 4 * gl.num_warps()
+    REP: gl.constexpr = BLOCK_H // UPPER
+    layout: gl.constexpr = gl.DotOperandLayout(1, acc_layout(gl.num_warps(), gl.num_ctas()),
+                                               2 if PRECISION == "native" else 1)
+    n = gl.arange(0, 4 * gl.num_ctas() * BLOCK_H, gl.SliceLayout(0, layout))[None, :]
+    k = start + gl.arange(0, WIDTH, gl.SliceLayout(1, layout))[:, None]
+    gate = n // (2 * BLOCK_H) % 2 * 2 + n % 2
+    unit = n // (4 * BLOCK_H) * BLOCK_H + n // 2 % UPPER * REP + n // (2 * UPPER) % REP
+    return gl.load(r_ptr + (gate * H + unit) * H + k, mask=(unit < H) & (k < H), other=0.)
+
+
+@gluon.jit(do_not_specialize=["T", "S", "B", "first", "keep_every"])
+def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, keep_every,
+                  H: gl.constexpr, DIRECTIONS: gl.constexpr, CHUNKS: gl.constexpr, BLOCK_H: gl.constexpr,
+                  BLOCK_B: gl.constexpr, PRECISION: gl.constexpr):
+    tile, d = gl.program_id(0), gl.program_id(1)
+    dtype: gl.constexpr = y_ptr.dtype.element_ty
+    ACC: gl.constexpr = acc_layout(gl.num_warps(), gl.num_ctas())
+    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2 if PRECISION == "native" else 1)
+    UNIT: gl.constexpr = unit_layout(BLOCK_B, BLOCK_H, gl.num_warps(), gl.num_ctas())
+    UNITS: gl.constexpr = BLOCK_H * gl.num_ctas()
+    r_ptr += d * (4 * H * H)
+    x_ptr += d.to(gl.int64) * S * B * (4 * H)
+    row = tile * BLOCK_B + gl.arange(0, BLOCK_B, gl.SliceLayout(1, UNIT))[:, None]
+    unit = gl.arange(0, UNITS, gl.SliceLayout(0, UNIT))[None, :]
+    mask = row < B
+    if UNITS > H:
+        mask = mask & (unit < H)
+    r = ()
+    for k in gl.static_range(len(CHUNKS)):
+        r += (load_r(r_ptr, CHUNKS[k][0], CHUNKS[k][1], H, BLOCK_H, PRECISION),)
+    at_c = (d * B + row).to(gl.int64) * H + unit
+    at_y = row * (DIRECTIONS * H) + d * H + unit
+    c = gl.load(c_ptr + at_c, mask=mask, other=0.)
+    h = gl.load(h_ptr + at_y, mask=mask, other=0.)
+    if PRECISION != "native":
+        h = round_tf32(h, False)
+    local = gl.where(d == 0, 0, S - 1)
+    x = load_gates(x_ptr + local.to(gl.int64) * B * (4 * H) + (row * (4 * H) + unit), mask, H)
+    rows = gl.allocate_shared_memory(dtype, [BLOCK_B, UNITS],
+                                     row_layout(dtype.primitive_bitwidth, narrowest(CHUNKS), gl.num_ctas()))
+    until_kept = gl.where(first == 0, keep_every, (keep_every - first % keep_every) % keep_every)
+    at_kept = gl.where(first == 0, 0, (first - 1) // keep_every)
+    s = 0
+    while s < S:
+        rows.store(h)
+        a = join_gates(x[0].to(gl.float32), x[1].to(gl.float32), x[2].to(gl.float32), x[3].to(gl.float32), BLOCK_H)
+        for k in gl.static_range(len(CHUNKS)):
+            h_k = rows.slice(CHUNKS[k][0], CHUNKS[k][1], 1).load(A)
+            a = mma_v2(h_k, r[k], a, input_precision="tf32")
+        if until_kept == 0:
+            gl.store(kept_ptr + (at_kept * DIRECTIONS + d).to(gl.int64) * B * H + (row * H + unit), c, mask=mask)
+            until_kept = keep_every
+            at_kept += 1
+        until_kept -= 1
+        ahead = gl.minimum(s + 1, S - 1)
+        ahead = gl.where(d == 0, ahead, S - 1 - ahead)
+        time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
+        x = load_gates(x_ptr + ahead.to(gl.int64) * B * (4 * H) + (row * (4 * H) + unit), mask, H)
+        i, f, g, o = split_gates(a, BLOCK_H)
+        y, c = cell(i, f, g, o, c, dtype != gl.float32)
+        h = y.to(dtype)
+        gl.store(y_ptr + time * B * (DIRECTIONS * H) + at_y, h, mask=mask)
+        if PRECISION != "native":
+            h = round_tf32(h, False)
+        s += 1
+    gl.store(c_ptr + at_c, c, mask=mask)

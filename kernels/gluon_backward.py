@@ -2,9 +2,11 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .cell import round_tf32
 from .gluon_cell import share_layout, staging_layout, unit_layout
+from .gluon_cluster import add_shares, send_shares, shares_layout
 
 
 @gluon.jit
@@ -65,6 +67,12 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, fir
     dy_ptr += (row.to(gl.int64) * stride_dyb * DY_UNIT + (d * H + unit) * stride_dyh)
     staged = gl.allocate_shared_memory(dtype, [CTAS, BLOCK_B, 4 * BLOCK_H],
                                        staging_layout(dtype.primitive_bitwidth, WIDTH, CTAS))
+    if CTAS > 1:
+        shares = gl.allocate_shared_memory(gl.float32, [2, CTAS, BLOCK_B, UNITS], shares_layout(BLOCK_H, CTAS))
+        bars = mbarrier.allocate_mbarrier(batch=2)
+        for n in gl.static_range(2):
+            mbarrier.init(bars.index(n), count=1)
+        gl.barrier(cluster=True)
     s = S - 1
     time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
     at = (d * S + gl.where(d == 0, s, S - 1 - s)).to(gl.int64) * B
@@ -92,16 +100,23 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, fir
         at = (d * S + gl.where(d == 0, ahead, S - 1 - ahead)).to(gl.int64) * B
         inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H) + (row * (6 * H) + unit),
                              mask, H, HAS_DY)
-        shares = ()
+        parts = ()
         for k in gl.static_range(PARTS):
             zero = gl.full((CTAS, BLOCK_B, UNITS), 0., gl.float32, ACC)
-            shares += (mma_v2(staged.slice(k * WIDTH, WIDTH, 2).load(A), r[k], zero, input_precision="tf32"),)
-        share = shares[0]
+            parts += (mma_v2(staged.slice(k * WIDTH, WIDTH, 2).load(A), r[k], zero, input_precision="tf32"),)
+        share = parts[0]
         for k in gl.static_range(1, PARTS):
-            share += shares[k]
+            share += parts[k]
         # columns in the order of ``load_r`` to units
         REP: gl.constexpr = max(UNITS // UPPER, 2)
         share = share.reshape(CTAS, BLOCK_B, REP // 2, UNITS // REP, 2).permute(0, 1, 3, 2, 4)
-        dh = gl.convert_layout(share.reshape(BLOCK_B, UNITS), UNIT)
+        share = share.reshape(CTAS, BLOCK_B, UNITS)
+        if CTAS == 1:
+            dh = gl.convert_layout(share.reshape(BLOCK_B, UNITS), UNIT)
+        else:
+            step = S - 2 - s
+            send_shares(share, shares.index(step % 2), bars.index(step % 2), BLOCK_H)
+            mbarrier.wait(bars.index(step % 2), step // 2 % 2)
+            dh = add_shares(shares.index(step % 2), BLOCK_H)
     gl.store(dh_ptr + at_state, dh, mask=mask)
     gl.store(dc_ptr + at_state, dc, mask=mask)

@@ -17,7 +17,7 @@ from .cell import round_tf32, sigmoid, tanh
 
 
 @gluon.constexpr_function
-def _powers(n):
+def powers(n):
     """1, 2, 4, ... below n, a power of two."""
     return [1 << j for j in range(n.bit_length() - 1)]
 
@@ -25,7 +25,7 @@ def _powers(n):
 @gluon.constexpr_function
 def acc_layout(warps, ctas):
     """Accumulator of a product whose columns are split over CTAs, then over warps."""
-    return gl.NVMMADistributedLayout([2, 0], [1, warps], [16, 8], [[0, n] for n in _powers(ctas)])
+    return gl.NVMMADistributedLayout([2, 0], [1, warps], [16, 8], [[0, n] for n in powers(ctas)])
 
 
 @gluon.constexpr_function
@@ -33,10 +33,10 @@ def unit_layout(block_b, block_h, warps, ctas):
     """(BLOCK_B, units) as the accumulator's threads hold them: rows 8 apart, and adjacent units."""
     rep = block_h // (4 * warps)
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, n] for n in _powers(rep)] + [[8 * n, 0] for n in _powers(block_b // 8)],
+        reg_bases=[[0, n] for n in powers(rep)] + [[8 * n, 0] for n in powers(block_b // 8)],
         lane_bases=[[0, rep], [0, 2 * rep], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[0, 4 * rep * n] for n in _powers(warps)],
-        block_bases=[[0, block_h * n] for n in _powers(ctas)],
+        warp_bases=[[0, 4 * rep * n] for n in powers(warps)],
+        block_bases=[[0, block_h * n] for n in powers(ctas)],
         shape=[block_b, block_h * ctas])
 
 
@@ -105,11 +105,11 @@ def join_gates(i, f, g, o, BLOCK_H: gl.constexpr):
 @gluon.constexpr_function
 def share_layout(warps, ctas):
     """Accumulator of one product in each CTA, (CTAs, rows, columns): their sum over the CTAs is wanted."""
-    return gl.NVMMADistributedLayout([2, 0], [1, 1, warps], [1, 16, 8], [[n, 0, 0] for n in _powers(ctas)])
+    return gl.NVMMADistributedLayout([2, 0], [1, 1, warps], [1, 16, 8], [[n, 0, 0] for n in powers(ctas)])
 
 
 @gluon.constexpr_function
 def staging_layout(bits, width, ctas):
     """Shared memory of (CTAs, rows, K) elements of ``bits``, each CTA its own, read in slices of ``width`` elements."""
     return gl.SwizzledSharedLayout(128 // bits, 1, min(8, width * bits // 128), [2, 1, 0],
-                                   [[n, 0, 0] for n in _powers(ctas)])
+                                   [[n, 0, 0] for n in powers(ctas)])

@@ -2,9 +2,11 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .gluon_cell import acc_layout, cell, join_gates, narrowest, row_layout, split_gates, unit_layout
+from .gluon_cell import acc_layout, cell, join_gates, narrowest, row_layout, split_gates, staging_layout, unit_layout
 from .cell import round_tf32
+from .gluon_cluster import send_to_all
 
 
 @gluon.jit
@@ -40,7 +42,8 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, k
     ACC: gl.constexpr = acc_layout(gl.num_warps(), gl.num_ctas())
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2 if PRECISION == "native" else 1)
     UNIT: gl.constexpr = unit_layout(BLOCK_B, BLOCK_H, gl.num_warps(), gl.num_ctas())
-    UNITS: gl.constexpr = BLOCK_H * gl.num_ctas()
+    CTAS: gl.constexpr = gl.num_ctas()
+    UNITS: gl.constexpr = BLOCK_H * CTAS
     r_ptr += d * (4 * H * H)
     x_ptr += d.to(gl.int64) * S * B * (4 * H)
     row = tile * BLOCK_B + gl.arange(0, BLOCK_B, gl.SliceLayout(1, UNIT))[:, None]
@@ -59,13 +62,25 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, k
         h = round_tf32(h, False)
     local = gl.where(d == 0, 0, S - 1)
     x = load_gates(x_ptr + local.to(gl.int64) * B * (4 * H) + (row * (4 * H) + unit), mask, H)
-    rows = gl.allocate_shared_memory(dtype, [BLOCK_B, UNITS],
-                                     row_layout(dtype.primitive_bitwidth, narrowest(CHUNKS), gl.num_ctas()))
+    ROWS: gl.constexpr = row_layout(dtype.primitive_bitwidth, narrowest(CHUNKS), gl.num_ctas())
+    if CTAS == 1:
+        rows = gl.allocate_shared_memory(dtype, [BLOCK_B, UNITS], ROWS)
+    else:
+        received = gl.allocate_shared_memory(dtype, [2, CTAS, BLOCK_B, UNITS],
+                                             staging_layout(dtype.primitive_bitwidth, narrowest(CHUNKS), CTAS))
+        bars = mbarrier.allocate_mbarrier(batch=2)
+        for n in gl.static_range(2):
+            mbarrier.init(bars.index(n), count=1)
+        send_to_all(h, received.index(0), bars.index(0), BLOCK_H)
     until_kept = gl.where(first == 0, keep_every, (keep_every - first % keep_every) % keep_every)
     at_kept = gl.where(first == 0, 0, (first - 1) // keep_every)
     s = 0
     while s < S:
-        rows.store(h)
+        if CTAS == 1:
+            rows.store(h)
+        else:
+            mbarrier.wait(bars.index(s % 2), s // 2 % 2)
+            rows = received.index(s % 2).reinterpret(dtype, [BLOCK_B, UNITS], ROWS)
         a = join_gates(x[0].to(gl.float32), x[1].to(gl.float32), x[2].to(gl.float32), x[3].to(gl.float32), BLOCK_H)
         for k in gl.static_range(len(CHUNKS)):
             h_k = rows.slice(CHUNKS[k][0], CHUNKS[k][1], 1).load(A)
@@ -86,4 +101,8 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, k
         if PRECISION != "native":
             h = round_tf32(h, False)
         s += 1
+        if CTAS > 1:
+            send_to_all(h, received.index(s % 2), bars.index(s % 2), BLOCK_H)
+    if CTAS > 1:        # nobody exits while others store into its shared memory
+        mbarrier.wait(bars.index(S % 2), S // 2 % 2)
     gl.store(c_ptr + at_c, c, mask=mask)

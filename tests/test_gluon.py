@@ -19,3 +19,7 @@ def run(problem, arch, plan, memory="sc", seed=1):
 def test_one_cta(shape, dtype, arch):
     problem = Problem(*shape, dtype=dtype, tf32=dtype == torch.float32)
     run(problem, arch, problem.plan(schedule="resident", keep_every=2))
+
+
+def cluster_plan(problem, ctas, keep_every=2):
+    return problem.plan(schedule="cluster", keep_every=keep_every, limits=dataclasses.replace(H200, multiprocessors=ctas))

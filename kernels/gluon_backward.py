@@ -5,35 +5,49 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .cell import round_tf32
-from .gluon_cell import share_layout, staging_layout, unit_layout
+from .gluon_cell import chains, coalesced_layout, load, share_layout, staging_layout, unit_layout
 from .gluon_cluster import add_shares, send_shares, shares_layout
 
 
 @gluon.jit
-def load_inputs(dy, k, mask, H: gl.constexpr, HAS_DY: gl.constexpr):
+def load_inputs(dy, k, inside, H: gl.constexpr, HAS_DY: gl.constexpr):
     """The six coefficients of some units, and dy."""
     inputs = ()
     for n in gl.static_range(6):
-        inputs += (gl.load(k + n * H, mask=mask, other=0.),)
+        inputs += (load(k + n * H, inside),)
     if HAS_DY:
-        inputs += (gl.load(dy, mask=mask, other=0.),)
+        inputs += (load(dy, inside),)
     return inputs
 
 
 @gluon.jit
 def load_r(r_ptr, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr, PRECISION: gl.constexpr):
-    """The rows of R of WIDTH / 4 units of each CTA, gates innermost, as second factor, for all units of the earlier h."""
+    """The rows of R of WIDTH / 4 units of each CTA, gates innermost, as second factor, for all units of the earlier h.
+
+    Read along the rows, then put in the order of ``shares_by_unit`` through shared memory.
+    """
     CTAS: gl.constexpr = gl.num_ctas()
-    UPPER: gl.constexpr = 4 * gl.num_warps()
-    REP: gl.constexpr = max(CTAS * BLOCK_H // UPPER, 2)
-    layout: gl.constexpr = gl.DotOperandLayout(1, share_layout(gl.num_warps(), CTAS),
-                                               2 if PRECISION == "native" else 1)
+    UNITS: gl.constexpr = CTAS * BLOCK_H
+    layout: gl.constexpr = coalesced_layout(gl.num_warps(), CTAS)
     cta = gl.arange(0, CTAS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     k = start + gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
-    n = gl.arange(0, CTAS * BLOCK_H, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    target = gl.arange(0, UNITS, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     unit = cta * BLOCK_H + k // 4
-    target = n // 2 % UPPER * REP + n // (2 * UPPER) * 2 + n % 2
-    return gl.load(r_ptr + (k % 4 * H + unit) * H + target, mask=(unit < H) & (target < H), other=0.)
+    r = gl.load(r_ptr + (k % 4 * H + unit) * H + target, mask=(unit < H) & (target < H), other=0.)
+    REP: gl.constexpr = max(UNITS // (4 * gl.num_warps()), 2)
+    r = r.reshape(CTAS, WIDTH, UNITS // REP, REP // 2, 2).permute(0, 1, 3, 2, 4).reshape(CTAS, WIDTH, UNITS)
+    return gl.convert_layout(r, gl.DotOperandLayout(1, share_layout(gl.num_warps(), CTAS),
+                                                    2 if PRECISION == "native" else 1))
+
+
+@gluon.jit
+def stage(staged, i, f, g, o, PRECISION: gl.constexpr):
+    """The four da to shared memory (CTAs, BLOCK_B, 4 BLOCK_H), gates innermost."""
+    if PRECISION != "native":
+        i, f, g, o = round_tf32(i, False), round_tf32(f, False), round_tf32(g, False), round_tf32(o, False)
+    CTAS: gl.constexpr = staged.shape[0]
+    B: gl.constexpr = staged.shape[1]
+    staged.store(gl.join(gl.join(i, g), gl.join(f, o)).reshape(B, CTAS, staged.shape[2]).permute(1, 0, 2))
 
 
 @gluon.jit(do_not_specialize=["T", "S", "B", "first", "stride_dyt", "stride_dyb"])
@@ -49,21 +63,23 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, fir
     UNIT: gl.constexpr = unit_layout(BLOCK_B, BLOCK_H, gl.num_warps(), CTAS)
     ACC: gl.constexpr = share_layout(gl.num_warps(), CTAS)
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2 if PRECISION == "native" else 1)
-    # K in parts with sums of their own, or a warp would wait for product after product
-    WIDTH: gl.constexpr = max(BLOCK_H, 1024 // dtype.primitive_bitwidth)
-    PARTS: gl.constexpr = max(4 * BLOCK_H // WIDTH, 1)
+    WIDTH: gl.constexpr = 1024 // dtype.primitive_bitwidth      # of a product, along K
+    PARTS: gl.constexpr = 4 * BLOCK_H // WIDTH
+    CHAINS: gl.constexpr = chains(UNITS, gl.num_warps(), PARTS)
     r_ptr += d * (4 * H * H)
     row = tile * BLOCK_B + gl.arange(0, BLOCK_B, gl.SliceLayout(1, UNIT))[:, None]
     unit = gl.arange(0, UNITS, gl.SliceLayout(0, UNIT))[None, :]
-    mask = row < B
+    mask, inside = row < B, None
     if UNITS > H:
-        mask = mask & (unit < H)
+        inside = unit < H
+        mask = mask & inside
+    row = gl.minimum(row, B - 1)        # rows past the end repeat the last one, and nothing of them is stored
     r = ()
     for k in gl.static_range(PARTS):
         r += (load_r(r_ptr, k * WIDTH, WIDTH, H, BLOCK_H, PRECISION),)
     at_state = (d * B + row).to(gl.int64) * H + unit
-    dh = gl.load(dh_ptr + at_state, mask=mask, other=0.)
-    dc = gl.load(dc_ptr + at_state, mask=mask, other=0.)
+    dh = load(dh_ptr + at_state, inside)
+    dc = load(dc_ptr + at_state, inside)
     dy_ptr += (row.to(gl.int64) * stride_dyb * DY_UNIT + (d * H + unit) * stride_dyh)
     staged = gl.allocate_shared_memory(dtype, [CTAS, BLOCK_B, 4 * BLOCK_H],
                                        staging_layout(dtype.primitive_bitwidth, WIDTH, CTAS))
@@ -76,8 +92,8 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, fir
     s = S - 1
     time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
     at = (d * S + gl.where(d == 0, s, S - 1 - s)).to(gl.int64) * B
-    inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H) + (row * (6 * H) + unit), mask,
-                         H, HAS_DY)
+    inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H) + (row * (6 * H) + unit),
+                         inside, H, HAS_DY)
     while s >= 0:
         if HAS_DY:
             dh += inputs[6].to(gl.float32)
@@ -85,28 +101,27 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, fir
         i, f = (dc * inputs[2]).to(dtype), (dc * inputs[3]).to(dtype)
         g, o = (dc * inputs[4]).to(dtype), (dh * inputs[0]).to(dtype)
         dc *= inputs[5]
+        stage(staged, i, f, g, o, PRECISION)
         da = da_ptr + at * (4 * H) + (row * (4 * H) + unit)
         gl.store(da, i, mask=mask)
         gl.store(da + H, f, mask=mask)
         gl.store(da + 2 * H, g, mask=mask)
         gl.store(da + 3 * H, o, mask=mask)
-        if PRECISION != "native":
-            i, f, g, o = round_tf32(i, False), round_tf32(f, False), round_tf32(g, False), round_tf32(o, False)
-        joined = gl.join(gl.join(i, g), gl.join(f, o)).reshape(BLOCK_B, CTAS, 4 * BLOCK_H).permute(1, 0, 2)
-        staged.store(joined)
         s -= 1
         ahead = gl.maximum(s, 0)
         time = gl.where(d == 0, first + ahead, T - 1 - first - ahead).to(gl.int64)
         at = (d * S + gl.where(d == 0, ahead, S - 1 - ahead)).to(gl.int64) * B
         inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H) + (row * (6 * H) + unit),
-                             mask, H, HAS_DY)
-        parts = ()
-        for k in gl.static_range(PARTS):
-            zero = gl.full((CTAS, BLOCK_B, UNITS), 0., gl.float32, ACC)
-            parts += (mma_v2(staged.slice(k * WIDTH, WIDTH, 2).load(A), r[k], zero, input_precision="tf32"),)
-        share = parts[0]
-        for k in gl.static_range(1, PARTS):
-            share += parts[k]
+                             inside, H, HAS_DY)
+        sums = ()
+        for n in gl.static_range(CHAINS):
+            part = gl.full((CTAS, BLOCK_B, UNITS), 0., gl.float32, ACC)
+            for k in gl.static_range(n, PARTS, CHAINS):
+                part = mma_v2(staged.slice(k * WIDTH, WIDTH, 2).load(A), r[k], part, input_precision="tf32")
+            sums += (part,)
+        share = sums[0]
+        for n in gl.static_range(1, CHAINS):
+            share += sums[n]
         # columns in the order of ``load_r`` to units
         REP: gl.constexpr = max(UNITS // UPPER, 2)
         share = share.reshape(CTAS, BLOCK_B, REP // 2, UNITS // REP, 2).permute(0, 1, 3, 2, 4)

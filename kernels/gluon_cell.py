@@ -55,6 +55,21 @@ def narrowest(chunks):
     return min(width for _, width in chunks)
 
 
+@gluon.constexpr_function
+def chains(columns, warps, parts):
+    """Into how many sums to split a product of ``parts`` along K, that a warp has 4 tiles to multiply independently."""
+    return max(min(parts, 32 * warps // columns), 1)
+
+
+@gluon.jit
+def load(ptr, inside):
+    """Zero outside of ``inside``, which is None where all is inside."""
+    if inside is None:
+        return gl.load(ptr)
+    else:
+        return gl.load(ptr, mask=inside, other=0.)
+
+
 @gluon.jit
 def fast_tanh(x):
     return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
@@ -106,6 +121,12 @@ def join_gates(i, f, g, o, BLOCK_H: gl.constexpr):
 def share_layout(warps, ctas):
     """Accumulator of one product in each CTA, (CTAs, rows, columns): their sum over the CTAs is wanted."""
     return gl.NVMMADistributedLayout([2, 0], [1, 1, warps], [1, 16, 8], [[n, 0, 0] for n in powers(ctas)])
+
+
+@gluon.constexpr_function
+def coalesced_layout(warps, ctas):
+    """(CTAs, rows, columns), each CTA its own, to load along the rows."""
+    return gl.BlockedLayout([1, 1, 8], [1, 4, 8], [1, warps, 1], [2, 1, 0], [[n, 0, 0] for n in powers(ctas)])
 
 
 @gluon.constexpr_function

@@ -4,19 +4,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .gluon_cell import acc_layout, cell, join_gates, narrowest, row_layout, split_gates, staging_layout, unit_layout
+from .gluon_cell import acc_layout, cell, chains, join_gates, load, narrowest, row_layout, split_gates, staging_layout, unit_layout
 from .cell import round_tf32
 from .gluon_cluster import send_to_all
 
 
 @gluon.jit
-def load_gates(x, mask, H: gl.constexpr):
+def load_gates(x, inside, H: gl.constexpr):
     """The four gates' pre-activations x W^T + b, (rows, units) each."""
-    i = gl.load(x, mask=mask, other=0.)
-    f = gl.load(x + H, mask=mask, other=0.)
-    g = gl.load(x + 2 * H, mask=mask, other=0.)
-    o = gl.load(x + 3 * H, mask=mask, other=0.)
-    return i, f, g, o
+    return load(x, inside), load(x + H, inside), load(x + 2 * H, inside), load(x + 3 * H, inside)
 
 
 @gluon.jit
@@ -44,24 +40,27 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, k
     UNIT: gl.constexpr = unit_layout(BLOCK_B, BLOCK_H, gl.num_warps(), gl.num_ctas())
     CTAS: gl.constexpr = gl.num_ctas()
     UNITS: gl.constexpr = BLOCK_H * CTAS
+    CHAINS: gl.constexpr = chains(4 * BLOCK_H, gl.num_warps(), len(CHUNKS))
     r_ptr += d * (4 * H * H)
     x_ptr += d.to(gl.int64) * S * B * (4 * H)
     row = tile * BLOCK_B + gl.arange(0, BLOCK_B, gl.SliceLayout(1, UNIT))[:, None]
     unit = gl.arange(0, UNITS, gl.SliceLayout(0, UNIT))[None, :]
-    mask = row < B
+    mask, inside = row < B, None
     if UNITS > H:
-        mask = mask & (unit < H)
+        inside = unit < H
+        mask = mask & inside
+    row = gl.minimum(row, B - 1)        # rows past the end repeat the last one, and nothing of them is stored
     r = ()
     for k in gl.static_range(len(CHUNKS)):
         r += (load_r(r_ptr, CHUNKS[k][0], CHUNKS[k][1], H, BLOCK_H, PRECISION),)
     at_c = (d * B + row).to(gl.int64) * H + unit
     at_y = row * (DIRECTIONS * H) + d * H + unit
-    c = gl.load(c_ptr + at_c, mask=mask, other=0.)
-    h = gl.load(h_ptr + at_y, mask=mask, other=0.)
+    c = load(c_ptr + at_c, inside)
+    h = load(h_ptr + at_y, inside)
     if PRECISION != "native":
         h = round_tf32(h, False)
     local = gl.where(d == 0, 0, S - 1)
-    x = load_gates(x_ptr + local.to(gl.int64) * B * (4 * H) + (row * (4 * H) + unit), mask, H)
+    x = load_gates(x_ptr + local.to(gl.int64) * B * (4 * H) + (row * (4 * H) + unit), inside, H)
     ROWS: gl.constexpr = row_layout(dtype.primitive_bitwidth, narrowest(CHUNKS), gl.num_ctas())
     if CTAS == 1:
         rows = gl.allocate_shared_memory(dtype, [BLOCK_B, UNITS], ROWS)
@@ -82,18 +81,24 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, k
             mbarrier.wait(bars.index(s % 2), s // 2 % 2)
             rows = received.index(s % 2).reinterpret(dtype, [BLOCK_B, UNITS], ROWS)
         a = join_gates(x[0].to(gl.float32), x[1].to(gl.float32), x[2].to(gl.float32), x[3].to(gl.float32), BLOCK_H)
-        for k in gl.static_range(len(CHUNKS)):
-            h_k = rows.slice(CHUNKS[k][0], CHUNKS[k][1], 1).load(A)
-            a = mma_v2(h_k, r[k], a, input_precision="tf32")
+        ahead = gl.minimum(s + 1, S - 1)
+        ahead = gl.where(d == 0, ahead, S - 1 - ahead)
+        x = load_gates(x_ptr + ahead.to(gl.int64) * B * (4 * H) + (row * (4 * H) + unit), inside, H)
+        sums = ()
+        for n in gl.static_range(CHAINS):
+            part = a if n == 0 else gl.full((BLOCK_B, 4 * UNITS), 0., gl.float32, ACC)
+            for k in gl.static_range(n, len(CHUNKS), CHAINS):
+                part = mma_v2(rows.slice(CHUNKS[k][0], CHUNKS[k][1], 1).load(A), r[k], part, input_precision="tf32")
+            sums += (part,)
+        a = sums[0]
+        for n in gl.static_range(1, CHAINS):
+            a += sums[n]
         if until_kept == 0:
             gl.store(kept_ptr + (at_kept * DIRECTIONS + d).to(gl.int64) * B * H + (row * H + unit), c, mask=mask)
             until_kept = keep_every
             at_kept += 1
         until_kept -= 1
-        ahead = gl.minimum(s + 1, S - 1)
-        ahead = gl.where(d == 0, ahead, S - 1 - ahead)
         time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
-        x = load_gates(x_ptr + ahead.to(gl.int64) * B * (4 * H) + (row * (4 * H) + unit), mask, H)
         i, f, g, o = split_gates(a, BLOCK_H)
         y, c = cell(i, f, g, o, c, dtype != gl.float32)
         h = y.to(dtype)

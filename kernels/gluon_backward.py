@@ -5,7 +5,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .cell import round_tf32
-from .gluon_cell import chains, coalesced_layout, load, share_layout, staging_layout, unit_layout
+from .gluon_cell import (chains, coalesced_layout, factor, in_registers, load, r_layout, share_layout, staging_layout, unit_layout)
 from .gluon_cluster import add_shares, send_shares, shares_layout
 
 
@@ -21,11 +21,9 @@ def load_inputs(dy, k, inside, H: gl.constexpr, HAS_DY: gl.constexpr):
 
 
 @gluon.jit
-def load_r(r_ptr, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr, PRECISION: gl.constexpr):
-    """The rows of R of WIDTH / 4 units of each CTA, gates innermost, as second factor, for all units of the earlier h.
-
-    Read along the rows, then put in the order of ``shares_by_unit`` through shared memory.
-    """
+def load_r(r_ptr, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr):
+    """The rows of R of WIDTH / 4 units of each CTA, gates innermost, for all units of the earlier h in the order of
+    the accumulator's columns that ``by_unit`` expects, (CTAs, WIDTH, units)."""
     CTAS: gl.constexpr = gl.num_ctas()
     UNITS: gl.constexpr = CTAS * BLOCK_H
     layout: gl.constexpr = coalesced_layout(gl.num_warps(), CTAS)
@@ -35,9 +33,7 @@ def load_r(r_ptr, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.const
     unit = cta * BLOCK_H + k // 4
     r = gl.load(r_ptr + (k % 4 * H + unit) * H + target, mask=(unit < H) & (target < H), other=0.)
     REP: gl.constexpr = max(UNITS // (4 * gl.num_warps()), 2)
-    r = r.reshape(CTAS, WIDTH, UNITS // REP, REP // 2, 2).permute(0, 1, 3, 2, 4).reshape(CTAS, WIDTH, UNITS)
-    return gl.convert_layout(r, gl.DotOperandLayout(1, share_layout(gl.num_warps(), CTAS),
-                                                    2 if PRECISION == "native" else 1))
+    return r.reshape(CTAS, WIDTH, UNITS // REP, REP // 2, 2).permute(0, 1, 3, 2, 4).reshape(CTAS, WIDTH, UNITS)
 
 
 @gluon.jit
@@ -54,7 +50,7 @@ def stage(staged, i, f, g, o, PRECISION: gl.constexpr):
 def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, first,
                    stride_dyt, stride_dyb, stride_dyh,
                    H: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr,
-                   HAS_DY: gl.constexpr, DY_UNIT: gl.constexpr, PRECISION: gl.constexpr):
+                   HELD: gl.constexpr, HAS_DY: gl.constexpr, DY_UNIT: gl.constexpr, PRECISION: gl.constexpr):
     tile, d = gl.program_id(0), gl.program_id(1)
     dtype: gl.constexpr = da_ptr.dtype.element_ty
     CTAS: gl.constexpr = gl.num_ctas()
@@ -63,9 +59,12 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, fir
     UNIT: gl.constexpr = unit_layout(BLOCK_B, BLOCK_H, gl.num_warps(), CTAS)
     ACC: gl.constexpr = share_layout(gl.num_warps(), CTAS)
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2 if PRECISION == "native" else 1)
-    WIDTH: gl.constexpr = 1024 // dtype.primitive_bitwidth      # of a product, along K
+    R: gl.constexpr = gl.DotOperandLayout(1, ACC, 2 if PRECISION == "native" else 1)
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    WIDTH: gl.constexpr = 1024 // BITS      # of a product, along K
     PARTS: gl.constexpr = 4 * BLOCK_H // WIDTH
     CHAINS: gl.constexpr = chains(UNITS, gl.num_warps(), PARTS)
+    IN_REGISTERS: gl.constexpr = in_registers([WIDTH] * PARTS, UNITS * BITS // 8, HELD)
     r_ptr += d * (4 * H * H)
     row = tile * BLOCK_B + gl.arange(0, BLOCK_B, gl.SliceLayout(1, UNIT))[:, None]
     unit = gl.arange(0, UNITS, gl.SliceLayout(0, UNIT))[None, :]
@@ -76,13 +75,18 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, fir
     row = gl.minimum(row, B - 1)        # rows past the end repeat the last one, and nothing of them is stored
     r = ()
     for k in gl.static_range(PARTS):
-        r += (load_r(r_ptr, k * WIDTH, WIDTH, H, BLOCK_H, PRECISION),)
+        r_k = load_r(r_ptr, k * WIDTH, WIDTH, H, BLOCK_H)
+        if k < IN_REGISTERS:
+            r_k = gl.convert_layout(r_k, R)
+        else:
+            r_k = gl.allocate_shared_memory(dtype, r_k.shape, r_layout(BITS, 3, CTAS, 0), r_k)
+        r += (r_k,)
     at_state = (d * B + row).to(gl.int64) * H + unit
     dh = load(dh_ptr + at_state, inside)
     dc = load(dc_ptr + at_state, inside)
     dy_ptr += (row.to(gl.int64) * stride_dyb * DY_UNIT + (d * H + unit) * stride_dyh)
     staged = gl.allocate_shared_memory(dtype, [CTAS, BLOCK_B, 4 * BLOCK_H],
-                                       staging_layout(dtype.primitive_bitwidth, WIDTH, CTAS))
+                                       staging_layout(BITS, WIDTH, CTAS))
     if CTAS > 1:
         shares = gl.allocate_shared_memory(gl.float32, [2, CTAS, BLOCK_B, UNITS], shares_layout(BLOCK_H, CTAS))
         bars = mbarrier.allocate_mbarrier(batch=2)
@@ -111,13 +115,14 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, fir
         ahead = gl.maximum(s, 0)
         time = gl.where(d == 0, first + ahead, T - 1 - first - ahead).to(gl.int64)
         at = (d * S + gl.where(d == 0, ahead, S - 1 - ahead)).to(gl.int64) * B
-        inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H) + (row * (6 * H) + unit),
-                             inside, H, HAS_DY)
+        if CTAS == 1:
+            inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H) + (row * (6 * H) + unit),
+                                 inside, H, HAS_DY)
         sums = ()
         for n in gl.static_range(CHAINS):
             part = gl.full((CTAS, BLOCK_B, UNITS), 0., gl.float32, ACC)
             for k in gl.static_range(n, PARTS, CHAINS):
-                part = mma_v2(staged.slice(k * WIDTH, WIDTH, 2).load(A), r[k], part, input_precision="tf32")
+                part = mma_v2(staged.slice(k * WIDTH, WIDTH, 2).load(A), factor(r[k], R), part, input_precision="tf32")
             sums += (part,)
         share = sums[0]
         for n in gl.static_range(1, CHAINS):
@@ -131,6 +136,8 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, fir
         else:
             step = S - 2 - s
             send_shares(share, shares.index(step % 2), bars.index(step % 2), BLOCK_H)
+            inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H) + (row * (6 * H) + unit),
+                                 inside, H, HAS_DY)
             mbarrier.wait(bars.index(step % 2), step // 2 % 2)
             dh = add_shares(shares.index(step % 2), BLOCK_H)
     gl.store(dh_ptr + at_state, dh, mask=mask)

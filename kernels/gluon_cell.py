@@ -56,6 +56,33 @@ def narrowest(chunks):
 
 
 @gluon.constexpr_function
+def r_layout(bits, rank, ctas, split):
+    """Shared memory for a part of R, K contiguous for ldmatrix; CTAs split the dimension ``split`` of (.., K, N)."""
+    return gl.SwizzledSharedLayout(128 // bits, 1, 8, [rank - 2, rank - 1, 0][:rank],
+                                   [[n if dim == split else 0 for dim in range(rank)] for n in powers(ctas)])
+
+
+@gluon.constexpr_function
+def in_registers(widths, column_bytes, held):
+    """How many chunks of R, of these widths along K, registers for ``held`` bytes take; the rest is in shared memory."""
+    taken = 0
+    for n, width in enumerate(widths):
+        taken += width * column_bytes
+        if taken > held:
+            return n
+    return len(widths)
+
+
+@gluon.jit
+def factor(r, layout: gl.constexpr):
+    """A chunk of R in registers, from wherever it is."""
+    if isinstance(r, gl.tensor):
+        return r
+    else:
+        return r.load(layout)
+
+
+@gluon.constexpr_function
 def chains(columns, warps, parts):
     """Into how many sums to split a product of ``parts`` along K, that a warp has 4 tiles to multiply independently."""
     return max(min(parts, 32 * warps // columns), 1)

@@ -4,7 +4,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .gluon_cell import acc_layout, cell, chains, join_gates, load, narrowest, row_layout, split_gates, staging_layout, unit_layout
+from .gluon_cell import (acc_layout, cell, chains, factor, in_registers, join_gates, load, narrowest, r_layout,
+                         row_layout, split_gates, staging_layout, unit_layout)
 from .cell import round_tf32
 from .gluon_cluster import send_to_all
 
@@ -32,14 +33,17 @@ def load_r(r_ptr, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.const
 @gluon.jit(do_not_specialize=["T", "S", "B", "first", "keep_every"])
 def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, keep_every,
                   H: gl.constexpr, DIRECTIONS: gl.constexpr, CHUNKS: gl.constexpr, BLOCK_H: gl.constexpr,
-                  BLOCK_B: gl.constexpr, PRECISION: gl.constexpr):
+                  BLOCK_B: gl.constexpr, HELD: gl.constexpr, PRECISION: gl.constexpr):
     tile, d = gl.program_id(0), gl.program_id(1)
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     ACC: gl.constexpr = acc_layout(gl.num_warps(), gl.num_ctas())
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2 if PRECISION == "native" else 1)
+    R: gl.constexpr = gl.DotOperandLayout(1, ACC, 2 if PRECISION == "native" else 1)
     UNIT: gl.constexpr = unit_layout(BLOCK_B, BLOCK_H, gl.num_warps(), gl.num_ctas())
     CTAS: gl.constexpr = gl.num_ctas()
     UNITS: gl.constexpr = BLOCK_H * CTAS
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    IN_REGISTERS: gl.constexpr = in_registers([width for _, width in CHUNKS], BLOCK_H * BITS // 2, HELD)
     CHAINS: gl.constexpr = chains(4 * BLOCK_H, gl.num_warps(), len(CHUNKS))
     r_ptr += d * (4 * H * H)
     x_ptr += d.to(gl.int64) * S * B * (4 * H)
@@ -52,7 +56,10 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, k
     row = gl.minimum(row, B - 1)        # rows past the end repeat the last one, and nothing of them is stored
     r = ()
     for k in gl.static_range(len(CHUNKS)):
-        r += (load_r(r_ptr, CHUNKS[k][0], CHUNKS[k][1], H, BLOCK_H, PRECISION),)
+        r_k = load_r(r_ptr, CHUNKS[k][0], CHUNKS[k][1], H, BLOCK_H, PRECISION)
+        if k >= IN_REGISTERS:
+            r_k = gl.allocate_shared_memory(dtype, r_k.shape, r_layout(BITS, 2, CTAS, 1), r_k)
+        r += (r_k,)
     at_c = (d * B + row).to(gl.int64) * H + unit
     at_y = row * (DIRECTIONS * H) + d * H + unit
     c = load(c_ptr + at_c, inside)
@@ -61,12 +68,12 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, k
         h = round_tf32(h, False)
     local = gl.where(d == 0, 0, S - 1)
     x = load_gates(x_ptr + local.to(gl.int64) * B * (4 * H) + (row * (4 * H) + unit), inside, H)
-    ROWS: gl.constexpr = row_layout(dtype.primitive_bitwidth, narrowest(CHUNKS), gl.num_ctas())
+    ROWS: gl.constexpr = row_layout(BITS, narrowest(CHUNKS), gl.num_ctas())
     if CTAS == 1:
         rows = gl.allocate_shared_memory(dtype, [BLOCK_B, UNITS], ROWS)
     else:
         received = gl.allocate_shared_memory(dtype, [2, CTAS, BLOCK_B, UNITS],
-                                             staging_layout(dtype.primitive_bitwidth, narrowest(CHUNKS), CTAS))
+                                             staging_layout(BITS, narrowest(CHUNKS), CTAS))
         bars = mbarrier.allocate_mbarrier(batch=2)
         for n in gl.static_range(2):
             mbarrier.init(bars.index(n), count=1)
@@ -88,7 +95,7 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, k
         for n in gl.static_range(CHAINS):
             part = a if n == 0 else gl.full((BLOCK_B, 4 * UNITS), 0., gl.float32, ACC)
             for k in gl.static_range(n, len(CHUNKS), CHAINS):
-                part = mma_v2(rows.slice(CHUNKS[k][0], CHUNKS[k][1], 1).load(A), r[k], part, input_precision="tf32")
+                part = mma_v2(rows.slice(CHUNKS[k][0], CHUNKS[k][1], 1).load(A), factor(r[k], R), part, input_precision="tf32")
             sums += (part,)
         a = sums[0]
         for n in gl.static_range(1, CHAINS):

@@ -4,10 +4,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .gluon_cell import (acc_layout, cell, chains, factor, in_registers, join_gates, load, narrowest, r_layout,
-                         row_layout, split_gates, staging_layout, unit_layout)
 from .cell import round_tf32
-from .gluon_cluster import send_to_all
+from .gluon_cell import cell, chains, factor, gates_layout, join_gates, load, shared_layout, split_gates, unit_layout
+from .gluon_cluster import allocate_mbarriers, send_to_all
 
 
 @gluon.jit
@@ -17,34 +16,48 @@ def load_gates(x, inside, H: gl.constexpr):
 
 
 @gluon.jit
-def load_r(r_ptr, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr, PRECISION: gl.constexpr):
-    """R from WIDTH units on to all columns of the cluster, as second factor."""
-    UPPER: gl.constexpr = 4 * gl.num_warps()
-    REP: gl.constexpr = BLOCK_H // UPPER
-    layout: gl.constexpr = gl.DotOperandLayout(1, acc_layout(gl.num_warps(), gl.num_ctas()),
-                                               2 if PRECISION == "native" else 1)
+def load_r(r_ptr, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr, layout: gl.constexpr):
+    """R from WIDTH units on to all columns of the cluster, (WIDTH, columns)."""
+    THREADS: gl.constexpr = 4 * gl.num_warps()
+    OWN: gl.constexpr = BLOCK_H // THREADS
     n = gl.arange(0, 4 * gl.num_ctas() * BLOCK_H, gl.SliceLayout(0, layout))[None, :]
     k = start + gl.arange(0, WIDTH, gl.SliceLayout(1, layout))[:, None]
     gate = n // (2 * BLOCK_H) % 2 * 2 + n % 2
-    unit = n // (4 * BLOCK_H) * BLOCK_H + n // 2 % UPPER * REP + n // (2 * UPPER) % REP
+    unit = n // (4 * BLOCK_H) * BLOCK_H + n // 2 % THREADS * OWN + n // (2 * THREADS) % OWN
     return gl.load(r_ptr + (gate * H + unit) * H + k, mask=(unit < H) & (k < H), other=0.)
+
+
+@gluon.jit
+def narrow(y, dtype: gl.constexpr, PRECISION: gl.constexpr):
+    """y (fp32) in the type of the result, and as first factor of the next product."""
+    y = y.to(dtype)
+    if PRECISION == "native":
+        return y, y
+    else:
+        return y, round_tf32(y, False)
 
 
 @gluon.jit(do_not_specialize=["T", "S", "B", "first", "keep_every"])
 def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, keep_every,
-                  H: gl.constexpr, DIRECTIONS: gl.constexpr, CHUNKS: gl.constexpr, BLOCK_H: gl.constexpr,
-                  BLOCK_B: gl.constexpr, HELD: gl.constexpr, PRECISION: gl.constexpr):
+                  H: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr,
+                  HELD: gl.constexpr, PRECISION: gl.constexpr):
+    """As ``forward_resident``, the CTAs of a cluster together.
+
+    R is cut into parts along K, of which those that fit HELD bytes are in registers, the rest in shared memory.
+    """
     tile, d = gl.program_id(0), gl.program_id(1)
     dtype: gl.constexpr = y_ptr.dtype.element_ty
-    ACC: gl.constexpr = acc_layout(gl.num_warps(), gl.num_ctas())
-    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2 if PRECISION == "native" else 1)
-    R: gl.constexpr = gl.DotOperandLayout(1, ACC, 2 if PRECISION == "native" else 1)
-    UNIT: gl.constexpr = unit_layout(BLOCK_B, BLOCK_H, gl.num_warps(), gl.num_ctas())
+    BITS: gl.constexpr = dtype.primitive_bitwidth
     CTAS: gl.constexpr = gl.num_ctas()
     UNITS: gl.constexpr = BLOCK_H * CTAS
-    BITS: gl.constexpr = dtype.primitive_bitwidth
-    IN_REGISTERS: gl.constexpr = in_registers([width for _, width in CHUNKS], BLOCK_H * BITS // 2, HELD)
-    CHAINS: gl.constexpr = chains(4 * BLOCK_H, gl.num_warps(), len(CHUNKS))
+    UNIT: gl.constexpr = unit_layout(BLOCK_B, BLOCK_H, gl.num_warps(), CTAS)
+    ACC: gl.constexpr = gates_layout(gl.num_warps(), CTAS)
+    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 32 // BITS)
+    R: gl.constexpr = gl.DotOperandLayout(1, ACC, 32 // BITS)
+    WIDTH: gl.constexpr = min(1024 // BITS, UNITS)      # of a part, whose rows of 128 bytes fill the banks once
+    PARTS: gl.constexpr = (H + WIDTH - 1) // WIDTH
+    IN_REGISTERS: gl.constexpr = HELD // (WIDTH * BLOCK_H * BITS // 2)
+    CHAINS: gl.constexpr = chains(4 * BLOCK_H, gl.num_warps(), PARTS)
     r_ptr += d * (4 * H * H)
     x_ptr += d.to(gl.int64) * S * B * (4 * H)
     row = tile * BLOCK_B + gl.arange(0, BLOCK_B, gl.SliceLayout(1, UNIT))[:, None]
@@ -55,66 +68,61 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, k
         mask = mask & inside
     row = gl.minimum(row, B - 1)        # rows past the end repeat the last one, and nothing of them is stored
     r = ()
-    for k in gl.static_range(len(CHUNKS)):
-        r_k = load_r(r_ptr, CHUNKS[k][0], CHUNKS[k][1], H, BLOCK_H, PRECISION)
+    for k in gl.static_range(PARTS):
+        part = load_r(r_ptr, k * WIDTH, WIDTH, H, BLOCK_H, R)
         if k >= IN_REGISTERS:
-            r_k = gl.allocate_shared_memory(dtype, r_k.shape, r_layout(BITS, 2, CTAS, 1), r_k)
-        r += (r_k,)
+            part = gl.allocate_shared_memory(dtype, part.shape, shared_layout(BITS, WIDTH, [0, 1], 1, CTAS), part)
+        r += (part,)
+    at_x = row * (4 * H) + unit
     at_c = (d * B + row).to(gl.int64) * H + unit
     at_y = row * (DIRECTIONS * H) + d * H + unit
     c = load(c_ptr + at_c, inside)
-    h = load(h_ptr + at_y, inside)
-    if PRECISION != "native":
-        h = round_tf32(h, False)
-    local = gl.where(d == 0, 0, S - 1)
-    x = load_gates(x_ptr + local.to(gl.int64) * B * (4 * H) + (row * (4 * H) + unit), inside, H)
-    ROWS: gl.constexpr = row_layout(BITS, narrowest(CHUNKS), gl.num_ctas())
+    _, h = narrow(load(h_ptr + at_y, inside), dtype, PRECISION)
+    x = load_gates(x_ptr + gl.where(d == 0, 0, S - 1).to(gl.int64) * B * (4 * H) + at_x, inside, H)
+    ROWS: gl.constexpr = shared_layout(BITS, WIDTH, [1, 0], None, CTAS)
     if CTAS == 1:
         rows = gl.allocate_shared_memory(dtype, [BLOCK_B, UNITS], ROWS)
+        rows.store(h)
     else:
         received = gl.allocate_shared_memory(dtype, [2, CTAS, BLOCK_B, UNITS],
-                                             staging_layout(BITS, narrowest(CHUNKS), CTAS))
-        bars = mbarrier.allocate_mbarrier(batch=2)
-        for n in gl.static_range(2):
-            mbarrier.init(bars.index(n), count=1)
+                                             shared_layout(BITS, WIDTH, [2, 1, 0], 0, CTAS))
+        bars = allocate_mbarriers()
         send_to_all(h, received.index(0), bars.index(0), BLOCK_H)
     until_kept = gl.where(first == 0, keep_every, (keep_every - first % keep_every) % keep_every)
     at_kept = gl.where(first == 0, 0, (first - 1) // keep_every)
     s = 0
     while s < S:
-        if CTAS == 1:
-            rows.store(h)
-        else:
+        if CTAS > 1:
             mbarrier.wait(bars.index(s % 2), s // 2 % 2)
             rows = received.index(s % 2).reinterpret(dtype, [BLOCK_B, UNITS], ROWS)
         a = join_gates(x[0].to(gl.float32), x[1].to(gl.float32), x[2].to(gl.float32), x[3].to(gl.float32), BLOCK_H)
+        # the next x, to arrive during the products
         ahead = gl.minimum(s + 1, S - 1)
-        ahead = gl.where(d == 0, ahead, S - 1 - ahead)
-        x = load_gates(x_ptr + ahead.to(gl.int64) * B * (4 * H) + (row * (4 * H) + unit), inside, H)
+        x = load_gates(x_ptr + gl.where(d == 0, ahead, S - 1 - ahead).to(gl.int64) * B * (4 * H) + at_x, inside, H)
         sums = ()
         for n in gl.static_range(CHAINS):
-            part = a if n == 0 else gl.full((BLOCK_B, 4 * UNITS), 0., gl.float32, ACC)
-            for k in gl.static_range(n, len(CHUNKS), CHAINS):
-                part = mma_v2(rows.slice(CHUNKS[k][0], CHUNKS[k][1], 1).load(A), factor(r[k], R), part, input_precision="tf32")
-            sums += (part,)
+            total = a if n == 0 else gl.full((BLOCK_B, 4 * UNITS), 0., gl.float32, ACC)
+            for k in gl.static_range(n, PARTS, CHAINS):
+                total = mma_v2(rows.slice(k * WIDTH, WIDTH, 1).load(A), factor(r[k], R), total, input_precision="tf32")
+            sums += (total,)
         a = sums[0]
         for n in gl.static_range(1, CHAINS):
             a += sums[n]
         if until_kept == 0:
-            gl.store(kept_ptr + (at_kept * DIRECTIONS + d).to(gl.int64) * B * H + (row * H + unit), c, mask=mask)
+            gl.store(kept_ptr + ((at_kept * DIRECTIONS + d).to(gl.int64) * B + row) * H + unit, c, mask=mask)
             until_kept = keep_every
             at_kept += 1
         until_kept -= 1
-        time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
         i, f, g, o = split_gates(a, BLOCK_H)
-        y, c = cell(i, f, g, o, c, dtype != gl.float32)
-        h = y.to(dtype)
-        gl.store(y_ptr + time * B * (DIRECTIONS * H) + at_y, h, mask=mask)
-        if PRECISION != "native":
-            h = round_tf32(h, False)
+        y, c = cell(i, f, g, o, c, dtype)
+        y, h = narrow(y, dtype, PRECISION)
+        time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
         s += 1
-        if CTAS > 1:
+        if CTAS == 1:
+            rows.store(h)
+        else:
             send_to_all(h, received.index(s % 2), bars.index(s % 2), BLOCK_H)
+        gl.store(y_ptr + time * B * (DIRECTIONS * H) + at_y, y, mask=mask)
     if CTAS > 1:        # nobody exits while others store into its shared memory
         mbarrier.wait(bars.index(S % 2), S // 2 % 2)
     gl.store(c_ptr + at_c, c, mask=mask)

@@ -60,8 +60,10 @@ def options(kernel, plan, waits):
     maxnreg: a multiprocessor runs one such program, and all registers are its own. Left to itself the assembler likes
     to stop at 128 of a thread, for two programs, and then waits for each load before it issues the next.
     """
-    chosen = dict(num_warps=plan.num_warps, enable_fp_fusion=True, maxnreg=255)
-    if kernel.is_gluon():
+    gluon = not INTERPRET and kernel.is_gluon()
+    num_warps = plan.forward_warps if gluon and kernel is forward_gluon else plan.num_warps
+    chosen = dict(num_warps=num_warps, enable_fp_fusion=True, maxnreg=min(65536 // (32 * num_warps), 255))
+    if gluon:
         chosen["num_ctas"] = plan.programs
     if waits:
         chosen["launch_cooperative_grid"] = True
@@ -80,7 +82,7 @@ def launch_kernel(kernel, plan, grid, *args, waits, **constants):
 
 def _loop_constants(plan):
     if plan.gluon:
-        return dict(BLOCK_H=plan.block_h, BLOCK_B=16, PRECISION=plan.precision)
+        return dict(BLOCK_H=plan.block_h, BLOCK_B=16, HELD=plan.register_bytes, PRECISION=plan.precision)
     constants = dict(CHUNKS=plan.chunks, BLOCK_B=16, PRECISION=plan.precision, INTERPRET=INTERPRET)
     if plan.schedule != "resident":
         constants.update(BLOCK_H=plan.block_h, HELD=plan.held, BLOCK_K=plan.block_k)
@@ -129,7 +131,7 @@ def forward(x, w, r, b, h0, c0, plan, save, run=None):
             h = torch.cat([y[first - 1, :, :H], y[T - first, :, H:]], 1) if D == 2 else y[first - 1]
         if plan.gluon:
             run(forward_gluon, plan, (plan.groups, D), a, r, h, c, y, kept, T, S, B, first, keep_every,
-                waits=False, CHUNKS=plan.chunks, **_loop_constants(plan))
+                waits=False, **_loop_constants(plan))
         elif plan.schedule == "resident":
             run(forward_resident, plan, (plan.groups, D), a, r, h, c, y, kept, T, S, B, first, keep_every,
                 waits=False, **_loop_constants(plan))

@@ -7,6 +7,7 @@ import triton_lstm
 from triton_lstm.plan import H200
 from triton_lstm.reference import lstm_reference
 
+PORTABLE = dataclasses.replace(H200, cluster=0)     # where no Gluon kernel runs
 BUDGET = 1.5        # times nn.LSTM's own error in the same dtype
 
 
@@ -97,13 +98,19 @@ class Problem:
             return y, h_n, c_n
         return self.results(function)
 
-    def plan(self, **options):
-        return triton_lstm.make_plan(self.B, self.H, self.dtype, self.D, tf32=self.tf32, **options)
+    def plan(self, limits=PORTABLE, **options):
+        return triton_lstm.make_plan(self.B, self.H, self.dtype, self.D, tf32=self.tf32, limits=limits, **options)
+
+    def gluon_plan(self, ctas, keep_every=2):
+        """The plan of the Gluon kernels for clusters of so many CTAs, whatever make_plan would choose."""
+        plan = self.plan(limits=H200, schedule="cluster" if ctas > 1 else "resident", keep_every=keep_every)
+        block_h = max(1 << (-(-self.H // ctas) - 1).bit_length(), 16)
+        return dataclasses.replace(plan, programs=ctas, block_h=block_h, num_warps=min(8, block_h // (4 if ctas > 1 else 8)))
 
     def shared_plan(self, schedule, multiprocessors=132, keep_every=2):
         """A plan of several programs. A streamed one holds 16 units' R and reads the rest: no automatic plan so small
         does."""
-        limits = dataclasses.replace(H200, multiprocessors=multiprocessors)
+        limits = dataclasses.replace(PORTABLE, multiprocessors=multiprocessors)
         plan = self.plan(schedule="grid", limits=limits, keep_every=keep_every)
         return plan if schedule == "grid" else dataclasses.replace(plan, schedule="streamed", chunks=((0, 16),),
                                                                    block_k=16)

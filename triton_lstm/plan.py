@@ -17,8 +17,14 @@ BLOCK_B = 16                            # batch rows of a tile: the height of on
 NUM_WARPS = 8                           # of every program of the grid and streamed schedules
 HELD_BYTES = 128 * 4 * 32 * NUM_WARPS   # of R in registers at most: 128 of a thread's 255, the rest is the step's
 BLOCK_BYTES = 1 << 14                   # of R that a streamed plan reads at a time
+GLUON_BYTES = 128                       # along a row of R, of one product of the Gluon kernels
 BACKWARD_ELEMENTS = 1 << 21             # units x rows x steps that backward recomputes at a time, if it can choose
 FORWARD_BYTES = 1 << 28                 # of pre-activations that forward holds at a time, if it can choose
+# Cycles of a step, read from machine code, not measured: what a group waits for once, and what it waits for again at
+# each of its tiles; then the multiply-adds a cycle, elementwise cycles a unit, and bytes a cycle from L2.
+L2_EXCHANGE, TILE_LATENCIES = 2000, 2000
+CLUSTER_STEP = 1000                     # the same in a cluster, all in all
+MULTIPLY_ADDS, UNIT_CYCLES, L2_BYTES = 1280, 8, 32
 
 
 class PlanError(ValueError):
@@ -42,18 +48,18 @@ class Limits:
 
 
 def _cluster(capability, multiprocessors):
-    """The Gluon kernels are tested for compute capability 9.0 alone; clusters of them need Triton 3.9. A cluster lies
-    within one GPC, of which only the full chips have several with 16 multiprocessors."""
-    if capability != (9, 0):
+    """Tests run what the Gluon kernels compile to for three architectures. Clusters need the last and Triton 3.9, and
+    lie within one GPC, of which only the full chips have several with 16 multiprocessors."""
+    if capability not in ((8, 0), (8, 9), (9, 0)):
         return 0
-    if tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 9):
+    if capability < (9, 0) or tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 9):
         return 1
     return 16 if multiprocessors >= 132 else 8
 
 
 H200 = H100 = Limits(132, 232448, _cluster((9, 0), 132))
-A100 = Limits(108, 166912)
-RTX_4090 = Limits(128, 101376)
+A100 = Limits(108, 166912, _cluster((8, 0), 108))
+RTX_4090 = Limits(128, 101376, _cluster((8, 9), 128))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +113,35 @@ class Plan:
         """Bytes of R that one program holds on chip, padding included: in registers, but those of a streamed plan in
         shared memory or registers, as the compiler likes. The Gluon backward kernel's, which pads both sides alike."""
         if self.gluon:
-            return 4 * self.block_h ** 2 * self.programs * _element(self.precision)
+            return 4 * self.block_h * self._units * _element(self.precision)
         rows = self.held if self.schedule == "resident" else self.block_h
         return 4 * rows * self.held * _element(self.precision)
+
+    @property
+    def _units(self):
+        """Hidden units of all programs, padding included."""
+        return self.programs * self.block_h
+
+    @property
+    def forward_warps(self):
+        """Warps of a program of the Gluon forward kernel: twice as many where a thread would have four units or more,
+        for their special functions to overlap with products. Backward has no special functions."""
+        doubled = self.num_warps == NUM_WARPS and self.block_h >= 16 * NUM_WARPS
+        return 2 * self.num_warps if doubled else self.num_warps
+
+    @property
+    def register_bytes(self):
+        """Bytes of R that one Gluon program holds in registers; the rest is in shared memory."""
+        return min(self.held_bytes, HELD_BYTES)
+
+    @property
+    def shared_bytes(self):
+        """Bytes of shared memory of a Gluon program: R beyond the registers, tiles of a step, and two mbarriers."""
+        element, row = _element(self.precision), BLOCK_B * self._units
+        forward, backward = row * element, BLOCK_B * 4 * self.block_h * element
+        if self.programs > 1:
+            forward, backward = 2 * forward + 16, backward + 2 * row * 4 + 16
+        return self.held_bytes - self.register_bytes + max(forward, backward)
 
     @property
     def streamed_bytes(self):
@@ -180,17 +212,23 @@ class Plan:
             raise PlanError(f"{self.groups} groups of {self.tiles} tiles hold fewer than {self.batch} batch rows")
         if limits is None:
             return
-        if self.gluon and self.programs > limits.cluster:
-            raise PlanError(f"a cluster of {self.programs} programs, where at most {limits.cluster} run" if limits.cluster
-                            else "the Gluon kernels need compute capability 9.0")
-        if self.schedule in ("grid", "streamed") and self.launched > limits.multiprocessors:
+        if self.gluon:
+            if limits.cluster == 0:
+                raise PlanError("the Gluon kernels need compute capability 8.0, 8.9 or 9.0")
+            if self.programs > limits.cluster:
+                raise PlanError(f"a cluster of {self.programs} programs, where at most {limits.cluster} run")
+        elif self.schedule != "resident" and self.launched > limits.multiprocessors:
             raise PlanError(f"{self.launched} programs wait for each other but only {limits.multiprocessors} "
                             f"multiprocessors can run them at the same time")
         room = HELD_BYTES * self.num_warps // NUM_WARPS
-        if self.held_bytes > room:
+        if self.schedule == "cluster":
+            if self.shared_bytes > limits.shared_memory:
+                raise PlanError(f"{self.shared_bytes} bytes for R and a step's tiles in shared memory, which has "
+                                f"{limits.shared_memory}")
+        elif self.held_bytes > room:
             raise PlanError(f"{self.held_bytes} bytes of R for a program's registers, which hold {room} beside a "
                             f"step's own")
-        if self.held_bytes > limits.shared_memory:
+        elif self.held_bytes > limits.shared_memory:
             raise PlanError(f"{self.held_bytes} bytes of R pass through shared memory once, which has "
                             f"{limits.shared_memory}")
 
@@ -207,6 +245,8 @@ class Plan:
     def __str__(self):
         kib = lambda n: f"{n / 1024:.0f} KiB"
         where = f"{kib(self.held_bytes)} of R in the registers of each program"
+        if self.schedule == "cluster" and self.held_bytes > HELD_BYTES:
+            where = f"{kib(self.held_bytes)} of R in the registers and shared memory of each program"
         if self.streamed_bytes:
             where = (f"{kib(self.held_bytes)} of R on the chip in each program, {kib(self.streamed_bytes)} read from "
                      f"L2 every step")
@@ -255,15 +295,24 @@ def precision_for(dtype, tf32):
 
 def _gluon(ctas, batch_tiles, common, limits):
     """The plan of the Gluon kernels in clusters of ``ctas``, or of one CTA."""
-    hidden_size, precision = common["hidden_size"], common["precision"]
-    block_h = max(1 << (-(-hidden_size // ctas) - 1).bit_length(), 16)
-    # a warp's share of the columns is at least 8 wide, and 16 for four gates of a unit in one thread
+    element = _element(common["precision"])
+    block_h = max(1 << (-(-common["hidden_size"] // ctas) - 1).bit_length(), 16)
+    # a thread has all four gates of a unit; alone, two units, or dh would need a detour to its owner
     num_warps = min(NUM_WARPS, block_h // 4 if ctas > 1 else block_h // 8)
     plan = Plan("cluster" if ctas > 1 else "resident", programs=ctas, groups=batch_tiles, tiles=1, block_h=block_h,
-                chunks=_chunks(hidden_size, 64 if precision == "native" else 32), block_k=0, num_warps=num_warps,
+                num_warps=num_warps, chunks=_chunks(common["hidden_size"], GLUON_BYTES // element), block_k=0,
                 gluon=True, **common)
     plan.check(limits)
     return plan
+
+
+def _cycles(plan, limits):
+    """Cycles that a step of all batch rows takes. Clusters wait for nobody else: more of them run in waves."""
+    tile = BLOCK_B * 4 * plan.block_h * plan.hidden_size / MULTIPLY_ADDS + UNIT_CYCLES * plan.block_h
+    if plan.schedule == "cluster":
+        side_by_side = limits.multiprocessors // plan.programs
+        return -(-plan.groups * plan.directions // side_by_side) * (CLUSTER_STEP + tile)
+    return L2_EXCHANGE + plan.tiles * (TILE_LATENCIES + tile + plan.streamed_bytes / L2_BYTES)
 
 
 def _resident(hidden_size, precision, batch_tiles, common, limits):
@@ -311,17 +360,17 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
             return _resident(hidden_size, precision, all_tiles, common, limits)
         except PlanError as error:
             reasons.append(f"resident: {error}")
-    best = None
-    for ctas in (2, 4, 8, 16) if schedule in (None, "cluster") and limits is not None else ():
+    plans = []
+    for ctas in (2, 4, 8, 16) if schedule in (None, "cluster") else ():
+        if limits is None or limits.multiprocessors < ctas:
+            reasons.append(f"cluster: no device for {ctas} programs")
+            continue
+        if hidden_size <= 16 * ctas and ctas > 2:       # fewer than 32 units a program make no step shorter
+            continue
         try:
-            plan = _gluon(ctas, all_tiles, common, limits)
+            plans.append(_gluon(ctas, all_tiles, common, limits))
         except PlanError as error:
             reasons.append(f"cluster: {error}")
-            continue
-        waves = -(-all_tiles * directions // max(limits.multiprocessors // ctas, 1))
-        cycles = waves * (1200 + BLOCK_B * 4 * plan.block_h * hidden_size / 1280 + 8 * plan.block_h)
-        if best is None or cycles < best[0]:
-            best = cycles, plan
     for block_h in (16, 32, 64):
         chunks, block_k = _shared(hidden_size, precision, block_h,
                                   HELD_BYTES if limits is None else limits.shared_memory)
@@ -345,13 +394,7 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
         except PlanError as error:
             reasons.append(f"{name}: {error}")
             continue
-        # Cycles of a step: the exchange once; for every tile the latencies in a row, the tensor cores (1280
-        # multiply-adds a cycle), the elementwise part, and the stream of R at 32 bytes a cycle. From machine code, not
-        # measured.
-        cycles = 2000 + tiles * (2000 + BLOCK_B * 4 * block_h * hidden_size / 1280 + 8 * block_h
-                                 + plan.streamed_bytes / 32)
-        if best is None or cycles < best[0]:
-            best = cycles, plan
-    if best is None:
+        plans.append(plan)
+    if not plans:
         raise PlanError("; ".join(reasons))
-    return best[1]
+    return min(plans, key=lambda plan: _cycles(plan, limits))

@@ -1,18 +1,21 @@
 """The Gluon kernels: their PTX, executed on CPU tensors, and what the compiler made of them."""
 import contextlib
-import dataclasses
+import importlib.util
+import pathlib
 import re
+import sys
+from unittest import mock
 
 import pytest
 import torch
+from triton_lstm.kernels import ahead, launch
 from triton_lstm.kernels.ahead import compile_plan
 
 import harness
 from bench.machine_code import read
 from problems import Problem, error
 from ptx_emulator import EmulatorError
-from triton_lstm import PlanError, make_plan
-from triton_lstm.plan import A100, H200, HELD_BYTES, NUM_WARPS, Limits
+from triton_lstm import Plan
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = [FP16, BF16, FP32]
@@ -43,8 +46,100 @@ def test_one_cta_large(shape, dtype, arch):
 
 
 @CLUSTERS
-@pytest.mark.parametrize("ctas", [2, 4, 8])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 2), (3, 3, 4, 5, 1), (4, 17, 4, 33, 2), (3, 3, 4, 100, 1)], ids=str)
+@pytest.mark.parametrize("shape, dtype, ctas", [
+    ((1, 1, 1, 1, 2), FP16, 2), ((1, 1, 1, 1, 2), FP32, 4), ((3, 3, 4, 5, 1), BF16, 2), ((3, 3, 4, 5, 1), FP32, 2),
+    ((3, 17, 4, 33, 2), BF16, 2), ((3, 17, 4, 33, 2), FP32, 2), ((3, 3, 4, 33, 1), FP16, 4), ((2, 3, 4, 33, 1), BF16, 8),
+    ((3, 3, 4, 100, 1), FP16, 2), ((3, 3, 4, 100, 1), BF16, 4), ((3, 3, 4, 100, 1), FP32, 8), ((2, 3, 4, 256, 1), BF16, 8),
+], ids=str)
 def test_cluster(shape, dtype, ctas):
-    run(problem(shape, dtype), ctas, seed=ctas, memory="weak")
+    run(problem(shape, dtype), ctas)
+
+
+@CLUSTERS
+@pytest.mark.parametrize("seed", range(6))
+def test_cluster_in_weak_memory(seed):
+    run(Problem(5, 3, 2, 40, dtype=BF16), 2 << seed % 2, seed=seed, memory="weak")
+
+
+@CLUSTERS
+def test_r_beyond_the_registers():
+    """Of a smaller budget, so that a small R does not fit it."""
+    small = Problem(3, 3, 2, 128, dtype=BF16)
+    plan = small.gluon_plan(2)
+    with mock.patch.object(Plan, "register_bytes", plan.held_bytes // 2), harness.emulator(seed=2):
+        assert all(kernel.metadata.shared >= plan.held_bytes // 2 for name, kernel in compile_plan(plan, BF16).items()
+                   if name != "coefficients")
+        small.check(small.ours(plan=plan))
+
+
+@contextlib.contextmanager
+def edited(name, tmp_path, old, new):
+    """The kernel ``name`` compiled from its source with ``old`` replaced."""
+    path = pathlib.Path(sys.modules[f"triton_lstm.kernels.gluon_{name}"].__file__)
+    text = path.read_text()
+    assert old in text
+    copy = tmp_path / f"edited_{name}.py"
+    copy.write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location(f"triton_lstm.kernels.edited_{name}", copy)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with mock.patch.object(launch, f"{name}_gluon", getattr(module, f"{name}_gluon")), \
+            mock.patch.dict(ahead._compiled, clear=True):
+        yield
+
+
+def caught(problem, plan, **options):
+    """Whether a run under one of a few seeds raises or gives a wrong number."""
+    exact = problem.exact()
+    for seed in range(8):
+        try:
+            with harness.emulator(seed=seed, **options):
+                results = problem.ours(plan=plan)
+        except EmulatorError:
+            return True
+        if any(not error(results[name], exact[name]) < 0.03 for name in exact):
+            return True
+    return False
+
+
+@CLUSTERS
+@pytest.mark.parametrize("name, old, new", [
+    ("forward", "mbarrier.wait(bars.index(s % 2), s // 2 % 2)", "pass"),
+    ("forward", "received.index(s % 2)", "received.index(0)"),
+    ("forward", "mbarrier.wait(bars.index(S % 2), S // 2 % 2)", "pass"),
+    ("backward", "mbarrier.wait(bars.index(n % 2), n // 2 % 2)", "pass"),
+    ("backward", "shares.index(n % 2)", "shares.index(0)"),
+], ids=["wait", "one buffer", "last wait", "backward wait", "backward one buffer"])
+def test_a_broken_exchange_is_caught(name, old, new, tmp_path):
+    broken = Problem(6, 3, 2, 33, dtype=BF16)
+    with edited(name, tmp_path, old, new):
+        assert caught(broken, broken.gluon_plan(2))
+
+
+def remove(pattern, count=1):
+    return lambda ptx: re.sub(pattern, "", ptx, count=count)
+
+
+@CLUSTERS
+@pytest.mark.parametrize("kernel", ["forward_gluon", "backward_gluon"])
+@pytest.mark.parametrize("edit", [
+    remove(r"barrier\.cluster\.arrive\.aligned;\s+barrier\.cluster\.wait\.aligned;"),
+    remove(r"st\.async[^;]*;"),
+    lambda ptx: re.sub(r"(expect_tx[^;]*, )(\d+);", lambda m: f"{m[1]}{int(m[2]) // 2};", ptx),
+], ids=["start", "store", "bytes"])
+def test_a_broken_exchange_in_ptx_is_caught(kernel, edit):
+    broken = Problem(4, 3, 2, 33, dtype=BF16)
+    assert caught(broken, broken.gluon_plan(2), edit=edit, only=[kernel])
+
+
+@pytest.mark.parametrize("kernel", ["forward_gluon", "backward_gluon"])
+@pytest.mark.parametrize("which", [-1, -2])
+def test_a_missing_cta_barrier_is_caught(kernel, which):
+    """The two barriers of a step are the last ones in the text."""
+    def edit(ptx):
+        at = [m.start() for m in re.finditer(r"bar\.sync", ptx)][which]
+        return ptx[:at] + "//" + ptx[at:]
+
+    broken = Problem(4, 3, 2, 33, dtype=BF16)
+    with harness.emulator(edit=edit, only=[kernel]), pytest.raises(EmulatorError):
+        broken.ours(plan=broken.gluon_plan(1))

@@ -20,8 +20,8 @@ from triton_lstm.kernels.ahead import compile_launch
 
 import triton_lstm.functional
 import triton_lstm.op
-from ptx_emulator import launch as emulate
 from problems import PORTABLE
+from ptx_emulator import launch as emulate
 from triton_lstm import kernels
 from triton_lstm.kernels import launch as compiled_launch
 from triton_lstm.plan import A100, H200, RTX_4090

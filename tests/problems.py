@@ -105,7 +105,8 @@ class Problem:
         """The plan of the Gluon kernels for clusters of so many CTAs, whatever make_plan would choose."""
         plan = self.plan(limits=H200, schedule="cluster" if ctas > 1 else "resident", keep_every=keep_every)
         block_h = max(1 << (-(-self.H // ctas) - 1).bit_length(), 16)
-        return dataclasses.replace(plan, programs=ctas, block_h=block_h, num_warps=min(8, block_h // (4 if ctas > 1 else 8)))
+        num_warps = min(8, block_h // (4 if ctas > 1 else 8))
+        return dataclasses.replace(plan, programs=ctas, block_h=block_h, num_warps=num_warps)
 
     def shared_plan(self, schedule, multiprocessors=132, keep_every=2):
         """A plan of several programs. A streamed one holds 16 units' R and reads the rest: no automatic plan so small

@@ -221,14 +221,13 @@ class Plan:
             raise PlanError(f"{self.launched} programs wait for each other but only {limits.multiprocessors} "
                             f"multiprocessors can run them at the same time")
         room = HELD_BYTES * self.num_warps // NUM_WARPS
-        if self.schedule == "cluster":
-            if self.shared_bytes > limits.shared_memory:
-                raise PlanError(f"{self.shared_bytes} bytes for R and a step's tiles in shared memory, which has "
-                                f"{limits.shared_memory}")
-        elif self.held_bytes > room:
+        if self.schedule != "cluster" and self.held_bytes > room:
             raise PlanError(f"{self.held_bytes} bytes of R for a program's registers, which hold {room} beside a "
                             f"step's own")
-        elif self.held_bytes > limits.shared_memory:
+        if self.gluon and self.shared_bytes > limits.shared_memory:
+            raise PlanError(f"{self.shared_bytes} bytes for R and a step's tiles in shared memory, which has "
+                            f"{limits.shared_memory}")
+        if not self.gluon and self.held_bytes > limits.shared_memory:
             raise PlanError(f"{self.held_bytes} bytes of R pass through shared memory once, which has "
                             f"{limits.shared_memory}")
 

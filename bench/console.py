@@ -3,17 +3,17 @@ import sys
 import time
 
 
-def progress(items, label=str):
+def progress(items, label=str, total=None):
     """Yield ``items``; stderr says which one is under way and, once one is done, about how much time is left.
 
-    On a terminal the line overwrites itself.
+    On a terminal the line overwrites itself. total: how many there are, where they have no length.
     """
-    items, start, terminal = list(items), time.monotonic(), sys.stderr.isatty()
+    total, start, terminal = len(items) if total is None else total, time.monotonic(), sys.stderr.isatty()
     before, after = ("\r\x1b[K", "") if terminal else ("", "\n")
     try:
         for done, item in enumerate(items):
-            left = (time.monotonic() - start) / done * (len(items) - done) if done else None
-            text = f"[{done + 1}/{len(items)}] {label(item)}" + (f", {left:.0f} s left" if done else "")
+            left = (time.monotonic() - start) / done * (total - done) if done else None
+            text = f"[{done + 1}/{total}] {label(item)}" + (f", {left:.0f} s left" if done else "")
             print(before + text, end=after, file=sys.stderr, flush=True)
             yield item
     finally:

@@ -8,6 +8,12 @@ import triton_lstm
 from .console import progress
 from .workloads import DTYPES
 
+
+def dtype_of(name):
+    """The torch type of "fp16", "bf16" or "fp32"."""
+    return getattr(torch, DTYPES[name])
+
+
 # Relative error in the norm that a result may have, by how products are computed: ten times what torch's own LSTM has
 # over 256 steps, in fp16 (whose ten bits TF32 has too) four times. Far below any wrong result; the tests of the package
 # hold it to a closer budget.
@@ -28,12 +34,12 @@ def results(layer, x, dy=None):
     return {name: tensor.detach() for name, tensor in named.items()}
 
 
-def exact_results(layer, x, dy=None):
-    """The same from torch's own LSTM in float64, with the weights of ``layer``."""
+def exact_results(layer, x, dy=None, runs=lambda lstm: lstm):
+    """The same from torch's own LSTM in float64, with the weights of ``layer``; ``runs(lstm)`` is the layer to call."""
     reference = torch.nn.LSTM(layer.input_size, layer.hidden_size, layer.num_layers, bias=layer.bias,
                               batch_first=layer.batch_first, bidirectional=layer.bidirectional)
     reference.load_state_dict(layer.state_dict())
-    return results(reference.to(x.device, torch.float64), x.double(), None if dy is None else dy.double())
+    return results(runs(reference.to(x.device, torch.float64)), x.double(), None if dy is None else dy.double())
 
 
 def error(found, exact):
@@ -79,7 +85,7 @@ def check_interpreted(layer_class=triton_lstm.LSTM):
     good = True
     for shape in progress(SHAPES):
         torch.manual_seed(0)
-        dtype, allowed = DTYPES[shape.dtype], TOLERANCE[shape.dtype]
+        dtype, allowed = dtype_of(shape.dtype), TOLERANCE[shape.dtype]
         layer = layer_class(shape.input_size, shape.hidden_size, shape.layers, bias=shape.bias,
                             batch_first=shape.batch_first, bidirectional=shape.directions == 2, dtype=dtype)
         size = (shape.batch, shape.steps) if shape.batch_first else (shape.steps, shape.batch)

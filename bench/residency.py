@@ -8,8 +8,8 @@ from triton_lstm import Plan, PlanError, make_plan
 from triton_lstm.plan import A100, H200
 
 from .console import markdown, progress
+from .correctness import dtype_of
 from .machine_code import Report, read
-from .workloads import DTYPES
 
 LIMITS = {80: A100}                 # by architecture; H200's for the others
 L2_BYTES_PER_CYCLE = 64             # that one multiprocessor reads at most
@@ -51,7 +51,7 @@ def read_plans(workloads, arch=90):
     plans, reasons = {}, {}
     for w in workloads:
         try:
-            plans[w.name] = make_plan(w.batch, w.hidden_size, DTYPES[w.dtype], w.directions,
+            plans[w.name] = make_plan(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions,
                                       limits=LIMITS.get(arch, H200))
         except PlanError as error:
             reasons[w.name] = str(error)
@@ -59,7 +59,7 @@ def read_plans(workloads, arch=90):
     distinct = dict.fromkeys((plan, dtypes[name]) for name, plan in plans.items())
     for plan, dtype in progress(distinct, lambda key: f"compiling {key[0].schedule} H={key[0].hidden_size} "
                                                       f"B={key[0].batch} {key[1]} for sm_{arch}"):
-        kernels = compile_plan(plan, DTYPES[dtype], arch)
+        kernels = compile_plan(plan, dtype_of(dtype), arch)
         distinct[plan, dtype] = [next(read(kernel) for name, kernel in kernels.items() if name.startswith(which))
                                  for which in ("forward", "backward")]
     return [Residency(w.name, w.dtype, plans[w.name], *distinct[plans[w.name], w.dtype]) if w.name in plans else

@@ -1,175 +1,218 @@
-"""Times layers on a GPU against cuDNN; a result that is wrong gets no time."""
-import csv
+"""Times layers on a GPU side by side; a result that is wrong gets no time."""
+import concurrent.futures
 import dataclasses
 import functools
-import itertools
+import multiprocessing
+import os
+import time
 
 import torch
-import triton
-import triton.testing
+from triton_lstm.kernels.ahead import compile_plan
 
 import triton_lstm
-from triton_lstm.op import automatic_plan
 
-from . import plots
-from .console import markdown, progress
-from .correctness import TOLERANCE, error, exact_results, results
-from .workloads import DTYPES
-
-OURS, THEIRS = "triton_lstm", "cuDNN"
-PROVIDERS = {OURS: triton_lstm.LSTM, THEIRS: torch.nn.LSTM}
+from .console import progress
+from .correctness import TOLERANCE, dtype_of, error, exact_results, results
+from .providers import Graph, Problem, Unavailable
+from .rows import OURS, Row, Writer, load
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One layer of ``hidden_size`` inputs and units; mode "forward", or "train" for forward and backward."""
-    mode: str
-    dtype: str
-    batch: int
-    hidden_size: int
-    steps: int = 256
-
-    def __str__(self):
-        return f"{self.mode} {self.dtype} B={self.batch} H={self.hidden_size}"
+class Effort:
+    """Timing of one provider: rounds until ``sample_ms`` milliseconds were timed, from ``least`` to ``most`` rounds."""
+    sample_ms: float
+    least: int = 5
+    most: int = 100
+    slow_ms: float = 1000           # of one call: then two rounds are enough
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What was measured of one provider; status "ok", "wrong", or why it does not run the case.
+EFFORTS = {"quick": Effort(50), "record": Effort(120), "full": Effort(300)}
 
-    Times are milliseconds of a whole call. Only an "ok" has them.
+
+def saved_bytes(layer, x):
+    """Bytes that a forward keeps for backward beyond weights, x and y; storages that several tensors share count once.
+
+    cuDNN's reserve space is among them: torch saves it as it saves any tensor.
     """
-    mode: str
-    dtype: str
-    batch: int
-    hidden_size: int
-    steps: int
-    provider: str
-    environment: str
-    status: str
-    error: float | None = None
-    ms_p20: float | None = None
-    ms_median: float | None = None
-    ms_p80: float | None = None
+    kept = {}
 
-    @property
-    def case(self):
-        return Case(self.mode, self.dtype, self.batch, self.hidden_size, self.steps)
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-    @property
-    def us_per_step(self):
-        return 1000 * self.ms_median / self.steps
+    x = x.detach().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y, _ = layer(x)
+    known = {t.untyped_storage().data_ptr() for t in (x, y, *layer.parameters())}
+    return sum(size for place, size in kept.items() if place not in known)
 
 
-CASES = tuple(itertools.starmap(Case, itertools.product(("forward", "train"), ("fp16", "bf16", "fp32"), (16, 64),
-                                                        (64, 128, 256, 512, 1024))))
+class Run:
+    """One provider's layer on one problem."""
+
+    def __init__(self, provider, make, problem):
+        self.provider, self.problem = provider, problem
+        self.layer = make(problem)
+        case = problem.case
+        self.layer.train(case.mode == "train")
+        x, dy = problem.x, problem.dy
+        if getattr(self.layer, "batch_first_memory", False):
+            x, dy = (t if t is None else t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, dy))
+        self.x = x.detach().requires_grad_(dy is not None)
+        self.dy = dy
+        self.filled = (self.x, *self.layer.parameters()) if dy is not None else ()
+
+    def results(self):
+        """What the layer computes, without dropout, which no two layers draw alike."""
+        dropout = getattr(self.layer, "dropout", 0)
+        if dropout:
+            self.layer.dropout = 0.
+        try:
+            return results(self.layer, self.x, self.dy)
+        finally:
+            if dropout:
+                self.layer.dropout = dropout
+
+    def clear(self):
+        """Drop gradients: a call fills new ones, as after ``zero_grad``."""
+        for tensor in self.filled:
+            tensor.grad = None
+
+    def __call__(self):
+        if self.dy is not None:
+            self.layer(self.x)[0].backward(self.dy)
+        else:
+            with torch.no_grad():
+                self.layer(self.x)
 
 
-def environment():
-    """The GPU and the versions that a timing depends on."""
-    return (f"{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}, "
-            f"Triton {triton.__version__}, triton_lstm {triton_lstm.__version__}")
+def measure(case, providers, gpu, floors, environment, effort):
+    """Yield the ``Row`` of each provider, all with the same weights and input; ``providers`` is {name: make}.
+
+    They are timed in turns, one call each, and every other turn in the opposite order.
+    """
+    row = functools.partial(Row, case, environment=environment)
+    try:
+        problem = Problem.of(case, gpu.device)
+        exact = exact_results(problem.weights, problem.x, problem.dy, problem.runs)
+    except torch.OutOfMemoryError:
+        for name in providers:
+            yield row(name, status="the float64 reference does not fit the memory")
+        return
+    running = {}
+    for name, make in providers.items():
+        try:
+            figures, run = _check(name, make, problem, exact, gpu)
+        except Unavailable as reason:
+            yield row(name, status=str(reason))
+        except Exception as failure:                # a rival's, or of one shape: the row says so, and the run goes on
+            yield row(name, status=" ".join(f"failed: {type(failure).__name__}: {failure}".split())[:200])
+        else:
+            if figures["status"] == "ok":
+                running[name] = figures, run
+            else:
+                yield row(name, **figures)
+    del exact
+    samples = _take_turns({name: run for name, (_, run) in running.items()}, gpu, effort, case.mode == "stream")
+    sm_mhz, memory_mhz = gpu.clocks() if running else (None, None)
+    for name, (figures, run) in running.items():
+        p20, median, p80 = torch.tensor(samples[name]).quantile(torch.tensor([.2, .5, .8])).tolist()
+        if (plan := getattr(run.layer, "plan", None)) is not None:
+            floor_us, exchange_us = floors.step_us(plan, case, sm_mhz)
+            figures.update(floor_us=floor_us, exchange_us=exchange_us,
+                           plan=f"{plan.schedule} {plan.programs} x {plan.groups}")
+        yield row(name, **figures, ms_p20=p20, ms_median=median, ms_p80=p80, samples=len(samples[name]), sm_mhz=sm_mhz,
+                  memory_mhz=memory_mhz, gemm_tflops=floors.gemm_tflops(case.dtype))
 
 
-def time_gpu(function, tensors):
-    """The 20, 50 and 80 % quantiles of a call's milliseconds. ``tensors`` lose their gradients before each call."""
-    return triton.testing.do_bench(function, quantiles=(0.2, 0.5, 0.8), grad_to_none=tensors)
-
-
-def measure(case, providers, device, timer, environment):
-    """Yield the ``Row`` of each provider, all with the same weights and input."""
-    dtype, size = DTYPES[case.dtype], case.hidden_size
-    torch.manual_seed(0)
-    x = torch.randn(case.steps, case.batch, size).to(device, dtype)
-    dy = torch.randn_like(x) if case.mode == "train" else None
-    weights = torch.nn.LSTM(size, size).to(device, dtype)
-    exact = exact_results(weights, x, dy)
+def _check(name, make, problem, exact, gpu):
+    """What is known of a provider before it is timed, as fields of ``Row``; and its ``Run``, None of a wrong one."""
+    case = problem.case
     # fp32 is left to torch's setting, and by default that lets an LSTM multiply in TF32
     allowed = TOLERANCE["tf32" if case.dtype == "fp32" else case.dtype]
-    for provider, layer_class in providers.items():
-        layer = layer_class(size, size).to(device, dtype)
-        layer.load_state_dict(weights.state_dict())
-        row = functools.partial(Row, *dataclasses.astuple(case), provider, environment)
-        if reason := _refusal(layer, x):
-            yield row(reason)
-            continue
-        got = error(results(layer, x, dy), exact)
-        yield row("ok", got, *timer(*_timed(layer, x, dy))) if got <= allowed else row("wrong", got)
+    before = time.perf_counter()
+    run = Run(name, make, problem)
+    found = run.results()
+    gpu.synchronize()
+    first_call_s, got = time.perf_counter() - before, error(found, exact)
+    if not got <= allowed:
+        return dict(status="wrong", error=got), None
+    run.clear()
+    figures = dict(status="ok", error=got, first_call_s=first_call_s)
+    if case.mode == "train" and not isinstance(run.layer, Graph):       # a graph's memory is its own, and out of sight
+        figures.update(saved_bytes=saved_bytes(run.layer, run.x), peak_bytes=gpu.peak_bytes(run))
+        run.clear()
+    return figures, run
 
 
-def _refusal(layer, x):
-    """Why ``layer`` would leave x to torch's own LSTM, which would then be timed in its place; empty if it does not."""
-    if isinstance(layer, triton_lstm.LSTM):
-        try:
-            automatic_plan(x.shape[1], layer.hidden_size, x.dtype, 1, x.device)
-        except triton_lstm.PlanError as error:
-            return str(error)
-    return ""
+def _take_turns(runs, gpu, effort, stream):
+    """{name: milliseconds of each call}."""
+    samples = {name: [] for name in runs}
+    for run in runs.values():           # once more after the check, so that the first sample finds all warm
+        gpu.sample(run, stream)
+        run.clear()
+    for turn in range(effort.most):
+        waiting = [name for name in runs if len(samples[name]) < effort.least and sum(samples[name]) < 2 *
+                   effort.slow_ms or len(samples[name]) >= effort.least and sum(samples[name]) < effort.sample_ms]
+        if not waiting:
+            break
+        for name in waiting if turn % 2 == 0 else reversed(waiting):
+            samples[name].append(gpu.sample(runs[name], stream))
+            runs[name].clear()
+    return samples
 
 
-def _timed(layer, x, dy):
-    """What to time, and the tensors whose gradients it fills."""
-    if dy is None:
-        return torch.no_grad()(lambda: layer(x)), ()
-    x = x.detach().requires_grad_()
-    return lambda: layer(x)[0].backward(dy), (x, *layer.parameters())
+def _compile(plan, dtype, marked, arch):
+    compile_plan(plan, dtype_of(dtype), arch, marked)
 
 
-def load(path):
-    """The rows of a CSV file that ``run`` wrote."""
-    number = lambda text: float(text) if text else None
-    kinds = {int: int, str: str, float: float, float | None: number}
-    with open(path, newline="") as file:
-        return [Row(**{f.name: kinds[f.type](line[f.name]) for f in dataclasses.fields(Row)})
-                for line in csv.DictReader(file)]
+def compile_all(cases, limits, arch):
+    """Compile the automatic plans of ``cases`` into Triton's cache, on all cores at once; returns the seconds it took.
 
-
-def pairs(rows):
-    """{case: {provider: row}} of the rows that have a time."""
-    found = {}
-    for row in rows:
-        if row.status == "ok":
-            found.setdefault(row.case, {})[row.provider] = row
-    return found
-
-
-def summary(rows):
-    """A Markdown table of microseconds a step, and a line for each row without a time."""
-    cells = []
-    for case, timed in pairs(rows).items():
-        us = {provider: f"{row.us_per_step:.2f}" for provider, row in timed.items()}
-        both = OURS in timed and THEIRS in timed
-        cells.append((case.mode, case.dtype, case.batch, case.hidden_size, us.get(OURS, ""), us.get(THEIRS, ""),
-                      f"{timed[THEIRS].ms_median / timed[OURS].ms_median:.2f}" if both else ""))
-    header = ("mode", "type", "B", "H", f"{OURS} us/step", f"{THEIRS} us/step", "speed-up")
-    untimed = [f"not timed: {row.provider}, {row.case}: " +
-               (f"WRONG, relative error {row.error:.1e}" if row.status == "wrong" else row.status)
-               for row in rows if row.status != "ok"]
-    return "\n".join([markdown(header, cells)] + untimed)
-
-
-def run(out, cases=CASES, providers=PROVIDERS, device="cuda", timer=time_gpu, environment=environment):
-    """Measure ``cases`` into sweep.csv and sweep.png in the folder ``out``; returns the exit code: 1 if any is wrong.
-
-    Each row is in the file as soon as it is measured, so that an interrupted run keeps it; the code is then 130.
+    A sweep would else compile them one by one between timings.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    path, code = out / "sweep.csv", 0
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(f.name for f in dataclasses.fields(Row))
-        here = environment()
+    began = time.monotonic()
+    wanted = {}
+    for case in cases:
+        try:
+            plan = triton_lstm.make_plan(case.batch, case.hidden_size, dtype_of(case.dtype), case.directions,
+                                         limits=limits)
+        except triton_lstm.PlanError:
+            continue                    # its row will say why
+        # sizes that are no constants of the kernels make no other kernel
+        key = dataclasses.replace(plan, batch=0, groups=0, tiles=0, keep_every=1)
+        wanted.setdefault((key, case.dtype, case.sequences != "padded"), plan)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        futures = [pool.submit(_compile, plan, dtype, marked, arch) for (_, dtype, marked), plan in wanted.items()]
+        for future in progress(concurrent.futures.as_completed(futures), lambda _: "compiling", len(futures)):
+            future.exception()          # waits; of a kernel that does not compile its row will tell
+    return time.monotonic() - began
+
+
+def run(path, cases, providers, gpu, floors, environment, effort, seconds=None):
+    """Measure ``cases`` into the CSV file ``path``, each row as soon as it is there; returns the exit code.
+
+    A file that exists is gone on with: what it has a row of is not measured again. ``seconds``: start no case later
+    than that. 0: all done; 1: a result was wrong or ours failed; 130: interrupted.
+    """
+    done = {(row.case, row.provider) for row in load(path)} if path.exists() else set()
+    began, code, skipped = time.monotonic(), 0, 0
+    with Writer(path) as file:
         try:
             for case in progress(cases):
-                for row in measure(case, providers, device, timer, here):
-                    writer.writerow(dataclasses.astuple(row))
-                    file.flush()
+                left = {name: make for name, make in providers.items() if (case, name) not in done}
+                if seconds is not None and time.monotonic() - began > seconds:
+                    skipped += 1
+                elif left:
+                    for row in measure(case, left, gpu, floors, environment, effort):
+                        file.write(row)
+                    gpu.release()
         except KeyboardInterrupt:
             code = 130
-    rows = load(path)
-    if rows:
-        plots.sweep(rows, out / "sweep.png")
-        print(f"{here}\n\n{summary(rows)}\n\nwrote {path} and {out / 'sweep.png'}")
-    if code:
-        print(f"interrupted after {len(rows)} measurements")
-    return code or int(any(row.status == "wrong" for row in rows))
+    if skipped:
+        print(f"{skipped} of {len(cases)} cases were left out after {seconds:.0f} seconds; --resume {path} goes on")
+    bad = [row for row in load(path) if row.status == "wrong" or row.status.startswith("failed")
+           and row.provider.startswith(OURS)]
+    return code or int(bool(bad))

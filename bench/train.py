@@ -12,7 +12,7 @@ import triton
 import triton_lstm
 
 from . import plots
-from .workloads import DTYPES
+from .correctness import dtype_of
 
 TEXT_BYTES = 1 << 22
 LAYERS = {"torch.nn.LSTM": torch.nn.LSTM, "triton_lstm.LSTM": triton_lstm.LSTM}
@@ -28,6 +28,12 @@ class Sizes:
 
 
 SIZES = {"cuda": Sizes(64, 128, 512, 300), "interpreter": Sizes(8, 16, 32, 40)}
+
+
+def chosen(args, interpreted):
+    """The ``Sizes`` of a command line: the defaults where it names none."""
+    sizes = SIZES["interpreter" if interpreted else "cuda"]
+    return Sizes(*(getattr(args, f.name) or getattr(sizes, f.name) for f in dataclasses.fields(Sizes)))
 
 
 class Model(torch.nn.Module):
@@ -59,14 +65,28 @@ def batches(text, sizes, seed):
         yield text[offsets + torch.randint(len(text) - sizes.sequence, (sizes.batch,), generator=generator)].long()
 
 
-def train_step(model, optimizer, characters):
-    """One step of training; returns the loss before it."""
-    logits = model(characters[:-1]).float()
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), characters[1:].flatten())
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
+class Trainer:
+    """A model and Adam, which steps fp32 copies of 16-bit weights; losses of fp16 are scaled by a constant."""
+
+    def __init__(self, model):
+        self.model, self.weights = model, list(model.parameters())
+        self.scale = 4096. if self.weights[0].dtype == torch.float16 else 1.
+        self.copies = [w.detach().float().requires_grad_() for w in self.weights]
+        self.optimizer = torch.optim.Adam(self.copies, lr=2e-3)
+
+    def step(self, characters):
+        """One step of training; returns the loss before it."""
+        logits = self.model(characters[:-1]).float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), characters[1:].flatten())
+        self.model.zero_grad()
+        (loss * self.scale).backward()
+        for copy, weight in zip(self.copies, self.weights):
+            copy.grad = weight.grad.float() / self.scale
+        self.optimizer.step()
+        with torch.no_grad():
+            for copy, weight in zip(self.copies, self.weights):
+                weight.copy_(copy)
+        return loss.item()
 
 
 def train(sizes, layers, seed, dtype, device):
@@ -76,16 +96,16 @@ def train(sizes, layers, seed, dtype, device):
     start = next(iter(models.values())).state_dict()
     for model in models.values():
         model.load_state_dict(start)
-    optimizers = {name: torch.optim.Adam(model.parameters(), lr=2e-3) for name, model in models.items()}
+    trainers = {name: Trainer(model) for name, model in models.items()}
     losses, rates = ({name: [] for name in models} for _ in range(2))
     began = time.monotonic()
     try:
         for step, characters in enumerate(batches(read_text(), sizes, seed), 1):
             characters = characters.to(device)
-            for name, model in models.items():
+            for name, trainer in trainers.items():
                 _wait(device)
                 before = time.perf_counter()
-                loss = train_step(model, optimizers[name], characters)
+                loss = trainer.step(characters)
                 _wait(device)
                 rates[name].append(sizes.batch * sizes.sequence / (time.perf_counter() - before))
                 losses[name].append(loss)
@@ -117,7 +137,7 @@ def run(out, sizes, layers=1, seed=0, dtype="fp32", interpreted=False):
     if interpreted:
         print("The kernels run in Triton's interpreter on the CPU: losses count, speed would mean nothing and is left "
               "out.", flush=True)
-    losses, rates = train(sizes, layers, seed, DTYPES[dtype], "cpu" if interpreted else "cuda")
+    losses, rates = train(sizes, layers, seed, dtype_of(dtype), "cpu" if interpreted else "cuda")
     if not all(losses.values()):
         return 130
     difference = max(abs(a - b) for a, b in zip(*losses.values()))

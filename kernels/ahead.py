@@ -1,49 +1,58 @@
 """Compiles kernels for an architecture with no GPU at hand: what the tests and the benchmark read machine code from."""
+import contextlib
+
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime import driver
 
 from . import launch
 
-_POINTEES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
-_compiled = {}
+
+class _Names:
+    """As much of a driver as Triton asks for before it launches. The device is the architecture's number, for Triton
+    remembers kernels by device."""
+
+    def __init__(self, arch):
+        self._arch = arch
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self._arch, 32)
+
+    def get_current_device(self):
+        return self._arch
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextlib.contextmanager
+def no_gpu(arch):
+    """Triton compiles for ``arch``, 80, 90 or 100, whatever device there is. The switch is the process's."""
+    try:
+        before = driver.active
+    except RuntimeError:            # there is none
+        before = None
+    driver.set_active(_Names(arch))
+    try:
+        yield
+    finally:
+        driver.set_active(before)
 
 
 def compile_launch(kernel, plan, args, waits, constants, arch):
-    """What a launch of ``kernel`` with these arguments would compile, and the arguments that remain at run time.
-
-    arch: 80, 90, 100. Arguments are specialised as a launch does: pointers and integers on divisibility by 16,
-    integers on 1 and on their width.
-    """
+    """What a launch of ``kernel`` with these arguments would compile, and the arguments that remain at run time."""
     constants = {**constants, "H": plan.hidden_size, "DIRECTIONS": plan.directions}
+    with no_gpu(arch):
+        compiled = kernel.warmup(*args, grid=(1,), **constants, **launch.options(kernel, plan, waits, constants))
     values = {**dict(zip(kernel.arg_names, args)), **constants}
-    free = {p.name for p in kernel.params if p.do_not_specialize}
-    signature, fixed, attrs = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        value = values[name]
-        if isinstance(value, torch.Tensor):
-            signature[name] = "*" + _POINTEES[value.dtype]
-            divisible = value.is_meta or value.data_ptr() % 16 == 0
-        elif name in constants or (value == 1 and name not in free):
-            signature[name], fixed[name], divisible = "constexpr", value, False
-        else:
-            signature[name] = "i32" if -2**31 <= value < 2**31 else "i64"
-            divisible = value % 16 == 0 and name not in free
-        if divisible:
-            attrs[(i,)] = [["tt.divisibility", 16]]
-    options = launch.options(kernel, plan, waits)
-    key = kernel.__name__, arch, repr((signature, fixed, attrs, options))
-    if key not in _compiled:
-        source = GluonASTSource if kernel.is_gluon() else ASTSource
-        _compiled[key] = triton.compile(source(kernel, signature, fixed, attrs),
-                                        target=GPUTarget("cuda", arch, 32), options=options)
-    return _compiled[key], [values[name] for name in kernel.arg_names if signature[name] != "constexpr"]
+    return compiled, [values[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
 
 
-def compile_plan(plan, dtype, arch=90):
-    """The kernels that a layer of ``plan`` launches in ``dtype``, compiled: {name: what triton.compile returns}."""
+def compile_plan(plan, dtype, arch=90, marked=False):
+    """The kernels that a layer of ``plan`` launches in ``dtype``, compiled: {name: what triton.compile returns}.
+
+    marked: those for rows with lengths of their own or resets.
+    """
     found = {}
 
     def collect(kernel, plan, grid, *args, waits, **constants):
@@ -52,6 +61,7 @@ def compile_plan(plan, dtype, arch=90):
     D, B, H = plan.directions, plan.batch, plan.hidden_size
     tensor = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
     x, w, r, b, state = tensor(2, B, 16), tensor(D, 4 * H, 16), tensor(D, 4 * H, H), tensor(D, 4 * H), tensor(D, B, H)
-    y, h_n, c_n, kept = launch.forward(x, w, r, b, state, state, plan, True, run=collect)
-    launch.backward(y, h_n, c_n, x, w, r, b, state, state, y, kept, plan, [True] * 6, run=collect)
+    marks = torch.empty(D, 2, B, dtype=torch.uint8, device="meta") if marked else None
+    y, h_n, c_n, kept = launch.forward(x, w, r, b, state, state, marks, plan, True, run=collect)
+    launch.backward(y, h_n, c_n, x, w, r, b, state, state, marks, y, kept, plan, [True] * 6, run=collect)
     return found

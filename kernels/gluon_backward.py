@@ -4,19 +4,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .cell import round_tf32
+from .cell import FRESH, LIVE, round_tf32
 from .gluon_cell import chains, coalesced_layout, factor, load, shared_layout, shares_layout, unit_layout
 from .gluon_cluster import add_shares, allocate_mbarriers, send_shares
 
 
 @gluon.jit
-def load_inputs(dy, k, inside, H: gl.constexpr, HAS_DY: gl.constexpr):
-    """The six coefficients of some units, and dy."""
+def load_inputs(dy, k, mark, inside, H: gl.constexpr, HAS_DY: gl.constexpr, MARKED: gl.constexpr):
+    """The six coefficients of some units, dy, and the marks of the rows; for an unused one of these something else."""
     inputs = ()
     for n in gl.static_range(6):
         inputs += (load(k + n * H, inside),)
-    if HAS_DY:
-        inputs += (load(dy, inside),)
+    inputs += (load(dy, inside) if HAS_DY else inputs[0],)
+    inputs += (gl.load(mark) if MARKED else inputs[0],)
     return inputs
 
 
@@ -56,10 +56,11 @@ def stage(staged, i, f, g, o, PRECISION: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["T", "S", "B", "first", "stride_dyt", "stride_dyb"])
-def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, first,
+def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, T, S, B, first,
                    stride_dyt, stride_dyb, stride_dyh,
                    H: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr,
-                   HELD: gl.constexpr, HAS_DY: gl.constexpr, DY_UNIT: gl.constexpr, PRECISION: gl.constexpr):
+                   HELD: gl.constexpr, HAS_DY: gl.constexpr, DY_UNIT: gl.constexpr, MARKED: gl.constexpr,
+                   PRECISION: gl.constexpr):
     """As ``backward_resident``, the CTAs of a cluster together: each has the rows of R of its own units.
 
     R is cut into parts along K, of which those that fit HELD bytes are in registers, the rest in shared memory.
@@ -97,6 +98,7 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, fir
     dh = load(dh_ptr + at_state, inside)
     dc = load(dc_ptr + at_state, inside)
     dy_ptr += row.to(gl.int64) * stride_dyb * DY_UNIT + (d * H + unit) * stride_dyh
+    marks_ptr += d.to(gl.int64) * T * B + row
     coef_ptr += row * (6 * H) + unit
     da_ptr += row * (4 * H) + unit
     staged = gl.allocate_shared_memory(dtype, [CTAS, BLOCK_B, 4 * BLOCK_H],
@@ -108,12 +110,16 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, fir
     s = S - 1
     time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
     at = (d * S + gl.where(d == 0, s, S - 1 - s)).to(gl.int64) * B
-    inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H), inside, H, HAS_DY)
+    inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H), marks_ptr + time * B, inside,
+                         H, HAS_DY, MARKED)
     while s >= 0:
         ko, kh, ki = inputs[0], inputs[1], inputs[2]
         kf, kg, f = inputs[3], inputs[4], inputs[5]
+        dy, mark = inputs[6], inputs[7]
         if HAS_DY:
-            dh += inputs[6].to(gl.float32)
+            if MARKED:
+                dy = gl.where((mark & LIVE) != 0, dy, 0.)
+            dh += dy.to(gl.float32)
         dc += dh * kh
         da_i, da_f, da_g, da_o = (dc * ki).to(dtype), (dc * kf).to(dtype), (dc * kg).to(dtype), (dh * ko).to(dtype)
         dc *= f
@@ -129,7 +135,8 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, fir
         time = gl.where(d == 0, first + ahead, T - 1 - first - ahead).to(gl.int64)
         at = (d * S + gl.where(d == 0, ahead, S - 1 - ahead)).to(gl.int64) * B
         if CTAS == 1:
-            inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H), inside, H, HAS_DY)
+            inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H), marks_ptr + time * B,
+                                 inside, H, HAS_DY, MARKED)
         sums = ()
         for n in gl.static_range(CHAINS):
             total = gl.full((CTAS, BLOCK_B, UNITS), 0., gl.float32, ACC)
@@ -141,13 +148,18 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, fir
         for n in gl.static_range(1, CHAINS):
             share += sums[n]
         share = by_units(share)
+        dh_before = dh
         if CTAS == 1:
             dh = gl.convert_layout(share.reshape(BLOCK_B, UNITS), UNIT)
         else:
             n = S - 2 - s
             send_shares(share, shares.index(n % 2), bars.index(n % 2), BLOCK_H)
-            inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H), inside, H, HAS_DY)
+            inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H), marks_ptr + time * B,
+                                 inside, H, HAS_DY, MARKED)
             mbarrier.wait(bars.index(n % 2), n // 2 % 2)
             dh = add_shares(shares.index(n % 2), BLOCK_H)
+        if MARKED:      # dh passes a step that is not live, and ends before a fresh one
+            dh = gl.where((mark & LIVE) != 0, dh, dh_before)
+            dh = gl.where((mark & FRESH) == 0, dh, 0.)
     gl.store(dh_ptr + at_state, dh, mask=mask)
     gl.store(dc_ptr + at_state, dc, mask=mask)

@@ -4,7 +4,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .cell import round_tf32
+from .cell import FRESH, LIVE, round_tf32
 from .gluon_cell import cell, chains, factor, gates_layout, join_gates, load, shared_layout, split_gates, unit_layout
 from .gluon_cluster import allocate_mbarriers, send_to_all
 
@@ -28,19 +28,19 @@ def load_r(r_ptr, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.const
 
 
 @gluon.jit
-def narrow(y, dtype: gl.constexpr, PRECISION: gl.constexpr):
-    """y (fp32) in the type of the result, and as first factor of the next product."""
-    y = y.to(dtype)
+def first_factor(h, dtype: gl.constexpr, PRECISION: gl.constexpr):
+    """h as the next product reads it: rounded once, and not by each warp that does."""
+    h = h.to(dtype)
     if PRECISION == "native":
-        return y, y
+        return h
     else:
-        return y, round_tf32(y, False)
+        return round_tf32(h, False)
 
 
 @gluon.jit(do_not_specialize=["T", "S", "B", "first", "keep_every"])
-def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, keep_every,
+def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, S, B, first, keep_every,
                   H: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr,
-                  HELD: gl.constexpr, PRECISION: gl.constexpr):
+                  HELD: gl.constexpr, MARKED: gl.constexpr, PRECISION: gl.constexpr):
     """As ``forward_resident``, the CTAs of a cluster together.
 
     R is cut into parts along K, of which those that fit HELD bytes are in registers, the rest in shared memory.
@@ -77,7 +77,14 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, k
     at_c = (d * B + row).to(gl.int64) * H + unit
     at_y = row * (DIRECTIONS * H) + d * H + unit
     c = load(c_ptr + at_c, inside)
-    _, h = narrow(load(h_ptr + at_y, inside), dtype, PRECISION)
+    h = load(h_ptr + at_y, inside)
+    mark = row
+    if MARKED:
+        marks_ptr += d.to(gl.int64) * T * B
+        mark = gl.load(marks_ptr + gl.where(d == 0, first, T - 1 - first).to(gl.int64) * B + row)
+        goes_on = (mark & FRESH) == 0
+        c, h = gl.where(goes_on, c, 0.), gl.where(goes_on, h, 0.)
+    h = first_factor(h, dtype, PRECISION)
     x = load_gates(x_ptr + gl.where(d == 0, 0, S - 1).to(gl.int64) * B * (4 * H) + at_x, inside, H)
     ROWS: gl.constexpr = shared_layout(BITS, WIDTH, [1, 0], None, CTAS)
     if CTAS == 1:
@@ -99,6 +106,10 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, k
         # the next x, to arrive during the products
         ahead = gl.minimum(s + 1, S - 1)
         x = load_gates(x_ptr + gl.where(d == 0, ahead, S - 1 - ahead).to(gl.int64) * B * (4 * H) + at_x, inside, H)
+        time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
+        next_mark = mark
+        if MARKED:
+            next_mark = gl.load(marks_ptr + (time + gl.where(s == S - 1, 0, gl.where(d == 0, 1, -1))) * B + row)
         sums = ()
         for n in gl.static_range(CHAINS):
             total = a if n == 0 else gl.full((BLOCK_B, 4 * UNITS), 0., gl.float32, ACC)
@@ -114,15 +125,24 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, k
             at_kept += 1
         until_kept -= 1
         i, f, g, o = split_gates(a, BLOCK_H)
-        y, c = cell(i, f, g, o, c, dtype)
-        y, h = narrow(y, dtype, PRECISION)
-        time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
+        y, new_c = cell(i, f, g, o, c, dtype)
+        h = y
+        if MARKED:
+            live = (mark & LIVE) != 0
+            goes_on = ((next_mark & FRESH) == 0) | (s == S - 1)
+            # a row that has yet to begin still waits with its first h; one that has ended needs none
+            h = gl.load(h_ptr + at_y, mask=mask & ((mark & LIVE) == 0), other=0.).to(gl.float32)
+            h = gl.where(goes_on, gl.where(live, y, h), 0.)
+            new_c = gl.where(goes_on, gl.where(live, new_c, c), 0.)
+            y = gl.where(live, y, 0.)
+        c, mark = new_c, next_mark
+        h = first_factor(h, dtype, PRECISION)
         s += 1
         if CTAS == 1:
             rows.store(h)
         else:
             send_to_all(h, received.index(s % 2), bars.index(s % 2), BLOCK_H)
-        gl.store(y_ptr + time * B * (DIRECTIONS * H) + at_y, y, mask=mask)
+        gl.store(y_ptr + time * B * (DIRECTIONS * H) + at_y, y.to(dtype), mask=mask)
     if CTAS > 1:        # nobody exits while others store into its shared memory
         mbarrier.wait(bars.index(S % 2), S // 2 % 2)
     gl.store(c_ptr + at_c, c, mask=mask)

@@ -159,3 +159,10 @@ def emulator(arch=90, seed=0, memory="sc", edit=None, only=None):
             mock.patch.object(triton_lstm.functional, "runs_kernels", lambda x, dtype: True), \
             mock.patch.object(triton_lstm.op, "limits_of", lambda device: LIMITS.get(arch, PORTABLE)):
         yield
+
+
+def assert_drawn(path):
+    """The picture has dark marks on white, not only a frame."""
+    from matplotlib.image import imread
+    picture = imread(path)[..., :3].mean(-1)
+    assert picture.max() == 1 and 0.01 < (picture < 0.5).mean() < 0.5

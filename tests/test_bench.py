@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 from unittest import mock
 
 import pytest
@@ -15,8 +16,8 @@ from triton_lstm.kernels.ahead import compile_plan
 import harness
 import triton_lstm
 from bench import __main__ as command
-from bench import console, correctness, machine_code, residency, sweep, train
-from bench.workloads import DTYPES, MODES, WORKLOADS
+from bench import console, correctness, machine_code, residency, train, verify
+from bench.workloads import DTYPES, WORKLOADS
 from triton_lstm import make_plan
 from triton_lstm.kernels import launch as compiled_launch
 
@@ -28,13 +29,6 @@ class Wrong(torch.nn.LSTM):
     def forward(self, x, hx=None):
         y, state = super().forward(x, hx)
         return 1.1 * y, state
-
-
-def assert_drawn(path):
-    """The picture has dark marks on white, not only a frame."""
-    from matplotlib.image import imread
-    picture = imread(path)[..., :3].mean(-1)
-    assert picture.max() == 1 and 0.01 < (picture < 0.5).mean() < 0.5
 
 
 # Machine code
@@ -126,17 +120,7 @@ def test_read_a_plan(arch, schedule, hidden_size):
         assert machine_code.read(kernel) == report
 
 
-# Workloads and residency
-
-def test_workloads():
-    assert len({w.name for w in WORKLOADS}) == len(WORKLOADS) == 24
-    for w in WORKLOADS:
-        assert min(w.batch, w.steps, w.input_size, w.hidden_size, w.layers) >= 1
-        assert w.directions in (1, 2) and w.dtype in DTYPES and w.mode in MODES and w.source
-    openunmix = next(w for w in WORKLOADS if w.name == "openunmix")
-    assert dataclasses.astuple(openunmix) == ("openunmix", 16, 255, 512, 256, 3, 2, "fp32", "train",
-                                              "open-unmix model.py", "dropout 0.4")
-
+# Residency
 
 def test_residency_compiles_shared_plans_once_and_tells_why_one_has_none(capsys):
     deepar = next(w for w in WORKLOADS if w.name == "deepar")
@@ -193,68 +177,6 @@ def test_an_error_that_is_not_a_number_passes_no_bound():
     assert correctness.error(one, dict(y=torch.zeros(2).double())) > 1e9
 
 
-# The sweep, with a timer that says 1, 2, 3 ms
-
-CASES = [sweep.Case(mode, dtype, 2, hidden, steps=4) for mode in ("forward", "train") for dtype in ("fp16", "fp32")
-         for hidden in (8, 16)]
-
-
-def run_sweep(out, timer, ours=torch.nn.LSTM):
-    providers = {sweep.OURS: ours, sweep.THEIRS: torch.nn.LSTM}
-    code = sweep.run(out, CASES, providers, "cpu", timer, lambda: "a GPU, torch 0")
-    return code, sweep.load(out / "sweep.csv")
-
-
-def test_sweep_measures_writes_and_draws(tmp_path, capsys):
-    timed = []
-
-    def timer(function, tensors):
-        function()
-        timed.append(all(t.grad is not None for t in tensors) and len(tensors))
-        return 1., 2., 3.
-
-    code, rows = run_sweep(tmp_path / "new", timer)
-    assert code == 0 and timed == [0] * 8 + [5] * 8         # x, two weights and two biases have gradients
-    assert [row.case for row in rows[::2]] == CASES and rows[0].us_per_step == 500
-    first = dataclasses.replace(rows[0], error=0.)
-    assert first == sweep.Row("forward", "fp16", 2, 8, 4, sweep.OURS, "a GPU, torch 0", "ok", 0., 1., 2., 3.)
-    assert all(0 < row.error < 1e-2 for row in rows)
-    out = capsys.readouterr().out
-    assert "500.00" in out and "1.00" in out and "a GPU" in out
-    assert_drawn(tmp_path / "new" / "sweep.png")
-
-
-def test_sweep_gives_a_wrong_result_no_time(tmp_path, capsys):
-    timer = mock.Mock(return_value=(1., 2., 3.))
-    code, rows = run_sweep(tmp_path, timer, Wrong)
-    assert code == 1 and timer.call_count == len(CASES)
-    for row in rows:
-        assert (row.status == "wrong") == (row.provider == sweep.OURS) == (row.ms_median is None)
-    assert capsys.readouterr().out.count("WRONG") == len(CASES)
-
-
-def test_sweep_times_no_fallback_in_place_of_ours(tmp_path):
-    timer = mock.Mock(return_value=(1., 2., 3.))
-    with mock.patch.object(sweep, "automatic_plan", side_effect=triton_lstm.PlanError("too large")):
-        code, rows = run_sweep(tmp_path, timer, triton_lstm.LSTM)
-    assert code == 0 and timer.call_count == len(CASES)
-    assert {(row.provider, row.status) for row in rows} == {(sweep.OURS, "too large"), (sweep.THEIRS, "ok")}
-
-
-def test_an_interrupted_sweep_keeps_its_rows(tmp_path, capsys):
-    timer = mock.Mock(side_effect=[(1., 2., 3.)] * 3 + [KeyboardInterrupt])
-    code, rows = run_sweep(tmp_path, timer)
-    assert code == 130 and [row.ms_median for row in rows] == [2.] * 3
-    assert "interrupted after 3" in capsys.readouterr().out
-    assert_drawn(tmp_path / "sweep.png")
-
-
-def test_the_timer_asks_for_quantiles():
-    with mock.patch("triton.testing.do_bench", return_value=[1., 2., 3.]) as do_bench:
-        assert sweep.time_gpu("f", ["x"]) == [1., 2., 3.]
-    do_bench.assert_called_once_with("f", quantiles=(0.2, 0.5, 0.8), grad_to_none=["x"])
-
-
 # Training
 
 def test_training_gives_the_same_losses(tmp_path):
@@ -270,7 +192,7 @@ def test_training_gives_the_same_losses(tmp_path):
     assert 3 < ours < 5.6 and abs(ours - torchs) <= 1e-5 and difference <= 1e-5
     assert "interpreter" in done.stdout and "characters/s" not in done.stdout + done.stderr
     assert "[6/6] loss" in done.stderr
-    assert_drawn(tmp_path / "train.png")
+    harness.assert_drawn(tmp_path / "train.png")
 
 
 def test_training_on_a_gpu(tmp_path, capsys):
@@ -281,14 +203,33 @@ def test_training_on_a_gpu(tmp_path, capsys):
             mock.patch.object(torch.cuda, "get_device_name", return_value="a GPU"):
         assert train.run(tmp_path, sizes) == 0
     assert len(re.findall(r"final loss \S+, \S+ characters/s", capsys.readouterr().out)) == 2
-    assert_drawn(tmp_path / "train.png")
+    harness.assert_drawn(tmp_path / "train.png")
 
 
 def test_interrupted_training_keeps_equal_curves(tmp_path):
     steps = mock.Mock(side_effect=[5., 5., 4., KeyboardInterrupt])
-    with mock.patch.object(train, "train_step", steps):
+    with mock.patch.object(train.Trainer, "step", steps):
         losses, _ = train.train(train.Sizes(2, 4, 8, 9), 1, 0, torch.float32, "cpu")
     assert losses == {name: [5.] for name in train.LAYERS}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_training_reduces_the_loss_in_every_type(dtype):
+    """On the CPU with torch's LSTM twice: from about log(256) of the 256 characters, the same for both."""
+    losses, _ = train.train(train.Sizes(8, 16, 32, 20), 1, 0, correctness.dtype_of(dtype), "cpu")
+    first, second = losses.values()
+    assert first == second and 5.3 < first[0] < 5.8 and first[-1] < first[0] - 0.5
+
+
+def test_16_bit_weights_follow_copies_in_fp32():
+    torch.manual_seed(0)
+    model = train.Model(torch.nn.LSTM, 8, 1).half()
+    trainer, before = train.Trainer(model), [w.clone() for w in model.parameters()]
+    trainer.step(torch.randint(256, (5, 2)))
+    # Adam's first step is its learning rate in size, whatever the scale of the loss
+    assert max((a - b).abs().max().item() for a, b in zip(model.parameters(), before)) == pytest.approx(2e-3, rel=0.3)
+    for copy, weight in zip(trainer.copies, model.parameters()):
+        assert copy.dtype == torch.float32 and torch.equal(copy.half(), weight)
 
 
 def test_text_and_batches_are_the_same_each_time():
@@ -301,35 +242,72 @@ def test_text_and_batches_are_the_same_each_time():
 
 # The command line
 
-def test_command_without_a_gpu_says_so_and_passes_the_check_on(capsys):
+def test_command_without_a_gpu_says_so_and_passes_the_check_on(tmp_path, capsys):
     for code in (0, 1):
         with mock.patch.object(torch.cuda, "is_available", return_value=False), \
                 mock.patch.object(command, "run_in_interpreter", return_value=code) as checked, \
-                mock.patch.object(residency, "show") as shown:
-            assert command.main([]) == code
+                mock.patch.object(residency, "show") as shown, mock.patch.object(command, "plot") as plotted:
+            assert command.main(["--out", str(tmp_path)]) == code
         checked.assert_called_once_with(["check"])
         shown.assert_called_once_with(WORKLOADS)
+        plotted.assert_called_once_with([], tmp_path)
         assert "nothing is timed" in capsys.readouterr().out
 
 
 def test_command_with_a_gpu_sweeps(tmp_path):
     with mock.patch.object(torch.cuda, "is_available", return_value=True), \
-            mock.patch.object(sweep, "run", return_value=1) as swept:
-        assert command.main(["--out", str(tmp_path)]) == 1
-    swept.assert_called_once_with(tmp_path)
+            mock.patch.object(command, "sweep", return_value=1) as swept:
+        assert command.main(["--out", str(tmp_path), "--quick", "--dtype", "bf16"]) == 1
+    args = swept.call_args.args[0]
+    assert (args.out, args.amount, args.dtype, args.workload) == (tmp_path, "quick", ["bf16"], None)
 
 
 def test_command_line_is_explained(capsys):
-    for arguments in ([], ["residency"], ["check"], ["train"]):
+    for arguments in ([], ["residency"], ["check"], ["train"], ["plot"], ["compare"], ["verify"]):
         with pytest.raises(SystemExit) as stop:
             command.main([*arguments, "--help"])
         assert stop.value.code == 0 and "usage: python -m bench" in capsys.readouterr().out
     args = command.parser().parse_args(["--out", "a", "train", "--steps", "3"])
     assert args.out == pathlib.Path("a") and args.steps == 3
-    with pytest.raises(SystemExit):
-        command.parser().parse_args(["train", "--steps", "0"])
+    for wrong in (["train", "--steps", "0"], ["--quick", "--full"], ["--dtype", "fp8"]):
+        with pytest.raises(SystemExit):
+            command.parser().parse_args(wrong)
 
 
 def test_nothing_compiles_in_the_interpreter():
     with mock.patch.object(compiled_launch, "INTERPRET", True), pytest.raises(SystemExit):
         command.main(["residency"])
+
+
+# The check in one call
+
+def test_verify_reports_whatever_fails_and_stops_what_takes_too_long(tmp_path, capsys):
+    child = tmp_path / "child"
+    python = lambda code: [sys.executable, "-c", code]
+    steps = [("good part", python("print('all well')"), 30),
+             ("bad part", python("import sys; print('alas'); sys.exit(3)"), 30),
+             ("slow part", ["sh", "-c", f"(sleep 3; touch {child}) & sleep 60"], 1),
+             ("last part", python("print('the end')"), 30)]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "picture.png").touch()
+    began = time.monotonic()
+    assert verify.verify(tmp_path / "out", steps) == 1 and time.monotonic() - began < 30
+    text = (tmp_path / "out" / "report.md").read_text()
+    for line in ("## good part: ok", "all well", "## bad part: exit code 3", "alas", "## slow part: stopped after 1 s",
+                 "## last part: ok", "the end", "![picture.png](picture.png)"):
+        assert line in text
+    assert verify.verify(tmp_path / "out", steps[:1]) == 0
+    time.sleep(max(0, began + 5 - time.monotonic()))
+    assert not child.exists()           # what the slow part had started was stopped with it
+
+
+def test_verify_covers_what_it_promises(tmp_path):
+    assert [name for name, *_ in verify.parts(tmp_path)] == ["environment", "GPU tests", "quick sweep", "training"]
+    (tmp_path / "run.csv").touch()
+    parts = list(verify.parts(tmp_path))
+    assert [name for name, *_ in parts] == ["environment", "GPU tests", "quick sweep", "pictures", "training"]
+    assert sum(seconds for *_, seconds in parts) <= 11 * 60
+    outcome, good = verify.run_part(parts[0][1], 120, tmp_path / "log")
+    assert good and outcome == "ok" and f"torch {torch.__version__}" in (tmp_path / "log").read_text()
+    for _, words, _ in parts[2:]:       # the command line knows them
+        command.parser().parse_args(words[3:])

@@ -3,8 +3,9 @@ import pytest
 import torch
 from triton_lstm.kernels.ahead import compile_plan
 
+from bench.correctness import dtype_of
 from bench.machine_code import read
-from bench.workloads import DTYPES, WORKLOADS
+from bench.workloads import WORKLOADS
 from problems import PORTABLE
 from test_gluon import check_compiled as check_gluon
 from triton_lstm import make_plan
@@ -51,9 +52,9 @@ def workload_plans():
     plans = {}
     for w in WORKLOADS:
         for limits in (H200, PORTABLE):
-            plan = make_plan(w.batch, w.hidden_size, DTYPES[w.dtype], w.directions, limits=limits)
+            plan = make_plan(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions, limits=limits)
             key = (w.hidden_size, w.dtype, w.directions, plan.schedule, plan.gluon, plan.block_h)
-            plans.setdefault(key, pytest.param(plan, DTYPES[w.dtype], id=f"{w.name}-{'gluon' * plan.gluon}"))
+            plans.setdefault(key, pytest.param(plan, dtype_of(w.dtype), id=f"{w.name}-{'gluon' * plan.gluon}"))
     return list(plans.values())
 
 
@@ -98,6 +99,6 @@ def test_a_new_length_or_batch_compiles_nothing():
             plan = make_plan(B, H, BF16, schedule=schedule, keep_every=64)
             tensor = lambda *shape: torch.empty(shape, dtype=BF16, device="meta")
             x, w, r, state = tensor(T, B, 8), tensor(1, 4 * H, 8), tensor(1, 4 * H, H), tensor(1, B, H)
-            y, h, c, kept = launch.forward(x, w, r, None, state, state, plan, True, run=collect)
-            launch.backward(y, h, c, x, w, r, None, state, state, y, kept, plan, [True] * 6, run=collect)
+            y, h, c, kept = launch.forward(x, w, r, None, state, state, None, plan, True, run=collect)
+            launch.backward(y, h, c, x, w, r, None, state, state, None, y, kept, plan, [True] * 6, run=collect)
     assert len(set(found)) == 3 * 2, sorted(set(found))

@@ -15,7 +15,7 @@ from bench.machine_code import read
 from problems import Problem, error
 from ptx_emulator import EmulatorError
 from triton_lstm import Plan, make_plan
-from triton_lstm.kernels import ahead, launch
+from triton_lstm.kernels import launch
 from triton_lstm.plan import A100, H200, RTX_4090
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -63,6 +63,13 @@ def test_cluster_in_weak_memory(seed):
     run(Problem(5, 3, 2, 40, dtype=BF16), 2 << seed % 2, seed=seed, memory="weak")
 
 
+@pytest.mark.parametrize("masks", [dict(ragged=True), dict(resets=True), dict(ragged=True, resets=True)], ids=" ".join)
+@pytest.mark.parametrize("ctas, dtype, arch", [(1, FP16, 80), (1, FP32, 90), pytest.param(2, FP16, 90, marks=CLUSTERS),
+                                               pytest.param(4, FP32, 90, marks=CLUSTERS)], ids=str)
+def test_lengths_and_resets(ctas, dtype, arch, masks):
+    run(Problem(5, 4, 3, 20, 2, dtype=dtype, tf32=dtype == FP32, **masks), ctas, arch, memory="weak")
+
+
 @CLUSTERS
 def test_r_beyond_the_registers():
     """Of a smaller budget, so that a small R does not fit it."""
@@ -85,8 +92,7 @@ def edited(name, tmp_path, old, new):
     spec = importlib.util.spec_from_file_location(f"triton_lstm.kernels.edited_{name}", copy)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with mock.patch.object(launch, f"{name}_gluon", getattr(module, f"{name}_gluon")), \
-            mock.patch.dict(ahead._compiled, clear=True):
+    with mock.patch.object(launch, f"{name}_gluon", getattr(module, f"{name}_gluon")):
         yield
 
 
@@ -153,9 +159,9 @@ def time_loop(report):
     return next(loop for loop in report.loops if not loop.counts["UCGABAR_WAIT"])
 
 
-def check_compiled(plan, dtype, arch, limits):
+def check_compiled(plan, dtype, arch, limits, marked=False):
     """No spills, R where the plan says, no more barriers and loads than a step needs."""
-    for name, kernel in compile_plan(plan, dtype, arch).items():
+    for name, kernel in compile_plan(plan, dtype, arch, marked).items():
         report = read(kernel)
         if name == "coefficients":
             assert report.time_loop.spills == 0
@@ -178,7 +184,7 @@ def check_compiled(plan, dtype, arch, limits):
         shared = (parts - in_registers) * along * across * size + (0 if forward or plan.programs == 1 else 64 * units)
         allowed = (16 * parts * along * size + shared / kernel.metadata.num_warps) / 512
         assert loop.counts["LDSM"] <= max(1, allowed), f"{name}: {loop.counts}"
-        if plan.hidden_size * size % 16 == 0:
+        if plan.hidden_size * size % 16 == 0 and not marked:
             own = 8 * plan.block_h // threads       # adjacent units of a thread, in each of two rows
             narrow, wide = 2 * -(-own * size // 16), 2 * -(-own * 4 // 16)
             assert loop.counts["LDG"] == (4 * narrow if forward else 6 * wide + narrow), f"{name}: {loop.counts}"
@@ -200,6 +206,12 @@ def test_compiled_for_a_cluster(H, dtype, batch):
     plan = make_plan(batch, H, dtype)
     assert plan.schedule == "cluster"
     check_compiled(plan, dtype, 90, H200)
+
+
+@CLUSTERS
+@pytest.mark.parametrize("H, dtype", [(128, BF16), (256, FP32), (512, BF16)], ids=str)
+def test_compiled_for_lengths_and_resets(H, dtype):
+    check_compiled(make_plan(64, H, dtype), dtype, 90, H200, marked=True)
 
 
 def test_instructions_of_a_step():

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import triton_lstm
+from bench import floors, instrument, providers, sweep
+from bench.rows import BASELINES, CUDNN_GRAPH, OURS
+from bench.workloads import Case
 from problems import BUDGET, Problem, error, floor
 from triton_lstm.plan import Limits
 
@@ -270,3 +273,29 @@ torch.cuda.synchronize()
     if "not supported" in result.stdout.lower():
         pytest.skip(f"compute-sanitizer cannot run here: {result.stdout.strip().splitlines()[0]}")
     assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.parametrize("mode, sequences", [("forward", "padded"), ("train", "padded"), ("stream", "padded"),
+                                             ("train", "ragged"), ("train", "resets")])
+def test_benchmark(mode, sequences):
+    """Every provider that can run a small case gets a time, CUDA graphs included; figures are of the right order."""
+    gpu = instrument.Gpu()
+    case = Case("grid", mode, "bf16", 16, 1 if mode == "stream" else 20, 64, 64, sequences=sequences)
+    rows = {row.provider: row for row in sweep.measure(case, providers.PROVIDERS, gpu, floors.Floors(gpu),
+                                                       instrument.environment(), sweep.EFFORTS["quick"])}
+    assert set(rows) == set(providers.PROVIDERS)
+    failed = {name: row.status for name, row in rows.items() if row.status == "wrong" or row.status[:6] == "failed"}
+    assert not failed
+    baseline = rows[BASELINES[sequences]]
+    assert baseline.status == "ok" and 0.001 < baseline.ms_median < 100 and baseline.sm_mhz
+    if sequences == "padded":
+        for name in (OURS, f"{OURS} graph", CUDNN_GRAPH, f"{OURS} resident"):
+            assert rows[name].status == "ok" and 0.001 < rows[name].ms_median < 100
+        assert 0 < rows[OURS].floor_us < 10 and 10 < rows[OURS].gemm_tflops < 3000
+        assert mode != "train" or 0 < rows[OURS].saved_bytes <= rows[OURS].peak_bytes
+
+
+def test_floors():
+    measured = floors.Floors(instrument.Gpu())
+    assert 0.5 < measured.launch_us() < 50 and 0.1 < measured.flag_us() < 10
+    assert measured.flag_us() / 2 < measured.barrier_us(2, 1) < measured.barrier_us(64, 1) * 1.5 < 50

@@ -42,14 +42,25 @@ class LSTM(torch.nn.RNNBase):
     get_expected_cell_size = _TorchLSTM.get_expected_cell_size
     permute_hidden = _TorchLSTM.permute_hidden
 
-    def forward(self, input, hx=None):
-        """As ``torch.nn.LSTM.forward``: input (T, B, I), (B, T, I) with ``batch_first``, or (T, I); hx (h_0, c_0)."""
-        if not self._natively(input, hx):
+    def forward(self, input, hx=None, *, lengths=None, reset=None):
+        """As ``torch.nn.LSTM.forward``: input (T, B, I), (B, T, I) with ``batch_first``, or (T, I); hx (h_0, c_0).
+
+        lengths (B,) and reset (T, B), with ``batch_first`` (B, T), or (T,) for (T, I): as in ``triton_lstm.lstm``, for
+        every layer. ValueError with a packed sequence or ``proj_size``.
+        """
+        masked = lengths is not None or reset is not None
+        if masked and (isinstance(input, PackedSequence) or self.proj_size):
+            raise ValueError(f"lengths and reset are for padded input without projection, got {type(input).__name__} "
+                             f"and proj_size={self.proj_size}")
+        if not self._natively(input, hx) and not masked:
             return _TorchLSTM.forward(self, input, hx)
         batch_dim = 0 if self.batch_first else 1
         x = input.unsqueeze(batch_dim) if input.dim() == 2 else input
+        if reset is not None and input.dim() == 2:
+            reset = reset.unsqueeze(batch_dim)
         if self.batch_first:
             x = x.transpose(0, 1)
+            reset = None if reset is None else reset.t()
         B = x.shape[1]
         D = 2 if self.bidirectional else 1
         dtype = self._compute_dtype(input)
@@ -64,7 +75,7 @@ class LSTM(torch.nn.RNNBase):
                 x = torch.nn.functional.dropout(x, self.dropout, self.training)
             w, r, b = self._weights(layer, dtype)
             state = slice(layer * D, (layer + 1) * D)
-            x, (h, c) = lstm(x, w, r, b, (h0[state], c0[state]), plan=self.plan)
+            x, (h, c) = lstm(x, w, r, b, (h0[state], c0[state]), lengths=lengths, reset=reset, plan=self.plan)
             h_n.append(h)
             c_n.append(c)
         h_n, c_n = (torch.cat(s) if len(s) > 1 else s[0] for s in (h_n, c_n))

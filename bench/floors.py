@@ -1,0 +1,116 @@
+"""What a step cannot go below: microbenchmarks of this GPU, and the arithmetic of a plan.
+
+Rates are a Hopper multiprocessor's: mma.sync reaches 1280 of its 2048 multiply-adds a cycle (arXiv 2402.13499 measures
+63 %), TF32 half; 16 special functions and 64 bytes from the second-level cache a cycle.
+"""
+import functools
+import types
+
+import torch
+import triton
+import triton.language as tl
+from triton_lstm.kernels.cell import group_barrier
+
+from triton_lstm.kernels import launch
+
+from .correctness import dtype_of
+
+MULTIPLY_ADDS = {"native": 1280, "tf32": 640, "tf32x3": 640 / 3}
+SPECIAL_FUNCTIONS, L2_BYTES = 16, 64
+LAUNCH = dict(num_warps=8, launch_cooperative_grid=True, enable_fp_fusion=True)
+CELL_SPECIAL_FUNCTIONS = 10         # three sigmoids and two tanh of an exponential and a reciprocal each
+
+
+@triton.jit(do_not_specialize=["steps"])
+def barriers(count_ptr, steps, INTERPRET: tl.constexpr):
+    """``steps`` barriers of each group of programs, as ``forward_grid`` has one a step; count as there."""
+    count_ptr += tl.program_id(1) * 32
+    s = 0
+    while s < steps:
+        s += 1
+        group_barrier(count_ptr, s * tl.num_programs(0), INTERPRET)
+
+
+@triton.jit(do_not_specialize=["steps"])
+def flags(flag_ptr, steps):
+    """A flag from one program to the other and back, ``steps`` times. flag (2, 32) int32, zero at launch."""
+    p = tl.program_id(0)
+    s = 0
+    while s < steps:
+        s += 1
+        if p == 0:
+            tl.atomic_xchg(flag_ptr, s, sem="release", scope="gpu")
+        while tl.atomic_add(flag_ptr + (1 - p) * 32, 0, sem="acquire", scope="gpu") < s:
+            pass
+        if p == 1:
+            tl.atomic_xchg(flag_ptr + 32, s, sem="release", scope="gpu")
+
+
+class Floors:
+    """Measured once a run and size, and remembered."""
+
+    def __init__(self, gpu):
+        self._gpu = gpu
+        for name in ("barrier_us", "flag_us", "launch_us", "gemm_tflops"):
+            setattr(self, name, functools.cache(getattr(self, name)))
+
+    def _best(self, call, repeat=5):
+        call()
+        return min(self._gpu.sample(call) for _ in range(repeat))
+
+    def _microseconds(self, kernel, grid, steps, *constants):
+        counters = torch.zeros(max(grid[1], 2) * 32, dtype=torch.int32, device=self._gpu.device)
+
+        def call(n):
+            counters.zero_()
+            kernel[grid](counters, n, *constants, **LAUNCH)
+        # the difference leaves launch and start out
+        few, many = (self._best(functools.partial(call, n)) for n in (steps // 10, steps))
+        return 1000 * (many - few) / (steps - steps // 10)
+
+    def barrier_us(self, programs, groups):
+        """A barrier among ``programs``, with so many ``groups`` of them at once."""
+        return self._microseconds(barriers, (programs, groups), 2000, launch.INTERPRET)
+
+    def flag_us(self):
+        """One program's flag until another sees it."""
+        return self._microseconds(flags, (2, 1), 2000) / 2
+
+    def launch_us(self):
+        """One of many launches in a row."""
+        counters = torch.zeros(64, dtype=torch.int32, device=self._gpu.device)
+        return 10 * self._best(lambda: [barriers[(1, 1)](counters, 0, launch.INTERPRET, **LAUNCH)
+                                         for _ in range(100)])
+
+    def gemm_tflops(self, dtype):
+        """An 8192^3 product; fp32 in TF32, as torch lets an LSTM multiply."""
+        a, b = (torch.randn(8192, 8192, device=self._gpu.device, dtype=dtype_of(dtype)) for _ in range(2))
+        with launch.matmul_precision(types.SimpleNamespace(precision="tf32")):
+            return 2 * 8192 ** 3 / self._best(lambda: a @ b) / 1e9
+
+    def step_us(self, plan, case, sm_mhz):
+        """``step_floor`` with what was measured here; None where the clock is unknown."""
+        exchange = 0 if plan.programs == 1 else self.barrier_us(plan.programs, plan.groups * plan.directions)
+        if not sm_mhz:
+            return None, exchange
+        return step_floor(plan, case, exchange, sm_mhz, self.gemm_tflops(case.dtype)), exchange
+
+
+def step_floor(plan, case, exchange_us, sm_mhz, gemm_tflops):
+    """Microseconds that a step of ``case`` takes at least under ``plan``, all layers and ways together.
+
+    The time loop's tensor work, special functions or read of R, whichever is longest, and one exchange; in training a
+    second loop of the same products. The products over all steps take what ``gemm_tflops`` allows: x W^T forward; in
+    backward once more, h R^T for the gates, and those of dx, dW and dR.
+    """
+    units = case.hidden_size if plan.schedule == "resident" else plan.block_h
+    rows = 16 * plan.tiles
+    tensor = rows * 4 * units * case.hidden_size / MULTIPLY_ADDS[plan.precision]
+    stream = plan.tiles * plan.streamed_bytes / L2_BYTES
+    special = rows * units * CELL_SPECIAL_FUNCTIONS / SPECIAL_FUNCTIONS
+    training = case.mode == "train"
+    loop = (max(tensor, stream, special) + training * max(tensor, stream)) / sm_mhz + (1 + training) * exchange_us
+    widths = [case.input_size] + [case.directions * case.hidden_size] * (case.layers - 1)
+    columns = sum(4 * width + 2 * case.hidden_size if training else width for width in widths)
+    gemm = 2 * case.batch * 4 * case.hidden_size * columns * case.directions / gemm_tflops / 1e6
+    return case.layers * loop + gemm

@@ -1,0 +1,54 @@
+"""A run in words: tables of its rows. Needs no torch."""
+from . import targets
+from .console import markdown
+from .rows import BASELINES, CUDNN, OURS, speedup, timed
+from .workloads import WORKLOADS
+
+
+def _ratio(value):
+    return "" if value is None else f"{value:.2f}"
+
+
+def speeds(rows):
+    """A Markdown table: a line for each case that has a time, named workloads first."""
+    found = timed(rows)
+    names = [w.name for w in WORKLOADS]
+    lines = []
+    for case in sorted(found, key=lambda c: (names.index(c.workload) if c.workload in names else len(names))):
+        providers, baseline = found[case], BASELINES[case.sequences]
+        ours, theirs = providers.get(OURS), providers.get(baseline)
+        us = lambda row: "" if row is None else f"{row.us_per_step:.2f}"
+        others = ", ".join(f"{name} {row.us_per_step:.2f}" for name, row in providers.items()
+                           if name not in (OURS, baseline))
+        lines.append((case, us(ours), "" if ours is None or ours.floor_us is None else f"{ours.floor_us:.2f}",
+                      us(theirs), _ratio(speedup(providers, baseline)), case.cudnn_algorithm, others))
+    return markdown(("case", "ours, us a step", "floor", "nn.LSTM, us a step", "speed-up", "cuDNN algorithm",
+                     "others, us a step"), lines)
+
+
+def untimed(rows):
+    """A line for each reason why rows have no time, wrong and failed ones by themselves."""
+    reasons = {}
+    for row in rows:
+        if row.status == "wrong":
+            reasons[f"WRONG: {row.provider}, {row.case}: relative error {row.error:.1e}"] = 0
+        elif row.status.startswith("failed"):
+            reasons[f"{row.provider}, {row.case}: {row.status}"] = 0
+        elif row.status != "ok":
+            key = f"{row.provider}: {row.status}"
+            reasons[key] = reasons.get(key, 0) + 1
+    return "\n".join(f"- {reason}" + f" ({count} cases)" * bool(count) for reason, count in reasons.items())
+
+
+def report(rows):
+    """All of it, as Markdown."""
+    if not rows:
+        return "Nothing was measured."
+    environments = dict.fromkeys(map(str, {row.environment for row in rows}))
+    counted = sum(row.status == "ok" for row in rows)
+    parts = [f"{counted} timings. " + "; ".join(environments), "## Targets",
+             f"Ratios to nn.LSTM ({CUDNN}) in the same run: geometric means, and the worst case.", targets.table(rows),
+             "## Times", speeds(rows)]
+    if reasons := untimed(rows):
+        parts += ["## Not timed", reasons]
+    return "\n\n".join(parts)

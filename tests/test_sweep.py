@@ -1,0 +1,594 @@
+"""The sweep without a GPU: providers with known times on the CPU, the file, what follows from it, the pictures."""
+import dataclasses
+import itertools
+import math
+import subprocess
+import sys
+import time
+import types
+from unittest import mock
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import harness
+import ptx_emulator
+import triton_lstm
+from bench import __main__ as command
+from bench import compare, correctness, floors, instrument, plots, providers, report, rows, sweep, targets, workloads
+from bench.rows import BASELINES, CUDNN, OURS, PACKED, RESET_LOOP, Environment, Row
+from bench.workloads import Case
+from triton_lstm import make_plan
+
+HERE = Environment("a GPU", "2.0", "9", "3.6.0", "abc1234", "2026-01-02T03:04")
+CASES = [Case("grid", mode, dtype, 3, 4, hidden, hidden) for mode in ("forward", "train") for dtype in ("fp16", "fp32")
+         for hidden in (8, 16)]
+EFFORT = sweep.Effort(sample_ms=10)
+
+
+class Instrument:
+    """A machine on which every provider takes a time that is known, a little more at each call."""
+    device = "cpu"
+
+    def __init__(self, times):
+        self.times, self.order = times, []
+
+    def sample(self, call, stream=False):
+        call()
+        self.order.append(call.provider)
+        return self.times[call.provider] * (1 + self.order.count(call.provider) / 1000)
+
+    def peak_bytes(self, call):
+        call()
+        return 1000 * self.times[call.provider]
+
+    def synchronize(self):
+        pass
+
+    release = synchronize
+
+    def clocks(self):
+        return 1500, 2500
+
+
+class Floors:
+    def step_us(self, plan, case, sm_mhz):
+        return 2.5, 1.
+
+    def gemm_tflops(self, dtype):
+        return 500.
+
+
+def nn_lstm(problem):
+    return problem.runs(problem.layer(torch.nn.LSTM))
+
+
+class Wrong(torch.nn.LSTM):
+    """An LSTM that is wrong by a tenth."""
+    def forward(self, x, hx=None):
+        y, state = super().forward(x, hx)
+        return 1.1 * y, state
+
+
+def run(path, ours=nn_lstm, cases=CASES, gpu=None, **options):
+    """({OURS: ours, CUDNN: torch's} measured into ``path``, the exit code) with 1 and 3 ms."""
+    gpu = gpu or Instrument({OURS: 1., CUDNN: 3.})
+    code = sweep.run(path, cases, {OURS: ours, CUDNN: nn_lstm}, gpu, Floors(), HERE, EFFORT, **options)
+    return rows.load(path), code
+
+
+# Cases
+
+def test_workloads():
+    assert len({w.name for w in workloads.WORKLOADS}) == len(workloads.WORKLOADS) == 24
+    for w in workloads.WORKLOADS:
+        case = w.case()
+        assert min(case.batch, case.steps, case.input_size, case.hidden_size, case.layers) >= 1
+        assert case.directions in (1, 2) and case.dtype in workloads.DTYPES and case.mode in workloads.MODES
+        assert case.sequences in workloads.SEQUENCES and w.source
+    openunmix = next(w for w in workloads.WORKLOADS if w.name == "openunmix")
+    assert openunmix.case("bf16") == Case("openunmix", "train", "bf16", 16, 255, 512, 256, 3, 2, "padded", 0.4)
+    assert openunmix.case(mode="stream").steps == 1
+
+
+def test_sweeps_have_each_case_once_and_every_workload():
+    for name in ("quick", "record", "full"):
+        cases = getattr(workloads, name)()
+        assert len(set(cases)) == len(cases)
+    record, full = workloads.record(), workloads.full()
+    assert {w.case(dtype) for w in workloads.WORKLOADS for dtype in workloads.DTYPES} <= set(record) <= set(full)
+    grid = {(c.hidden_size, c.batch, c.steps) for c in full if c.workload == "grid" and c.mode == "train"}
+    assert grid == set(itertools.product(workloads.HIDDEN_SIZES, workloads.BATCHES, workloads.STEPS))
+    # each target has something to be measured by
+    measured = [Row(c, name, HERE, "ok", ms_median=1., peak_bytes=1) for c in record
+                for name in (OURS, BASELINES[c.sequences])]
+    assert all(target.values for target in targets.targets(measured))
+
+
+def test_lengths_are_spread_over_the_steps():
+    case = Case("grid", "train", "fp32", 5, 9, 8, 8, sequences="ragged")
+    assert sorted(case.lengths) == [1, 3, 5, 7, 9] and case.lengths == case.lengths and case.tokens == 25
+    assert dataclasses.replace(case, sequences="padded").tokens == 45
+    assert dataclasses.replace(case, batch=1).lengths == (9,)
+
+
+def test_flop():
+    case = Case("grid", "forward", "fp32", 3, 5, 7, 11, layers=2, directions=2)
+    multiply_adds = 3 * 5 * 2 * 4 * 11 * ((7 + 11) + (22 + 11))
+    assert case.flop == 2 * multiply_adds and dataclasses.replace(case, mode="train").flop == 6 * multiply_adds
+
+
+@pytest.mark.parametrize("sizes, algorithm", [
+    (dict(hidden_size=192), "PERSIST_STATIC_SMALL_H"), (dict(hidden_size=192, mode="train"),
+                                                        "PERSIST_STATIC_SMALL_H / STANDARD"),
+    (dict(hidden_size=128, mode="train", dtype="bf16"), "PERSIST_STATIC_SMALL_H"),
+    (dict(hidden_size=256), "PERSIST_STATIC"), (dict(hidden_size=1024, batch=128), "PERSIST_STATIC"),
+    (dict(hidden_size=256, dtype="bf16"), "STANDARD"), (dict(hidden_size=1152), "STANDARD"),
+    (dict(hidden_size=256, batch=136), "STANDARD"), (dict(hidden_size=256, batch=12), "STANDARD"),
+    (dict(hidden_size=256, input_size=64), "STANDARD"), (dict(hidden_size=320), "STANDARD"),
+    (dict(hidden_size=256, layers=2), "STANDARD"), (dict(hidden_size=256, directions=2), "STANDARD"),
+    (dict(hidden_size=64, sequences="ragged"), "STANDARD")])
+def test_cudnn_algorithm(sizes, algorithm):
+    """Against the rules of torch's RNN.cpp, read by hand."""
+    case = Case("grid", "forward", "fp16", 64, 10, 128, 256)
+    assert dataclasses.replace(case, **sizes).cudnn_algorithm == algorithm
+
+
+# Providers, on the CPU
+
+def results_of(case, make):
+    problem = providers.Problem.of(case, "cpu")
+    run = sweep.Run("a provider", make, problem)
+    exact = correctness.exact_results(problem.weights, problem.x, problem.dy, problem.runs)
+    return run, run.results(), exact
+
+
+@pytest.mark.parametrize("name, sequences, layers", [(CUDNN, "padded", 2), (PACKED, "ragged", 2),
+                                                     (RESET_LOOP, "resets", 2), ("compiled loop", "padded", 2),
+                                                     ("compiled loop", "resets", 1)])
+@pytest.mark.parametrize("mode", ["forward", "train"])
+def test_providers_compute_the_lstm(name, sequences, layers, mode):
+    case = Case("grid", mode, "fp32", 5, 7, 6, 10, layers, 1 if sequences == "resets" else 2, sequences, 0.)
+    with mock.patch.object(torch, "compile", lambda function: function):       # it needs a C++ compiler on the CPU
+        _, found, exact = results_of(case, providers.PROVIDERS[name])
+    assert set(found) == set(exact) and correctness.error(found, exact) < 1e-5
+    if mode == "train":
+        assert {f"d{n}" for n in ("x", "weight_hh_l1", "bias_ih_l0")} & set(found) == {
+            f"d{n}" for n in ("x", "weight_hh_l1", "bias_ih_l0")[:1 + 2 * (layers == 2)]} | (
+            {"dbias_ih_l0"} if layers == 1 else set())
+
+
+def test_the_reference_of_ragged_rows_and_resets_is_a_run_of_each_piece_alone():
+    for sequences in ("ragged", "resets"):
+        problem = providers.Problem.of(Case("grid", "forward", "fp32", 9, 19, 3, 5, sequences=sequences), "cpu")
+        exact = correctness.exact_results(problem.weights, problem.x, None, problem.runs)
+        lstm = torch.nn.LSTM(3, 5).double()
+        lstm.load_state_dict(problem.weights.state_dict())
+        for b, length in enumerate(problem.case.lengths):
+            starts = [0] + [t for t in range(1, 19) if problem.reset is not None and problem.reset[t, b]]
+            for start, end in zip(starts, [*starts[1:], length]):
+                y, (h, c) = lstm(problem.x[start:end, b:b + 1].double())
+                torch.testing.assert_close(exact["y"][start:end, b], y[:, 0].detach())
+            torch.testing.assert_close(exact["c_n"][:, b], c[:, 0].detach())
+            assert (exact["y"][length:, b] == 0).all()
+        assert problem.reset is None or problem.reset[1:].any()
+
+
+def test_torchrl_and_flashrnn_are_called_by_their_interface():
+    """Functions of their signatures and shapes, in torch, stand for packages that need a GPU."""
+    def lstm_triton(x, hidden, cell, w_ih, w_hh, b_ih, b_hh, is_init):
+        B, T, _ = x.shape
+        h, c, outputs = hidden[:, 0], cell[:, 0], []
+        for t in range(T):
+            keep = ~is_init[:, t, None]
+            h, c = providers._step(x[:, t] @ w_ih.t() + b_ih + b_hh, h * keep, c * keep, w_hh)
+            outputs.append(h)
+        return torch.stack(outputs, 1), None, h, c
+
+    def flashrnn(Wx, R, b, function, backend, dtype):
+        assert (function, backend, dtype) == ("lstm", "triton_fused", "float32") and Wx.is_contiguous()
+        B, T, _, _, H = Wx.shape
+        h, c, states = Wx.new_zeros(B, H), Wx.new_zeros(B, H), []
+        for t in range(T):
+            h, c = providers._step((Wx[:, t] + b).reshape(B, 4 * H), h, c, R.reshape(4 * H, H))
+            states.append(torch.stack([h, c]))
+        states = torch.stack(states, 2)[:, :, :, None]
+        return states, states[:, :, -1:]
+
+    modules = {"torchrl.modules.tensordict_module._rnn_triton": types.SimpleNamespace(lstm_triton=lstm_triton),
+               "flashrnn": types.SimpleNamespace(flashrnn=flashrnn)}
+    with mock.patch.object(providers.importlib.util, "find_spec"), \
+            mock.patch.object(providers.importlib, "import_module", modules.__getitem__):
+        for name, sequences in (("TorchRL", "padded"), ("TorchRL", "resets"), ("FlashRNN", "padded")):
+            _, found, exact = results_of(Case("grid", "train", "fp32", 5, 7, 6, 10, sequences=sequences),
+                                         providers.PROVIDERS[name])
+            assert set(found) == set(exact) and correctness.error(found, exact) < 1e-5
+        with pytest.raises(providers.Unavailable, match="one layer"):
+            results_of(Case("grid", "train", "fp32", 5, 7, 6, 10, layers=2), providers.PROVIDERS["FlashRNN"])
+
+
+@pytest.mark.parametrize("name, change, reason", [
+    ("TorchRL", {}, "not installed"), (PACKED, {}, "for ragged"), (CUDNN, dict(sequences="ragged"), "for padded"),
+    ("cuDNN graph", {}, "need a GPU"), ("compiled loop", dict(sequences="ragged"), "padded"),
+    ("compiled loop", dict(steps=2000), "1024 steps"), ("compiled loop", dict(dropout=.5, layers=2), "dropout")])
+def test_unavailable_providers_say_why(name, change, reason):
+    with pytest.raises(providers.Unavailable, match=reason):
+        providers.PROVIDERS[name](providers.Problem.of(
+            dataclasses.replace(Case("grid", "train", "fp32", 2, 3, 4, 5), **change), "cpu"))
+
+
+def test_ours_is_not_timed_where_torch_would_compute():
+    with mock.patch.object(providers, "automatic_plan", side_effect=triton_lstm.PlanError("too large")), \
+            pytest.raises(providers.Unavailable, match="too large"):
+        providers.PROVIDERS[OURS](providers.Problem.of(CASES[0], "cpu"))
+
+
+@pytest.mark.parametrize("sequences", ["ragged", "resets"])
+def test_ours_computes_lengths_and_resets(sequences):
+    case = Case("grid", "train", "fp32", 5, 7, 6, 10, sequences=sequences)
+    with mock.patch.object(providers, "automatic_plan", return_value=make_plan(5, 10, torch.float32, limits=None)), \
+            harness.interpreter():
+        run, found, exact = results_of(case, providers.PROVIDERS[OURS])
+    assert run.layer.plan.hidden_size == 10 and set(found) == set(exact)
+    assert correctness.error(found, exact) < 1e-2           # the plan is in TF32
+
+
+def test_ours_runs_by_the_schedule_that_its_name_has():
+    with mock.patch.object(providers, "automatic_plan", return_value=make_plan(3, 8, torch.float16)), \
+            mock.patch.object(providers.Limits, "of", return_value=triton_lstm.plan.H200):
+        for schedule in ("resident", "grid"):
+            layer = providers.PROVIDERS[f"{OURS} {schedule}"](providers.Problem.of(CASES[0], "cpu"))
+            assert isinstance(layer, triton_lstm.LSTM) and layer.plan.schedule == schedule
+        with pytest.raises(providers.Unavailable, match="would be grid"):
+            providers.PROVIDERS[f"{OURS} streamed"](providers.Problem.of(CASES[0], "cpu"))
+
+
+def test_dropout_is_off_for_the_check_only():
+    case = Case("grid", "train", "fp32", 2, 3, 4, 5, layers=2, dropout=0.5)
+    seen = []
+
+    def make(problem):
+        lstm = problem.layer(torch.nn.LSTM)
+        lstm.dropout = problem.case.dropout
+        lstm.register_forward_hook(lambda module, *_: seen.append(module.dropout))
+        return lstm
+    run, found, exact = results_of(case, make)
+    assert correctness.error(found, exact) < 1e-5
+    run()
+    assert seen == [0., 0.5]
+
+
+# What a run measures
+
+def test_a_run_measures_checks_and_writes(tmp_path):
+    gpu = Instrument({OURS: 1., CUDNN: 3.})
+    found, code = run(tmp_path / "a.csv", gpu=gpu)
+    assert code == 0 and [(r.case, r.provider) for r in found] == [(c, p) for c in CASES for p in (OURS, CUDNN)]
+    for row in found:
+        assert row.status == "ok" and 0 < row.error < 1e-2 and row.environment == HERE and row.first_call_s > 0
+        assert 1 < row.ms_median / {OURS: 1., CUDNN: 3.}[row.provider] < 1.2
+        assert row.ms_p20 < row.ms_median < row.ms_p80 and row.samples == (10 if row.provider == OURS else 5)
+        assert (row.sm_mhz, row.memory_mhz, row.gemm_tflops) == (1500, 2500, 500.)
+        assert (row.peak_bytes is not None) == (row.saved_bytes is not None) == (row.case.mode == "train")
+        assert row.us_per_step == pytest.approx(250 * row.ms_median)
+        assert row.tokens_per_s == pytest.approx(12000 / row.ms_median)
+        assert row.gemm_share == pytest.approx(row.case.flop / row.ms_median / 1e9 / 500)
+    # once more after the check, then in turns, every other turn in the opposite order; cuDNN has enough before
+    assert gpu.order[:12] == [OURS, CUDNN] + [OURS, CUDNN, CUDNN, OURS] * 2 + [OURS, CUDNN]
+    assert gpu.order[12:17] == [OURS] * 5
+
+
+def test_slow_calls_are_timed_twice(tmp_path):
+    found, _ = run(tmp_path / "a.csv", cases=CASES[:1], gpu=Instrument({OURS: 1., CUDNN: 1001.}))
+    assert [row.samples for row in found] == [10, 2]
+
+
+def test_the_plan_of_ours_has_a_floor(tmp_path):
+    def planned(problem):
+        layer = nn_lstm(problem)
+        layer.plan = make_plan(3, 8, torch.float16)
+        return layer
+    ours, theirs = run(tmp_path / "a.csv", planned, CASES[:1])[0]
+    assert (ours.floor_us, ours.exchange_us, ours.plan) == (2.5, 1., "resident 1 x 1")
+    assert theirs.floor_us is None and theirs.plan == ""
+
+
+def test_a_wrong_result_gets_no_time(tmp_path):
+    found, code = run(tmp_path / "a.csv", lambda problem: problem.layer(Wrong))
+    assert code == 1
+    for row in found:
+        assert (row.status == "wrong") == (row.provider == OURS) == (row.ms_median is None)
+        assert row.provider != OURS or row.error == pytest.approx(0.1, rel=0.1)
+    assert report.untimed(found).count("WRONG") == len(CASES) and "geometric" in report.report(found)
+
+
+@pytest.mark.parametrize("raised, status", [(providers.Unavailable("too large"), "too large"),
+                                            (RuntimeError("a\nb"), "failed: RuntimeError: a b"),
+                                            (torch.OutOfMemoryError("full"), "failed: OutOfMemoryError: full")])
+def test_what_does_not_run_says_why_and_the_run_goes_on(tmp_path, raised, status):
+    found, code = run(tmp_path / "a.csv", mock.Mock(side_effect=raised))
+    assert {(row.provider, row.status) for row in found} == {(OURS, status), (CUDNN, "ok")}
+    assert code == status.startswith("failed") and status in report.untimed(found)
+
+
+def test_a_reference_that_does_not_fit_says_so(tmp_path):
+    with mock.patch.object(sweep, "exact_results", side_effect=torch.OutOfMemoryError):
+        found, code = run(tmp_path / "a.csv", cases=CASES[:1])
+    assert code == 0 and [row.status for row in found] == ["the float64 reference does not fit the memory"] * 2
+
+
+def test_an_interrupted_run_keeps_its_rows_and_goes_on(tmp_path):
+    path = tmp_path / "a.csv"
+    gpu = Instrument({OURS: 1., CUDNN: 3.})
+    with mock.patch.object(gpu, "clocks", side_effect=[(1, 2)] * 2 + [KeyboardInterrupt]):
+        found, code = run(path, gpu=gpu)
+    assert code == 130 and len(found) == 4
+    again, code = run(path)
+    assert code == 0 and again[:4] == found and len(again) == 2 * len(CASES)
+    gpu = Instrument({})
+    assert run(path, gpu=gpu)[0] == again and gpu.order == []         # nothing is measured twice
+
+
+def test_a_run_ends_with_its_time(tmp_path, capsys):
+    clock = types.SimpleNamespace(monotonic=itertools.count(step=10.).__next__, perf_counter=time.perf_counter)
+    with mock.patch.object(sweep, "time", clock):
+        found, code = run(tmp_path / "a.csv", seconds=25)
+    assert code == 0 and len({row.case for row in found}) == 2
+    assert "6 of 8 cases were left out after 25 seconds" in capsys.readouterr().out
+
+
+def test_saved_bytes_are_what_autograd_keeps_beyond_weights_input_and_output():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            hidden = (self.w * x).exp()             # saves w, x and the result of exp
+            return hidden[:1].clone() * x.sigmoid(), None
+
+    x = torch.ones(5, 3)
+    # exp's result, 60 bytes; of the product a row of it, a copy, 12; sigmoid's result, saved twice, 60
+    assert sweep.saved_bytes(Layer(), x) == 132
+
+
+def test_compile_all_compiles_each_kernel_once():
+    cases = [*CASES, *(dataclasses.replace(CASES[0], **change) for change in
+                       (dict(steps=99), dict(hidden_size=10 ** 5), dict(sequences="ragged"), dict(sequences="resets")))]
+
+    class Pool:
+        def __init__(self, *_):
+            self.submitted = []
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, *call):
+            submitted.append(call)
+            return mock.Mock()
+
+    submitted = []
+    with mock.patch.object(sweep.concurrent.futures, "ProcessPoolExecutor", Pool), \
+            mock.patch.object(sweep.concurrent.futures, "as_completed", list):
+        assert sweep.compile_all(cases, triton_lstm.plan.H200, 90) < 60
+    assert [(call[1].hidden_size, *call[2:]) for call in submitted] == [
+        (8, "fp16", False, 90), (16, "fp16", False, 90), (8, "fp32", False, 90), (16, "fp32", False, 90),
+        (8, "fp16", True, 90)]
+
+
+# The file
+
+def test_rows_survive_the_file(tmp_path):
+    full = Row(dataclasses.replace(CASES[0], dropout=0.25), OURS, HERE, "ok", 0.001, 1.5, 2., 2.25, 7, 0.5, 10, 20,
+               0.75, 0.125, 500., 1980, 2619, "grid 4 x 2")
+    bare = Row(CASES[1], CUDNN, HERE, 'why, "not"\nthat')
+    with rows.Writer(tmp_path / "a.csv") as file:
+        file.write(full)
+    with rows.Writer(tmp_path / "a.csv") as file:
+        file.write(bare)
+    assert rows.load(tmp_path / "a.csv") == [full, bare]
+    header, line = (tmp_path / "a.csv").read_text().splitlines()[:2]
+    named = dict(zip(header.split(","), line.split(",")))
+    assert named["us_per_step"] == "500" and named["tokens_per_s"] == "6000"
+    assert named["cudnn_algorithm"] == "PERSIST_STATIC_SMALL_H" and named["gpu"] == "a GPU"
+    assert named["hidden_size"] == "8"
+    (tmp_path / "b.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="b.csv is no file of a sweep: it lacks .*hidden_size"):
+        rows.load(tmp_path / "b.csv")
+
+
+def test_commit_names_this_repository():
+    assert instrument.commit().rstrip("+").isalnum()
+    with mock.patch.object(instrument.subprocess, "run", side_effect=OSError):
+        assert instrument.commit() == "unknown"
+
+
+@pytest.mark.parametrize("out, clocks", [("1980, 2619\n", (1980, 2619)), ("[N/A], 2619\n", (None, None))])
+def test_clocks(out, clocks):
+    with mock.patch.object(torch.cuda, "current_device", return_value=0), \
+            mock.patch.object(instrument.subprocess, "run", return_value=mock.Mock(stdout=out)):
+        assert instrument.Gpu.clocks(None) == clocks
+
+
+# What follows from the rows
+
+def timed_rows(cases, ratio, provider=None, **fields):
+    """Ours at 1 ms, the baseline at ``ratio`` ms."""
+    return [Row(case, name, HERE, "ok", 1e-4, ms * 0.9, ms, ms * 1.1, **{**fields, **(
+        dict(peak_bytes=int(1000 * ms)) if case.mode == "train" else {})})
+        for case in cases for name, ms in ((OURS, 1.), (provider or BASELINES[case.sequences], ratio))]
+
+
+def test_targets():
+    cases = workloads.record()
+    by_name = lambda ratio: {t.name: t for t in targets.targets(timed_rows(cases, ratio))}
+    slow, fast = by_name(1.), by_name(100.)
+    named = fast["named workloads, each in its type and mode"]
+    assert len(named.values) == 24 and named.figure == pytest.approx(100) and named.verdict == "met"
+    assert len(fast["the same without those with resets"].values) == 21
+    assert all(target.verdict == "met" for target in fast.values())
+    assert {name for name, target in slow.items() if target.verdict == "met"} == {
+        "every size of the grid over cuDNN's best"}
+    memory = slow["peak memory of training, T >= 64, of cuDNN's"]
+    assert memory.figure == pytest.approx(1) and memory.verdict == "MISSED" and memory.at_most
+    assert all(t.verdict == "not measured" for t in targets.targets([]))
+    assert "MISSED" in targets.table(timed_rows(cases, 1.)) and "not measured" in targets.table([])
+
+
+def test_the_worst_case_is_named_and_every_case_can_be_asked_for():
+    good, bad = (Case("grid", "forward", "bf16", 16, 128, hidden, hidden) for hidden in (256, 512))
+    found = timed_rows([good], 4.) + timed_rows([bad], 0.5)
+    target = targets.targets(found)[-1]
+    assert target.worst == 0.5 and target.figure == 0.5 and target.verdict == "MISSED"
+    assert f"0.50x, {bad}" in targets.table(found)
+
+
+def test_best_of_cudnn_is_of_a_type_no_less_exact():
+    case = Case("grid", "forward", "bf16", 16, 128, 256, 256)
+    single = dataclasses.replace(case, dtype="fp32")
+    found = rows.timed([Row(dataclasses.replace(case, dtype=dtype), name, HERE, "ok", ms_median=ms) for dtype, name, ms
+                        in (("fp16", CUDNN, 2.), ("bf16", CUDNN, 3.), ("fp32", CUDNN, 5.), ("fp32", "cuDNN graph", 4.),
+                            ("fp32", OURS, 1.))])
+    assert rows.best_cudnn(found, case).ms_median == 2 and rows.best_cudnn(found, single).ms_median == 4
+
+
+def test_compare():
+    before = timed_rows(CASES[:3], 3.)
+    after = [dataclasses.replace(r, ms_p20=r.ms_p20 / f, ms_median=r.ms_median / f, ms_p80=r.ms_p80 / f)
+             for r, f in zip(before[:4], (2., 1., .5, 1.))]
+    text = compare.compare(before, after)
+    lines = text.splitlines()
+    assert [line.split("|")[-2].strip() for line in lines[2:6]] == ["faster", "", "slower", ""]
+    assert "2.000" in lines[2] and "1.636 to 2.444" in lines[2]
+    assert f"{OURS}: 1.000 in the geometric mean of 2" in text and "only before: 2 rows" in text
+    assert "only after" not in text and str(HERE) in text
+
+
+def test_report_has_all_of_it():
+    found = timed_rows([w.case() for w in workloads.WORKLOADS], 3., floor_us=1.25)
+    text = report.report(found + [Row(CASES[0], "TorchRL", HERE, "not installed")])
+    assert "48 timings" in text and str(HERE) in text and "TorchRL: not installed (1 cases)" in text
+    line = next(line for line in text.splitlines() if line.startswith("| flashrnn_768"))
+    assert [cell.strip() for cell in line.split("|")[2:7]] == ["0.98", "1.25", "2.93", "3.00", "PERSIST_STATIC"]
+    assert report.report([]) == "Nothing was measured."
+
+
+# Pictures
+
+def test_every_picture_is_drawn(tmp_path):
+    cases = workloads.record()
+    found = timed_rows(cases[::2], 3., floor_us=0.5) + timed_rows(cases[1::2], 0.5, floor_us=0.5)
+    drawn = plots.draw(found, tmp_path / "new")
+    assert [path.stem for path in drawn] == ["throughput", "speedup", "workloads", "floor", "memory"]
+    for path in drawn:
+        harness.assert_drawn(path)
+
+
+def test_pictures_without_figures_are_left_out(tmp_path):
+    assert plots.draw([Row(CASES[0], OURS, HERE, "wrong", 0.1)], tmp_path) == []
+    assert [path.stem for path in plots.draw(timed_rows(CASES, 2.), tmp_path)] == ["throughput", "speedup"]
+
+
+def test_plot_and_compare_need_no_torch(tmp_path):
+    """As commands, in a process that would fail to import torch."""
+    with rows.Writer(tmp_path / "run.csv") as file:
+        for row in timed_rows([w.case() for w in workloads.WORKLOADS], 2., floor_us=1.):
+            file.write(row)
+    code = "import sys; sys.modules['torch'] = None; from bench.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    call = lambda *words: subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True,
+                                         cwd=command.RESULTS.parents[1], timeout=120)
+    done = call("plot", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "named workloads" in done.stdout
+    assert "![workloads](workloads.png)" in (tmp_path / "out" / "report.md").read_text()
+    harness.assert_drawn(tmp_path / "out" / "workloads.png")
+    done = call("compare", tmp_path / "run.csv", tmp_path / "run.csv")
+    assert done.returncode == 0 and f"{OURS}: 1.000" in done.stdout, done.stderr
+    done = call("plot", tmp_path / "out")
+    assert done.returncode == 1 and "no CSV file in" in done.stderr
+    assert call("plot", tmp_path / "none.csv").returncode == 1
+
+
+def test_recorded_runs_are_drawn_and_their_absence_is_said(tmp_path, capsys):
+    with mock.patch.object(command, "RESULTS", tmp_path / "results"):
+        (tmp_path / "results" / "a-gpu").mkdir(parents=True)
+        command.plot([], tmp_path / "out")
+        assert "No run on a GPU is recorded" in capsys.readouterr().out
+        with rows.Writer(tmp_path / "results" / "a-gpu" / "run.csv") as file:
+            for row in timed_rows([w.case() for w in workloads.WORKLOADS], 2.):
+                file.write(row)
+        command.plot([], tmp_path / "out")
+    harness.assert_drawn(tmp_path / "out" / "a-gpu" / "workloads.png")
+
+
+# Floors
+
+def test_step_floor():
+    case = Case("grid", "forward", "bf16", 64, 10, 512, 512)
+    plan = make_plan(64, 512, torch.bfloat16)
+    assert (plan.schedule, plan.tiles, plan.block_h) == ("grid", 1, 16)
+    tensor, gemm = 16 * 64 * 512 / 1280, 2 * 64 * 2048 * 512 / 700e6
+    assert floors.step_floor(plan, case, 1., 1000, 700) == pytest.approx(tensor / 1000 + 1 + gemm)
+    training = dataclasses.replace(case, mode="train")
+    assert floors.step_floor(plan, training, 1., 1000, 700) == pytest.approx(2 * tensor / 1000 + 2 + 6 * gemm)
+    # two layers have two loops; a narrow one is bound by its special functions, a wide one by what it reads again
+    layers = dataclasses.replace(case, layers=2, input_size=128)
+    assert floors.step_floor(plan, layers, 1., 1000, 700) == pytest.approx(2 * tensor / 1000 + 2 + 1.25 * gemm)
+    narrow = make_plan(16, 8, torch.bfloat16)
+    assert floors.step_floor(narrow, Case("grid", "forward", "bf16", 16, 10, 8, 8), 0., 1000,
+                             math.inf) == pytest.approx(16 * 8 * 10 / 16 / 1000)
+    wide = make_plan(16, 2048, torch.bfloat16)
+    assert wide.streamed_bytes and floors.step_floor(
+        wide, Case("grid", "forward", "bf16", 16, 10, 2048, 2048), 0., 1000, math.inf) == pytest.approx(
+        wide.streamed_bytes / 64 / 1000)
+
+
+@pytest.mark.parametrize("kernel, grid, size", [("barriers", (3, 2), 64), ("flags", (2, 1), 64)])
+def test_microbenchmarks_end_where_all_have_met(kernel, grid, size):
+    """The compiled kernels in the emulator, programs in random order, weak memory."""
+    source = getattr(floors, kernel)
+    signature = {name: "*i32" if name.endswith("ptr") else "i32" if name == "steps" else "constexpr"
+                 for name in source.arg_names}
+    compiled = triton.compile(ASTSource(source, signature, {"INTERPRET": False} if kernel == "barriers" else {}),
+                              target=GPUTarget("cuda", 90, 32), options=floors.LAUNCH)
+    for seed in range(3):
+        counters = torch.zeros(size, dtype=torch.int32)
+        ptx_emulator.launch(compiled, (*grid, 1), counters, 5, seed=seed, memory="weak")
+        # each of three programs arrives at each of five barriers; the flags end at the last step
+        assert counters.view(2, 32)[:, 0].tolist() == ([15, 15] if kernel == "barriers" else [5, 5])
+
+
+def test_floors_measure_once_and_subtract_the_start():
+    class Clock(Instrument):
+        def __init__(self):
+            self.calls = 0
+
+        def sample(self, call):
+            self.calls += 1
+            call()
+            return launched[-1] * 0.002 + 7 if launched else 0.5
+
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda counters, steps, *_, **__: launched.append(steps)
+
+    gpu = Clock()
+    with mock.patch.object(floors, "barriers", Kernel()), mock.patch.object(floors, "flags", Kernel()):
+        measured = floors.Floors(gpu)
+        assert measured.barrier_us(4, 2) == pytest.approx(2) and measured.flag_us() == pytest.approx(1)
+        calls = gpu.calls
+        assert measured.barrier_us(4, 2) == pytest.approx(2) and gpu.calls == calls
+        case, plan = Case("grid", "forward", "bf16", 64, 10, 512, 512), make_plan(64, 512, torch.bfloat16)
+        measured.gemm_tflops = lambda dtype: 700
+        floor, exchange = measured.step_us(plan, case, 1000)
+        assert exchange == pytest.approx(2)
+        assert floor == floors.step_floor(plan, case, exchange, 1000, 700)
+        assert measured.step_us(make_plan(16, 64, torch.bfloat16), case, None) == (None, 0)

@@ -43,7 +43,7 @@ def compile_launch(kernel, plan, args, waits, constants, arch):
     """What a launch of ``kernel`` with these arguments would compile, and the arguments that remain at run time."""
     constants = {**constants, "H": plan.hidden_size, "DIRECTIONS": plan.directions}
     with no_gpu(arch):
-        compiled = kernel.warmup(*args, grid=(1,), **constants, **launch.options(plan, waits))
+        compiled = kernel.warmup(*args, grid=(1,), **constants, **launch.options(kernel, plan, waits, constants))
     values = {**dict(zip(kernel.arg_names, args)), **constants}
     return compiled, [values[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
 

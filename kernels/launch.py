@@ -10,6 +10,9 @@ from .backward import backward_grid, backward_resident, coefficients
 from .forward import forward_grid, forward_resident
 
 INTERPRET = isinstance(forward_resident, InterpretedFunction)
+if not INTERPRET:       # which knows no Gluon
+    from .gluon_backward import backward_gluon
+    from .gluon_forward import forward_gluon
 # Triton's interpreter runs a launch's programs one after the other, so one that waits for another waits for ever.
 # Tests that interleave them set this.
 interleaved = False
@@ -52,13 +55,19 @@ def prepare_r(r, plan):
     return torch.stack((high, _round_tf32(low)))
 
 
-def options(plan, waits):
+def options(kernel, plan, waits, constants):
     """Compiler and launch options of a kernel of ``plan``; programs that wait must all run at the same time.
 
     maxnreg: a multiprocessor runs one such program, and all registers are its own. Left to itself the assembler likes
     to stop at 128 of a thread, for two programs, and then waits for each load before it issues the next.
     """
-    chosen = dict(num_warps=plan.num_warps, enable_fp_fusion=True, maxnreg=255)
+    gluon = not INTERPRET and kernel.is_gluon()
+    num_warps = plan.num_warps
+    if gluon and kernel is forward_gluon and not constants["MARKED"]:       # marks take the registers for more
+        num_warps = plan.forward_warps
+    chosen = dict(num_warps=num_warps, enable_fp_fusion=True, maxnreg=min(65536 // (32 * num_warps), 255))
+    if gluon:
+        chosen["num_ctas"] = plan.programs
     if waits:
         chosen["launch_cooperative_grid"] = True
     return chosen
@@ -71,7 +80,7 @@ def launch_kernel(kernel, plan, grid, *args, waits, **constants):
             raise RuntimeError(f"the interpreter would wait for ever: {plan.programs} programs exchange h")
     with torch.cuda.device_of(args[0]):
         kernel[grid](*args, H=plan.hidden_size, DIRECTIONS=plan.directions, **constants,
-                     **({} if INTERPRET else options(plan, waits)))
+                     **({} if INTERPRET else options(kernel, plan, waits, constants)))
 
 
 def marks(T, B, D, lengths, reset, device):
@@ -106,6 +115,9 @@ def _has(marks, bit):
 
 
 def _loop_constants(plan, marks):
+    if plan.gluon:
+        return dict(BLOCK_H=plan.block_h, BLOCK_B=16, HELD=plan.register_bytes, MARKED=marks is not None,
+                    PRECISION=plan.precision)
     constants = dict(CHUNKS=plan.chunks, BLOCK_B=16, PRECISION=plan.precision, INTERPRET=INTERPRET,
                      MARKED=marks is not None)
     if plan.schedule != "resident":
@@ -161,8 +173,9 @@ def forward(x, w, r, b, h0, c0, marks, plan, save, run=None):
             h = _round_tf32(h)
         head, shape = (a, r, h, c, y, kept, kept if marks is None else marks), (T, S, B, first, keep_every)
         constants = _loop_constants(plan, marks)
-        if plan.schedule == "resident":
-            run(forward_resident, plan, (plan.groups, D), *head, *shape, waits=False, **constants)
+        if plan.gluon or plan.schedule == "resident":
+            run(forward_gluon if plan.gluon else forward_resident, plan, (plan.groups, D), *head, *shape, waits=False,
+                **constants)
         else:
             run(forward_grid, plan, (plan.programs, plan.groups, D), *head, rounded, _counters(plan, c), *shape,
                 plan.tiles, waits=True, **constants)
@@ -237,7 +250,7 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, ru
         strides = [n // dy_unit for n in dy.stride()[:2]] + [dy.stride(2)] if has_dy else [0, 0, 1]
         chunk = min(K, T) * D * B * H
         a_buffer, coef = x.new_empty(4 * chunk), dh.new_empty(6 * chunk)
-        if plan.schedule != "resident":
+        if plan.schedule in ("grid", "streamed"):
             share = dh.new_empty(2 * D * plan.groups * plan.tiles * plan.programs ** 2 * 16 * plan.block_h)
         for first in reversed(range(0, T, K)):
             S = min(K, T - first)
@@ -254,9 +267,9 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, ru
             # from here on a holds da
             head = (dy if has_dy else a, coef, prepared, a, dh, dc, marks_or_none)
             constants = dict(HAS_DY=has_dy, DY_UNIT=dy_unit, **_loop_constants(plan, marks))
-            if plan.schedule == "resident":
-                run(backward_resident, plan, (plan.groups, D), *head, T, S, B, first, *strides, waits=False,
-                    **constants)
+            if plan.gluon or plan.schedule == "resident":
+                run(backward_gluon if plan.gluon else backward_resident, plan, (plan.groups, D), *head,
+                    T, S, B, first, *strides, waits=False, **constants)
             else:
                 run(backward_grid, plan, (plan.programs, plan.groups, D), *head, share, _counters(plan, dc),
                     T, S, B, first, plan.tiles, *strides, waits=True, PROGRAMS=plan.programs, **constants)

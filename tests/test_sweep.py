@@ -21,6 +21,7 @@ from bench import __main__ as command
 from bench import compare, correctness, floors, instrument, plots, providers, report, rows, sweep, targets, workloads
 from bench.rows import BASELINES, CUDNN, OURS, PACKED, RESET_LOOP, Environment, Row
 from bench.workloads import Case
+from problems import PORTABLE
 from triton_lstm import make_plan
 
 HERE = Environment("a GPU", "2.0", "9", "3.6.0", "abc1234", "2026-01-02T03:04")
@@ -531,7 +532,7 @@ def test_recorded_runs_are_drawn_and_their_absence_is_said(tmp_path, capsys):
 
 def test_step_floor():
     case = Case("grid", "forward", "bf16", 64, 10, 512, 512)
-    plan = make_plan(64, 512, torch.bfloat16)
+    plan = make_plan(64, 512, torch.bfloat16, limits=PORTABLE)
     assert (plan.schedule, plan.tiles, plan.block_h) == ("grid", 1, 16)
     tensor, gemm = 16 * 64 * 512 / 1280, 2 * 64 * 2048 * 512 / 700e6
     assert floors.step_floor(plan, case, 1., 1000, 700) == pytest.approx(tensor / 1000 + 1 + gemm)
@@ -586,7 +587,8 @@ def test_floors_measure_once_and_subtract_the_start():
         assert measured.barrier_us(4, 2) == pytest.approx(2) and measured.flag_us() == pytest.approx(1)
         calls = gpu.calls
         assert measured.barrier_us(4, 2) == pytest.approx(2) and gpu.calls == calls
-        case, plan = Case("grid", "forward", "bf16", 64, 10, 512, 512), make_plan(64, 512, torch.bfloat16)
+        case = Case("grid", "forward", "bf16", 64, 10, 512, 512)
+        plan = make_plan(64, 512, torch.bfloat16, limits=PORTABLE)
         measured.gemm_tflops = lambda dtype: 700
         floor, exchange = measured.step_us(plan, case, 1000)
         assert exchange == pytest.approx(2)

@@ -30,18 +30,20 @@ def check(plan, dtype, arch, limits):
         if plan.schedule != "streamed":
             assert loop.held >= plan.held_bytes, f"{name}: {loop.held} of {plan.held_bytes} bytes of R in registers"
         # Operands of products come out of shared memory by LDSM, 512 bytes of a warp's at a time. Every warp reads the
-        # left factor (h or the four da, 16 rows) whole. 14 more are conversions between layouts of the resident
+        # left factor (h or the four da, 16 or 32 rows) whole. 14 more are conversions between layouts of the resident
         # kernels; R's operands would be at least 16, one or two in the grid kernels, where R's would be at least 4.
         left = plan.held if "forward" in name else 4 * (plan.held if plan.schedule == "resident" else plan.block_h)
         if plan.schedule != "streamed":
             slack = 14 if plan.schedule == "resident" else 2
-            assert loop.counts["LDSM"] <= left * OPERAND[plan.precision] / 32 + slack, f"{name}: {loop.counts}"
+            allowed = left * OPERAND[plan.precision] * plan.block_b / 512 + slack
+            assert loop.counts["LDSM"] <= allowed, f"{name}: {loop.counts}"
         # Loads from device memory, where rows are aligned to the 16 bytes that one fetches for a thread.
         if plan.schedule == "grid" and plan.hidden_size * dtype.itemsize % 16 == 0:
             threads = 32 * plan.num_warps
-            tile = -(-16 * plan.block_h // threads)         # loads of a tile of the program's own units
+            tile = -(-plan.block_b * plan.block_h // threads)         # loads of a tile of the program's own units
             if name == "forward_grid":                      # x of four gates, c, h; and the counter
-                loads = 5 * tile + sum(-(-16 * width * dtype.itemsize // (16 * threads)) for _, width in plan.chunks)
+                loads = 5 * tile + sum(-(-plan.block_b * width * dtype.itemsize // (16 * threads))
+                                       for _, width in plan.chunks)
             else:                                           # coefficients, dy, dc, dh or its shares; and the counter
                 loads = (9 + plan.programs) * tile
             assert loop.counts["LDG"] <= loads + 1, f"{name}: {loop.counts}"

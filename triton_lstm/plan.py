@@ -339,7 +339,7 @@ def _shared(hidden_size, precision, block_h, block_b, shared_memory):
         return chunks, 0
     # blocks on their way need registers, and shared memory for three
     held = min(HELD_BYTES * 3 // 4, shared_memory - 3 * BLOCK_BYTES) // column // 32 * 32
-    return _chunks(max(held, 16), width), max(BLOCK_BYTES // column, 16)
+    return _chunks(max(held, 16), width), max(BLOCK_BYTES * 16 // block_b // column, 16)
 
 
 def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True, schedule=None, keep_every=None):
@@ -381,9 +381,10 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
         programs = -(-hidden_size // block_h)
         name = "streamed" if block_k else "grid"
         most = all_tiles if limits is None else limits.multiprocessors // (programs * directions)
-        if block_b > 16 and all_tiles <= most:      # a program has one tile, and should have the smallest
+        # where a program has one tile anyway it should be small; exact fp32 has too many operands for more registers
+        if block_b > 16 and (all_tiles <= most or precision == "tf32x3"):
             continue
-        tiles_of_all = -(-batch // block_b)
+        tiles_of_all = max(-(-batch // block_b), 1)
         groups = min(most, tiles_of_all)
         if schedule not in (None, name):
             reasons.append(f"block_h {block_h} would be {name}")

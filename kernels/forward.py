@@ -2,7 +2,7 @@
 import triton
 import triton.language as tl
 
-from .cell import FRESH, LIVE, START, cell, group_barrier, load_r, narrow, operand, product
+from .cell import FRESH, LIVE, START, cell, group_barrier, load_r, narrow, operand, product, round_tf32
 
 
 @triton.jit
@@ -129,17 +129,28 @@ def load_h(h_row, mask, start, WIDTH: tl.constexpr, H: tl.constexpr):
     return tl.load(h_row + source, mask=mask & (source < H), other=0., cache_modifier=".cg")
 
 
+@triton.jit
+def loaded(h, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """``load_h``'s result as ``product`` wants it; what travels for TF32 is rounded already."""
+    if PRECISION == "tf32":
+        return (h,)
+    else:
+        return operand(h, PRECISION, INTERPRET)
+
+
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles"])
-def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, count_ptr, T, S, B, first, keep_every, tiles,
+def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, rounded_ptr, count_ptr,
+                 T, S, B, first, keep_every, tiles,
                  H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,
                  HELD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, MARKED: tl.constexpr,
                  PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """As ``forward_resident``, but a group of programs shares R: each holds the rows of BLOCK_H hidden units.
 
-    A group takes ``tiles`` batch tiles through a step, then waits for itself once; h travels through y, and c lives in
-    c_ptr, so that a program needs no registers for more than one tile. CHUNKS cut the HELD first input units, whose
-    part of R stays on chip; the rest is read each step, BLOCK_K units at a time. count (D, groups, 32) int32, zero at
-    launch: the arrivals of each group, one cache line apart.
+    A group takes ``tiles`` batch tiles through a step, then waits for itself once. h travels through y; for TF32
+    through rounded (2, B, D H), of which steps take turns: rounded once, not by all who read it (and so is h_ptr).
+    c lives in c_ptr, so that a program needs no registers for more than one tile. CHUNKS cut the HELD first input
+    units, whose part of R stays on chip; the rest is read each step, BLOCK_K units at a time. count (D, groups, 32)
+    int32, zero at launch: the arrivals of each group, one cache line apart.
     """
     p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     programs = tl.num_programs(0)
@@ -172,6 +183,8 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, count_p
         time = tl.where(d == 0, first + s, T - 1 - first - s).to(tl.int64)
         if s == 0:
             h_prev = h_ptr + d * H
+        elif PRECISION == "tf32":
+            h_prev = rounded_ptr + tl.where(s % 2 == 0, 0, B).to(tl.int64) * (DIRECTIONS * H) + d * H
         else:
             h_prev = y_ptr + (time + tl.where(d == 0, -1, 1)) * B * (DIRECTIONS * H) + d * H
         h_row = h_prev + row * (DIRECTIONS * H)
@@ -189,10 +202,10 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, count_p
         c_prev = tl.load(c_ptr + at_c, mask=goes_on & (unit < H), other=0.)
         a = tl.full((BLOCK_B, 4 * BLOCK_H), 0., tl.float32)
         for k in tl.static_range(len(CHUNKS)):
-            a = product(operand(h[k], PRECISION, INTERPRET), r[k], a, PRECISION)
+            a = product(loaded(h[k], PRECISION, INTERPRET), r[k], a, PRECISION)
         if HELD < H:
             for start in range(HELD, H, BLOCK_K):
-                a = product(operand(load_h(h_row, goes_on, start, BLOCK_K, H), PRECISION, INTERPRET),
+                a = product(loaded(load_h(h_row, goes_on, start, BLOCK_K, H), PRECISION, INTERPRET),
                             load_columns(r_ptr, at_r, n_unit, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET),
                             a, PRECISION)
         if ((first + s) % keep_every == 0) & (first + s > 0):
@@ -206,6 +219,10 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, count_p
             y = tl.where(live, y, 0.)
             c = tl.where(live, c, c_prev)
         tl.store(y_ptr + (time * B + row) * (DIRECTIONS * H) + d * H + unit, narrow(y, dtype, INTERPRET), mask=mask)
+        if PRECISION == "tf32":
+            next_slot = tl.where(s % 2 == 0, B, 0).to(tl.int64) * (DIRECTIONS * H)
+            tl.store(rounded_ptr + next_slot + row * (DIRECTIONS * H) + d * H + unit, round_tf32(y, INTERPRET),
+                     mask=mask)
         tl.store(c_ptr + at_c, c, mask=mask)
         # the next tile, or the first one of the next step, whose x is fetched before the wait
         last = m == tiles - 1

@@ -158,6 +158,7 @@ def forward(x, w, r, b, h0, c0, marks, plan, save, run=None):
     keep_every = plan.keep_every if save else T
     steps = plan.forward_steps(T, x.element_size())
     buffer = x.new_empty(D * steps * B * 4 * H)
+    rounded = x.new_empty(2, B, D * H) if plan.precision == "tf32" else h
     for first in range(0, T, steps):
         S = min(steps, T - first)
         a = buffer[:D * S * B * 4 * H].view(D, S * B, 4 * H)
@@ -168,14 +169,16 @@ def forward(x, w, r, b, h0, c0, marks, plan, save, run=None):
             h = torch.cat([y[first - 1, :, :H], y[T - first, :, H:]], 1) if D == 2 else y[first - 1]
             if marks is not None and D == 2:
                 h[:, H:] = torch.where(_has(marks[1, T - first], cell.LIVE), h[:, H:], h0[1])   # or has yet to begin
+        if plan.precision == "tf32" and plan.schedule != "resident":
+            h = _round_tf32(h)
         head, shape = (a, r, h, c, y, kept, kept if marks is None else marks), (T, S, B, first, keep_every)
         constants = _loop_constants(plan, marks)
         if plan.gluon or plan.schedule == "resident":
             run(forward_gluon if plan.gluon else forward_resident, plan, (plan.groups, D), *head, *shape, waits=False,
                 **constants)
         else:
-            run(forward_grid, plan, (plan.programs, plan.groups, D), *head, _counters(plan, c), *shape, plan.tiles,
-                waits=True, **constants)
+            run(forward_grid, plan, (plan.programs, plan.groups, D), *head, rounded, _counters(plan, c), *shape,
+                plan.tiles, waits=True, **constants)
     last = y[T - 1, :, :H]
     if marks is not None:
         live = _has(marks[0], cell.LIVE)

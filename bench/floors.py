@@ -104,7 +104,7 @@ def step_floor(plan, case, exchange_us, sm_mhz, gemm_tflops):
     backward once more, h R^T for the gates, and those of dx, dW and dR.
     """
     units = case.hidden_size if plan.schedule == "resident" else plan.block_h
-    rows = 16 * plan.tiles
+    rows = plan.block_b * plan.tiles
     tensor = rows * 4 * units * case.hidden_size / MULTIPLY_ADDS[plan.precision]
     stream = plan.tiles * plan.streamed_bytes / L2_BYTES
     special = rows * units * CELL_SPECIAL_FUNCTIONS / SPECIAL_FUNCTIONS

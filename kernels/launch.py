@@ -116,9 +116,9 @@ def _has(marks, bit):
 
 def _loop_constants(plan, marks):
     if plan.gluon:
-        return dict(BLOCK_H=plan.block_h, BLOCK_B=16, HELD=plan.register_bytes, MARKED=marks is not None,
+        return dict(BLOCK_H=plan.block_h, BLOCK_B=plan.block_b, HELD=plan.register_bytes, MARKED=marks is not None,
                     PRECISION=plan.precision)
-    constants = dict(CHUNKS=plan.chunks, BLOCK_B=16, PRECISION=plan.precision, INTERPRET=INTERPRET,
+    constants = dict(CHUNKS=plan.chunks, BLOCK_B=plan.block_b, PRECISION=plan.precision, INTERPRET=INTERPRET,
                      MARKED=marks is not None)
     if plan.schedule != "resident":
         constants.update(BLOCK_H=plan.block_h, HELD=plan.held, BLOCK_K=plan.block_k)
@@ -252,7 +252,7 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, ru
         chunk = min(K, T) * D * B * H
         a_buffer, coef = x.new_empty(4 * chunk), dh.new_empty(6 * chunk)
         if plan.schedule in ("grid", "streamed"):
-            share = dh.new_empty(2 * D * plan.groups * plan.tiles * plan.programs ** 2 * 16 * plan.block_h)
+            share = dh.new_empty(2 * D * plan.groups * plan.tiles * plan.programs ** 2 * plan.block_b * plan.block_h)
         for first in reversed(range(0, T, K)):
             S = min(K, T - first)
             a = a_buffer[:D * S * B * 4 * H].view(D, S * B, 4 * H)

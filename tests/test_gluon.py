@@ -221,7 +221,7 @@ def test_compiled_for_lengths_and_resets(H, dtype):
 
 
 def test_instructions_of_a_step():
-    """At H = 128 in bf16: what the issue asks for."""
+    """At H = 128 in bf16, where the portable kernels take 730 and 1,250, and 16 barriers and more."""
     compiled = compile_plan(make_plan(16, 128, BF16), BF16)
     forward, backward = (time_loop(read(compiled[name])) for name in ("forward_gluon", "backward_gluon"))
     assert forward.instructions <= 360 and forward.counts["BAR"] <= 2

@@ -100,6 +100,29 @@ def test_several_tiles_a_group():
         problem.check(problem.ours(plan=plan))
 
 
+def wide(problem, schedule):
+    """Three tiles of 32 rows in two groups, the last ones partly and wholly beyond the batch of 70."""
+    plan = problem.shared_plan(schedule)
+    return dataclasses.replace(plan, groups=2, tiles=2, block_b=32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masks", [{}, dict(ragged=True, resets=True)], ids=" ".join)
+@pytest.mark.parametrize("schedule", ["grid", "streamed"])
+def test_tiles_of_32_rows(schedule, masks, dtype):
+    problem = Problem(3, 70, 4, 20, 2, dtype=dtype, **masks)
+    with harness.interleaved(seed=5):
+        problem.check(problem.ours(plan=wide(problem, schedule)))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tiles_of_32_rows_emulated(dtype, arch):
+    problem = Problem(3, 70, 4, 33, dtype=dtype, tf32=dtype == torch.float32)
+    with harness.emulator(arch, seed=5, memory="weak"):
+        problem.check(problem.ours(plan=wide(problem, "grid")))
+
+
 def test_forward_in_pieces(monkeypatch):
     """A sequence whose pre-activations do not fit the budget runs as several launches."""
     monkeypatch.setattr("triton_lstm.plan.FORWARD_BYTES", 1)

@@ -7,13 +7,14 @@ cycles are bounds read from that machine code, not measurements.
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import json
 
 import torch
 
 SCHEDULES = ("resident", "cluster", "grid", "streamed")
 PRECISIONS = ("native", "tf32", "tf32x3")
-BLOCK_B = 16                            # batch rows of a tile: the height of one mma.sync
+BLOCK_B = 16                            # batch rows of a tile at least: the height of one mma.sync
 NUM_WARPS = 8                           # of every program of the grid and streamed schedules
 HELD_BYTES = 128 * 4 * 32 * NUM_WARPS   # of R in registers at most: 128 of a thread's 255, the rest is the step's
 BLOCK_BYTES = 1 << 14                   # of R that a streamed plan reads at a time
@@ -74,7 +75,7 @@ class Plan:
     precision    "native" (16-bit types), "tf32", or "tf32x3" (fp32 in three TF32 products)
     programs     that share one R
     groups       of such programs side by side, per direction
-    tiles        of 16 batch rows that a group takes through each step
+    tiles        of batch rows that a group takes through each step
     block_h      hidden units of a program
     num_warps    of a program
     chunks       how the part of R on chip is cut along the units that feed it, (start, width) each: powers of two,
@@ -82,6 +83,7 @@ class Plan:
     block_k      feeding units whose part of R is streamed at a time
     keep_every   c is kept every so many steps for backward, which recomputes that many steps at a time
     gluon        whether the Gluon kernels run it: always in a cluster, never in grid and streamed plans
+    block_b      batch rows of a tile: 16, in grid and streamed plans 32 where a group has several tiles
     """
     schedule: str
     hidden_size: int
@@ -97,6 +99,7 @@ class Plan:
     block_k: int
     keep_every: int
     gluon: bool = False
+    block_b: int = BLOCK_B
 
     @property
     def held(self):
@@ -137,8 +140,8 @@ class Plan:
     @property
     def shared_bytes(self):
         """Bytes of shared memory of a Gluon program: R beyond the registers, tiles of a step, and two mbarriers."""
-        element, row = _element(self.precision), BLOCK_B * self._units
-        forward, backward = row * element, BLOCK_B * 4 * self.block_h * element
+        element, row = _element(self.precision), self.block_b * self._units
+        forward, backward = row * element, self.block_b * 4 * self.block_h * element
         if self.programs > 1:
             forward, backward = 2 * forward + 16, backward + 2 * row * 4 + 16
         return self.held_bytes - self.register_bytes + max(forward, backward)
@@ -167,7 +170,7 @@ class Plan:
         chunk = min(T, self.keep_every) * self.batch
         work = chunk * (self.directions * self.hidden_size * (4 * element + 6 * 4) + input_size * element)
         if self.schedule in ("grid", "streamed"):
-            rows = self.directions * self.groups * self.tiles * BLOCK_B
+            rows = self.directions * self.groups * self.tiles * self.block_b
             work += 2 * 4 * rows * self.programs ** 2 * self.block_h + 4 * 32 * self.directions * self.groups
         weights = 4 * self.hidden_size * (input_size + self.hidden_size + 1)
         # c0 in fp32, dh and dc, and the latter two in the input's type
@@ -208,7 +211,9 @@ class Plan:
                 raise PlanError(f"a resident plan has one program, got {self.programs}")
         elif self.programs * self.block_h < self.hidden_size:
             raise PlanError(f"{self.programs} programs of {self.block_h} units hold fewer than {self.hidden_size}")
-        if self.groups * self.tiles * BLOCK_B < self.batch:
+        if self.block_b not in ((16, 32) if self.schedule in ("grid", "streamed") else (16,)):
+            raise PlanError(f"{self.schedule} with tiles of {self.block_b} batch rows")
+        if self.groups * self.tiles * self.block_b < self.batch:
             raise PlanError(f"{self.groups} groups of {self.tiles} tiles hold fewer than {self.batch} batch rows")
         if limits is None:
             return
@@ -307,7 +312,7 @@ def _gluon(ctas, batch_tiles, common, limits):
 
 def _cycles(plan, limits):
     """Cycles that a step of all batch rows takes. Clusters wait for nobody else: more of them run in waves."""
-    tile = BLOCK_B * 4 * plan.block_h * plan.hidden_size / MULTIPLY_ADDS + UNIT_CYCLES * plan.block_h
+    tile = plan.block_b * plan.block_h * (4 * plan.hidden_size / MULTIPLY_ADDS + UNIT_CYCLES / 16)
     if plan.schedule == "cluster":
         side_by_side = limits.multiprocessors // plan.programs
         return -(-plan.groups * plan.directions // side_by_side) * (CLUSTER_STEP + tile)
@@ -325,10 +330,10 @@ def _resident(hidden_size, precision, batch_tiles, common, limits):
     return plan
 
 
-def _shared(hidden_size, precision, block_h, shared_memory):
+def _shared(hidden_size, precision, block_h, block_b, shared_memory):
     """(chunks, block_k) of a program with ``block_h`` hidden units; block_k 0 where all of its R fits."""
     column = 4 * block_h * _element(precision)          # bytes of R for one unit that feeds
-    width = {"native": 256, "tf32": 128, "tf32x3": 64}[precision]
+    width = {"native": 256, "tf32": 128, "tf32x3": 64}[precision] * 16 // block_b   # of a block of h in registers
     chunks = _chunks(hidden_size, width)
     if column * sum(w for _, w in chunks) <= min(HELD_BYTES, shared_memory):
         return chunks, 0
@@ -370,13 +375,16 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
             plans.append(_gluon(ctas, all_tiles, common, limits))
         except PlanError as error:
             reasons.append(f"cluster: {error}")
-    for block_h in (16, 32, 64):
-        chunks, block_k = _shared(hidden_size, precision, block_h,
+    for block_h, block_b in itertools.product((16, 32, 64), (16, 32)):
+        chunks, block_k = _shared(hidden_size, precision, block_h, block_b,
                                   HELD_BYTES if limits is None else limits.shared_memory)
         programs = -(-hidden_size // block_h)
         name = "streamed" if block_k else "grid"
-        groups = (all_tiles if limits is None else
-                  min(limits.multiprocessors // (programs * directions), all_tiles))
+        most = all_tiles if limits is None else limits.multiprocessors // (programs * directions)
+        if block_b > 16 and all_tiles <= most:      # a program has one tile, and should have the smallest
+            continue
+        tiles_of_all = -(-batch // block_b)
+        groups = min(most, tiles_of_all)
         if schedule not in (None, name):
             reasons.append(f"block_h {block_h} would be {name}")
             continue
@@ -384,10 +392,10 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
             reasons.append(f"{name}: {programs * directions} programs of {block_h} units do not run side by side on "
                            f"{limits.multiprocessors} multiprocessors")
             continue
-        tiles = -(-all_tiles // groups)
-        groups = -(-all_tiles // tiles)
+        tiles = -(-tiles_of_all // groups)
+        groups = -(-tiles_of_all // tiles)
         plan = Plan(name, programs=programs, groups=groups, tiles=tiles, block_h=block_h, num_warps=NUM_WARPS,
-                    chunks=chunks, block_k=block_k, **common)
+                    chunks=chunks, block_k=block_k, block_b=block_b, **common)
         try:
             plan.check(limits)
         except PlanError as error:

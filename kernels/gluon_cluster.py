@@ -6,10 +6,15 @@ had read.
 """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .gluon_cell import powers, unit_layout
+
+try:
+    from triton.experimental.gluon.language.nvidia.hopper import async_store
+    from triton.experimental.gluon.language.nvidia.hopper.mbarrier import allocate_mbarrier
+except ImportError:         # Triton before 3.9, which compiles the kernels for one CTA only
+    async_store = allocate_mbarrier = None
 
 
 @gluon.constexpr_function
@@ -40,7 +45,7 @@ def copies_layout(one, ctas):
 @gluon.jit
 def allocate_mbarriers():
     """Two mbarriers in each CTA, ready before any CTA goes on."""
-    bars = mbarrier.allocate_mbarrier(batch=2)
+    bars = allocate_mbarrier(batch=2)
     for n in gl.static_range(2):
         mbarrier.init(bars.index(n), count=1)
     gl.barrier(cluster=True)
@@ -57,14 +62,14 @@ def send_to_all(h, rows, bar, BLOCK_H: gl.constexpr):
     mbarrier.expect(bar, B * CTAS * BLOCK_H * h.dtype.primitive_bitwidth // 8)
     h = gl.convert_layout(gl.convert_layout(h, SENT), gl.SliceLayout(0, COPIES), assert_trivial=True)
     copies, _ = gl.broadcast(h[None, :, :], gl.full((CTAS, B, CTAS * BLOCK_H), 0, h.dtype, COPIES))
-    hopper.async_store(rows, copies, bar)
+    async_store(rows, copies, bar)
 
 
 @gluon.jit
 def send_shares(share, shares, bar, BLOCK_H: gl.constexpr):
     """Each CTA's ``share`` (CTAs, BLOCK_B, units) by units to their owners' ``shares``, counted by ``bar``."""
     mbarrier.expect(bar, share.shape[1] * gl.num_ctas() * BLOCK_H * 4)
-    hopper.async_store(shares, share, bar)
+    async_store(shares, share, bar)
 
 
 @gluon.jit

@@ -106,10 +106,10 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, S, 
         # the next x, to arrive during the products
         ahead = gl.minimum(s + 1, S - 1)
         x = load_gates(x_ptr + gl.where(d == 0, ahead, S - 1 - ahead).to(gl.int64) * B * (4 * H) + at_x, inside, H)
-        time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
         next_mark = mark
         if MARKED:
-            next_mark = gl.load(marks_ptr + (time + gl.where(s == S - 1, 0, gl.where(d == 0, 1, -1))) * B + row)
+            time = gl.where(d == 0, first + ahead, T - 1 - first - ahead)
+            next_mark = gl.load(marks_ptr + time.to(gl.int64) * B + row)
         sums = ()
         for n in gl.static_range(CHAINS):
             total = a if n == 0 else gl.full((BLOCK_B, 4 * UNITS), 0., gl.float32, ACC)
@@ -120,7 +120,7 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, S, 
         for n in gl.static_range(1, CHAINS):
             a += sums[n]
         if until_kept == 0:
-            gl.store(kept_ptr + ((at_kept * DIRECTIONS + d).to(gl.int64) * B + row) * H + unit, c, mask=mask)
+            gl.store(kept_ptr + (at_kept * DIRECTIONS + d).to(gl.int64) * B * H + (row * H + unit), c, mask=mask)
             until_kept = keep_every
             at_kept += 1
         until_kept -= 1
@@ -137,12 +137,13 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, S, 
             y = gl.where(live, y, 0.)
         c, mark = new_c, next_mark
         h = first_factor(h, dtype, PRECISION)
+        time = gl.where(d == 0, first + s, T - 1 - first - s)
         s += 1
         if CTAS == 1:
             rows.store(h)
         else:
             send_to_all(h, received.index(s % 2), bars.index(s % 2), BLOCK_H)
-        gl.store(y_ptr + time * B * (DIRECTIONS * H) + at_y, y.to(dtype), mask=mask)
+        gl.store(y_ptr + time.to(gl.int64) * B * (DIRECTIONS * H) + at_y, y.to(dtype), mask=mask)
     if CTAS > 1:        # nobody exits while others store into its shared memory
         mbarrier.wait(bars.index(S % 2), S // 2 % 2)
     gl.store(c_ptr + at_c, c, mask=mask)

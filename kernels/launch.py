@@ -158,7 +158,8 @@ def forward(x, w, r, b, h0, c0, marks, plan, save, run=None):
     keep_every = plan.keep_every if save else T
     steps = plan.forward_steps(T, x.element_size())
     buffer = x.new_empty(D * steps * B * 4 * H)
-    rounded = x.new_empty(2, B, D * H) if plan.precision == "tf32" else h
+    through_l2 = plan.schedule in ("grid", "streamed")
+    rounded = x.new_empty(2, B, D * H) if through_l2 and plan.precision == "tf32" else h
     for first in range(0, T, steps):
         S = min(steps, T - first)
         a = buffer[:D * S * B * 4 * H].view(D, S * B, 4 * H)
@@ -169,7 +170,7 @@ def forward(x, w, r, b, h0, c0, marks, plan, save, run=None):
             h = torch.cat([y[first - 1, :, :H], y[T - first, :, H:]], 1) if D == 2 else y[first - 1]
             if marks is not None and D == 2:
                 h[:, H:] = torch.where(_has(marks[1, T - first], cell.LIVE), h[:, H:], h0[1])   # or has yet to begin
-        if plan.precision == "tf32" and plan.schedule != "resident":
+        if through_l2 and plan.precision == "tf32":
             h = _round_tf32(h)
         head, shape = (a, r, h, c, y, kept, kept if marks is None else marks), (T, S, B, first, keep_every)
         constants = _loop_constants(plan, marks)

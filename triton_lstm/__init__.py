@@ -1,8 +1,9 @@
 """LSTM for PyTorch in Triton: recurrent weights stay on chip over all timesteps, backward recomputes the gates."""
-from .convert import Conversion, convert, to_torch
+from .cell import LSTMCell
+from .conversion import Conversion, convert, to_torch
 from .functional import lstm
 from .layer import LSTM
 from .plan import Plan, PlanError, make_plan
 
-__all__ = ["Conversion", "LSTM", "Plan", "PlanError", "convert", "lstm", "make_plan", "to_torch"]
+__all__ = ["Conversion", "LSTM", "LSTMCell", "Plan", "PlanError", "convert", "lstm", "make_plan", "to_torch"]
 __version__ = "0.1.0"

@@ -2,8 +2,10 @@
 from .cell import LSTMCell
 from .conversion import Conversion, convert, to_torch
 from .functional import lstm
+from .inspection import Gates, gates, plot_gates
 from .layer import LSTM
 from .plan import Plan, PlanError, make_plan
 
-__all__ = ["Conversion", "LSTM", "LSTMCell", "Plan", "PlanError", "convert", "lstm", "make_plan", "to_torch"]
+__all__ = ["Conversion", "Gates", "LSTM", "LSTMCell", "Plan", "PlanError", "convert", "gates", "lstm", "make_plan",
+           "plot_gates", "to_torch"]
 __version__ = "0.1.0"

@@ -94,7 +94,7 @@ def test_eval_is_the_plain_layer(make):
     drop.p = 0.5
     drop.remove()
     assert torch.equal(layer(x)[0], want) and torch.equal(torch.get_rng_state(), state)
-    assert not layer._forward_hooks and not layer._forward_pre_hooks and "_whole" not in vars(layer)
+    assert not layer._forward_hooks and not layer._forward_pre_hooks and "flatten_parameters" not in vars(layer)
 
 
 def test_drops_everything(make):
@@ -158,7 +158,7 @@ def test_weights_come_back_after_an_error(make):
     triton_lstm.drop_connect(layer, 0.5)
     with pytest.raises(RuntimeError, match="input_size"):
         layer(torch.zeros(5, 3, 7))
-    assert layer.weight_hh_l0 is weight and layer._flat_weights[1] is weight and "_whole" not in vars(layer)
+    assert layer.weight_hh_l0 is weight and layer._flat_weights[1] is weight and "flatten_parameters" not in vars(layer)
 
 
 def test_parameters_are_not_moved(make, monkeypatch):
@@ -170,6 +170,28 @@ def test_parameters_are_not_moved(make, monkeypatch):
     assert not calls
     layer.float()
     assert calls == [layer] and "flatten_parameters" not in vars(layer)
+
+
+def test_compile_full_graph():
+    """Traced whole, with a mask of each call and the gradients of the weights kept; the parameters stay."""
+    torch.manual_seed(0)
+    layer, x = triton_lstm.LSTM(4, 6), torch.randn(5, 3, 4)
+    weight = layer.weight_hh_l0
+    triton_lstm.drop_connect(layer, 0.5)
+    function = lambda x: layer(x)[0].square().sum()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    with harness.interpreter():
+        for seed in (1, 2):
+            gradients = []
+            for f in (function, compiled):
+                layer.zero_grad()
+                torch.manual_seed(seed)
+                f(x).backward()
+                assert layer.weight_hh_l0 is weight
+                gradients.append(weight.grad.clone())
+            torch.testing.assert_close(*gradients)
+            assert 0.3 < (gradients[1] == 0).float().mean() < 0.7
+    torch._dynamo.reset()
 
 
 def test_errors():

@@ -12,10 +12,10 @@ def drop_connect(layer, p=0.5):
     device. Only the weights kept get gradients. In eval mode the layer is the plain one. (DropConnect: Wan et al. 2013;
     on the recurrent weights of an LSTM: Merity, Keskar and Socher 2018.)
 
-    It works by hooks on the layer: parameters, ``state_dict`` and optimizers do not change, and ``convert`` and
-    ``to_torch`` keep it, as copying does. ``LSTM.step`` is a forward of its own each time, with its own mask.
-    A mask costs 4 H² random numbers and a copy of R a direction; and nn.LSTM on a CUDA device warns that its weights do
-    not lie in one piece, which is so.
+    It works by hooks on the layer: parameters, ``state_dict`` and optimizers do not change, ``convert`` and
+    ``to_torch`` keep it, and so does copying. ``LSTM.step`` is a forward of its own each time, with its own mask. A
+    mask costs 4 H² random numbers and a copy of R a direction. nn.LSTM on a CUDA device warns that its weights do not
+    lie in one piece, which is so. Not under nn.DataParallel, whose replicas have no parameters.
 
     Returns an object with ``p``, which may be changed, and ``remove()``. Raises TypeError for another layer; ValueError
     for p outside [0, 1], for a layer that drops already, and where a weight_hh is no plain parameter (parametrized).
@@ -37,7 +37,7 @@ class DropConnect:
     """Handle of one ``drop_connect``."""
 
     def __init__(self, layer, p, names):
-        self.p, self.names = p, names
+        self.p, self.names, self._whole = p, names, {}
         # prepend and always_call: the weights are dropped for as short as can be and come back after any exception
         self._hooks = [layer.register_forward_pre_hook(self._drop),
                        layer.register_forward_hook(self._restore, prepend=True, always_call=True)]
@@ -49,17 +49,20 @@ class DropConnect:
 
     def _drop(self, layer, args):
         if layer.training and self.p:
-            whole = {name: layer._parameters[name] for name in self.names}
+            self._whole = {name: layer._parameters[name] for name in self.names}
             # torch's own LSTM, where it computes, must not move the parameters to lie beside weights of one forward
-            layer.__dict__.update(_whole=whole, flatten_parameters=_nothing)
-            for name, weight in whole.items():
+            if not torch.compiler.is_compiling():
+                layer.flatten_parameters = _nothing
+            for name, weight in self._whole.items():
                 layer._parameters[name] = torch.nn.functional.dropout(weight, self.p)
 
     def _restore(self, layer, args, output):
-        if "_whole" in vars(layer):
-            layer._parameters.update(layer.__dict__.pop("_whole"))
-            layer._update_flat_weights()
-            del layer.flatten_parameters
+        if self._whole:
+            layer._parameters.update(self._whole)
+            self._whole = {}
+            if not torch.compiler.is_compiling():
+                layer._update_flat_weights()
+                del layer.flatten_parameters
 
 
 def _nothing():

@@ -118,6 +118,19 @@ class ResetLoop(Wrapper):
         return torch.cat(outputs), state
 
 
+class Masked(Wrapper):
+    """Ours with the lengths or resets of a problem, on its device as a data loader would have put them there."""
+
+    def __init__(self, lstm, problem):
+        super().__init__(lstm)
+        self.plan = lstm.plan
+        self.masks = (dict(reset=problem.reset) if problem.reset is not None else
+                      dict(lengths=problem.lengths.to(problem.x.device)))
+
+    def forward(self, x):
+        return self.lstm(x, **self.masks)
+
+
 class Graph(Wrapper):
     """A layer replayed from CUDA graphs that were captured for x; in training with a graph of backward."""
 
@@ -233,8 +246,6 @@ class FlashRNN(Own):
 def _ours(schedule=None):
     def make(problem):
         case, x = problem.case, problem.x
-        if case.sequences != "padded":
-            raise Unavailable(f"{case.sequences} sequences are not computed natively")
         layer = problem.layer(triton_lstm.LSTM)
         try:
             # where ours would leave x to torch's own LSTM there is nothing to time
@@ -245,7 +256,7 @@ def _ours(schedule=None):
         except triton_lstm.PlanError as error:
             raise Unavailable(str(error)) from error
         layer.plan = plan
-        return layer
+        return layer if case.sequences == "padded" else Masked(layer, problem)
     return make
 
 

@@ -43,13 +43,16 @@ def compile_launch(kernel, plan, args, waits, constants, arch):
     """What a launch of ``kernel`` with these arguments would compile, and the arguments that remain at run time."""
     constants = {**constants, "H": plan.hidden_size, "DIRECTIONS": plan.directions}
     with no_gpu(arch):
-        compiled = kernel.warmup(*args, grid=(1,), **constants, **launch.options(plan, waits))
+        compiled = kernel.warmup(*args, grid=(1,), **constants, **launch.options(kernel, plan, waits, constants))
     values = {**dict(zip(kernel.arg_names, args)), **constants}
     return compiled, [values[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
 
 
-def compile_plan(plan, dtype, arch=90):
-    """The kernels that a layer of ``plan`` launches in ``dtype``, compiled: {name: what triton.compile returns}."""
+def compile_plan(plan, dtype, arch=90, marked=False):
+    """The kernels that a layer of ``plan`` launches in ``dtype``, compiled: {name: what triton.compile returns}.
+
+    marked: those for rows with lengths of their own or resets.
+    """
     found = {}
 
     def collect(kernel, plan, grid, *args, waits, **constants):
@@ -58,6 +61,7 @@ def compile_plan(plan, dtype, arch=90):
     D, B, H = plan.directions, plan.batch, plan.hidden_size
     tensor = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
     x, w, r, b, state = tensor(2, B, 16), tensor(D, 4 * H, 16), tensor(D, 4 * H, H), tensor(D, 4 * H), tensor(D, B, H)
-    y, h_n, c_n, kept = launch.forward(x, w, r, b, state, state, plan, True, run=collect)
-    launch.backward(y, h_n, c_n, x, w, r, b, state, state, y, kept, plan, [True] * 6, run=collect)
+    marks = torch.empty(D, 2, B, dtype=torch.uint8, device="meta") if marked else None
+    y, h_n, c_n, kept = launch.forward(x, w, r, b, state, state, marks, plan, True, run=collect)
+    launch.backward(y, h_n, c_n, x, w, r, b, state, state, marks, y, kept, plan, [True] * 6, run=collect)
     return found

@@ -12,16 +12,18 @@ and the loop, from the last step to the first, is left with products:
 import triton
 import triton.language as tl
 
-from .cell import group_barrier, load_r, narrow, operand, product, sigmoid, tanh
+from .cell import BEFORE, CUT, END, FRESH, LIVE, group_barrier, load_r, narrow, operand, product, sigmoid, tanh
+from .forward import load_marks
 
 
-@triton.jit(do_not_specialize=["S", "B", "first"])
-def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, S, B, first, keep_every,
-                 H: tl.constexpr, DIRECTIONS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["T", "S", "B", "first"])
+def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, marks_ptr, T, S, B, first, keep_every,
+                 H: tl.constexpr, DIRECTIONS: tl.constexpr, MARKED: tl.constexpr, BLOCK: tl.constexpr):
     """Roll c through steps ``first`` to ``first + S`` and write each step's coefficients.
 
     a (D, S, B, 4H) pre-activations in local time order, coef (D, S, B, 6H): ko, kh, ki, kf, kg, f. c starts from c0
-    (D, B, H) or, past the first step, from what the forward loop kept.
+    (D, B, H) or, past the first step, from what the forward loop kept. A step that is not live passes dc on and has no
+    da; before a fresh one dc ends.
     """
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = tl.program_id(1)
@@ -42,13 +44,26 @@ def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, S, B, first, keep_every,
         g = tanh(tl.load(a + 2 * H, mask=mask, other=0.).to(tl.float32))
         o = sigmoid(tl.load(a + 3 * H, mask=mask, other=0.).to(tl.float32))
         k = coef_ptr + at * (6 * H) + unit
-        tl.store(k + 3 * H, c * f * (1 - f), mask=mask)
-        c = f * c + i * g
+        c_prev = c
+        if MARKED:
+            time = tl.where(d == 0, first + s, T - 1 - first - s)
+            mark = load_marks(marks_ptr, (d * T + time).to(tl.int64), row, B)
+            c_prev = tl.where((mark & FRESH) == 0, c, 0.)
+        c = f * c_prev + i * g
         tanh_c = tanh(c)
-        tl.store(k, tanh_c * o * (1 - o), mask=mask)
-        tl.store(k + H, o * (1 - tanh_c * tanh_c), mask=mask)
-        tl.store(k + 2 * H, g * i * (1 - i), mask=mask)
-        tl.store(k + 4 * H, i * (1 - g * g), mask=mask)
+        ko, kh = tanh_c * o * (1 - o), o * (1 - tanh_c * tanh_c)
+        ki, kf, kg = g * i * (1 - i), c_prev * f * (1 - f), i * (1 - g * g)
+        if MARKED:
+            live = (mark & LIVE) != 0
+            ko, kh, ki = tl.where(live, ko, 0.), tl.where(live, kh, 0.), tl.where(live, ki, 0.)
+            kf, kg = tl.where(live, kf, 0.), tl.where(live, kg, 0.)
+            f = tl.where(live, tl.where((mark & FRESH) == 0, f, 0.), 1.)
+            c = tl.where(live, c, c_prev)
+        tl.store(k, ko, mask=mask)
+        tl.store(k + H, kh, mask=mask)
+        tl.store(k + 2 * H, ki, mask=mask)
+        tl.store(k + 3 * H, kf, mask=mask)
+        tl.store(k + 4 * H, kg, mask=mask)
         tl.store(k + 5 * H, f, mask=mask)
         s += 1
 
@@ -78,10 +93,11 @@ def gate_gradients(k, da, dh, dc, mask, H: tl.constexpr, INTERPRET: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "stride_dyt", "stride_dyb"])
-def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, first,
+def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, T, S, B, first,
                       stride_dyt, stride_dyb, stride_dyh,
                       H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr,
-                      HAS_DY: tl.constexpr, DY_UNIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+                      HAS_DY: tl.constexpr, DY_UNIT: tl.constexpr, MARKED: tl.constexpr, PRECISION: tl.constexpr,
+                      INTERPRET: tl.constexpr):
     """Steps ``first + S`` back to ``first``, every program alone with all of R and BLOCK_B rows.
 
     dy (T, B, D H) by strides, the first two in units of DY_UNIT; coef (D, S, B, 6H); r (D, 4H, H); da (D, S, B, 4H);
@@ -114,6 +130,10 @@ def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, 
         local = tl.where(d == 0, s, S - 1 - s)
         time = tl.where(d == 0, first + s, T - 1 - first - s).to(tl.int64)
         at = (d * S + local).to(tl.int64) * B + row[:, None]
+        live = alive
+        if MARKED:
+            mark = load_marks(marks_ptr, d * T + time, row[:, None], B)
+            live = (mark & LIVE) != 0
         da, new_dc, new_dh = (), (), ()
         for k in tl.static_range(len(CHUNKS)):
             unit = CHUNKS[k][0] + tl.arange(0, CHUNKS[k][1])
@@ -121,7 +141,7 @@ def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, 
             dh_k = dh[k]
             if HAS_DY:
                 dy = dy_ptr + time * stride_dyt * DY_UNIT + row[:, None].to(tl.int64) * stride_dyb * DY_UNIT
-                dh_k += tl.load(dy + (d * H + unit[None, :]) * stride_dyh, mask=mask, other=0.).to(tl.float32)
+                dh_k += tl.load(dy + (d * H + unit[None, :]) * stride_dyh, mask=mask & live, other=0.).to(tl.float32)
             i, f, g, o, dc_k = gate_gradients(load_coefficients(coef_ptr + at * (6 * H) + unit[None, :], mask, H),
                                               da_ptr + at * (4 * H) + unit[None, :], dh_k, dc[k], mask, H, INTERPRET)
             da += ((operand(i, PRECISION, INTERPRET), operand(f, PRECISION, INTERPRET),
@@ -129,9 +149,13 @@ def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, 
             new_dc += (dc_k,)
         for j in tl.static_range(len(CHUNKS)):
             dh_j = tl.full((BLOCK_B, CHUNKS[j][1]), 0., tl.float32)
+            if MARKED:
+                dh_j = tl.where(live, 0., dh[j])        # passes a step that is not live
             for k in tl.static_range(len(CHUNKS)):
                 for gate in tl.static_range(4):
                     dh_j = product(da[k][gate], r[k][j][gate], dh_j, PRECISION)
+            if MARKED:
+                dh_j = tl.where((mark & FRESH) == 0, dh_j, 0.)
             new_dh += (dh_j,)
         dh, dc = new_dh, new_dc
         s -= 1
@@ -184,16 +208,19 @@ def store_shares(half, da, r, p, alive, start, WIDTH: tl.constexpr, H: tl.conste
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "tiles", "stride_dyt", "stride_dyb"])
-def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, count_ptr, T, S, B, first, tiles,
+def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, share_ptr, count_ptr,
+                  T, S, B, first, tiles,
                   stride_dyt, stride_dyb, stride_dyh,
                   H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,
                   PROGRAMS: tl.constexpr, HELD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
-                  HAS_DY: tl.constexpr, DY_UNIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+                  HAS_DY: tl.constexpr, DY_UNIT: tl.constexpr, MARKED: tl.constexpr, PRECISION: tl.constexpr,
+                  INTERPRET: tl.constexpr):
     """As ``backward_resident``, but a group of programs shares R as in ``forward_grid``.
 
     A program multiplies its own da by its own rows of R, which gives a share of every unit's dh; the shares meet in
     share (2, D, groups, tiles, PROGRAMS to, PROGRAMS from, BLOCK_B, BLOCK_H) fp32, where each owner adds its own up.
-    Two halves take turns by step: a half is written again only after a barrier that its readers have passed.
+    Two halves take turns by step: a half is written again only after a barrier that its readers have passed. Over steps
+    that are not live, dh waits in dh_ptr.
     """
     p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     AREA: tl.constexpr = BLOCK_B * BLOCK_H
@@ -218,16 +245,24 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, co
         # this step's half of the shares, and the one that the step after it filled
         half = share_ptr + (((s % 2) * groups + my_group) * tiles + m).to(tl.int64) * (PROGRAMS * PROGRAMS * AREA)
         other = share_ptr + (((1 - s % 2) * groups + my_group) * tiles + m).to(tl.int64) * (PROGRAMS * PROGRAMS * AREA)
+        live = alive
+        if MARKED:
+            mark = load_marks(marks_ptr, d * T + time, row, B)
+            live = (mark & LIVE) != 0
         # loads that wait for nobody come first, to be on their way together with the shares
         k = load_coefficients(coef_ptr + at * (6 * H) + unit[None, :], mask, H)
         dc = tl.load(dc_ptr + at_state, mask=mask, other=0.)
         if HAS_DY:
             dy_t = dy_ptr + time * stride_dyt * DY_UNIT + row.to(tl.int64) * stride_dyb * DY_UNIT
-            dy = tl.load(dy_t + (d * H + unit[None, :]) * stride_dyh, mask=mask, other=0.).to(tl.float32)
+            dy = tl.load(dy_t + (d * H + unit[None, :]) * stride_dyh, mask=mask & live, other=0.).to(tl.float32)
         if s == S - 1:
             dh = tl.load(dh_ptr + at_state, mask=mask, other=0.)
         else:
             dh = add_shares(other + p * (PROGRAMS * AREA), mask, PROGRAMS, AREA, BLOCK_B, BLOCK_H)
+            if MARKED:
+                dh = tl.where((mark & CUT) == 0, dh, 0.)
+                dh += tl.load(dh_ptr + at_state, mask=mask & ((mark & END) != 0), other=0.)
+                tl.store(dh_ptr + at_state, dh, mask=mask & ((mark & BEFORE) != 0))
         if HAS_DY:
             dh += dy
         i, f, g, o, dc = gate_gradients(k, da_ptr + at * (4 * H) + unit[None, :], dh, dc, mask, H, INTERPRET)
@@ -250,4 +285,8 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, co
         mask = (row < B) & (unit[None, :] < H)
         half = share_ptr + (my_group * tiles + m).to(tl.int64) * (PROGRAMS * PROGRAMS * AREA)
         dh = add_shares(half + p * (PROGRAMS * AREA), mask, PROGRAMS, AREA, BLOCK_B, BLOCK_H)
+        if MARKED:
+            mark = load_marks(marks_ptr, d * T + tl.where(d == 0, first, T - 1 - first).to(tl.int64), row, B)
+            dh = tl.where((mark & FRESH) == 0, dh, 0.)
+            mask = mask & ((mark & LIVE) != 0)
         tl.store(dh_ptr + (d * B + row).to(tl.int64) * H + unit[None, :], dh, mask=mask)

@@ -3,6 +3,8 @@ import triton
 import triton.language as tl
 
 TANH_SMALL = tl.constexpr(0.625)
+# Marks of a row at a step, where rows have lengths of their own or states are reset; see ``launch.marks``
+LIVE, FRESH, START, END, BEFORE, CUT = (tl.constexpr(1 << n) for n in range(6))
 
 
 @triton.jit

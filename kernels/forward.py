@@ -2,7 +2,7 @@
 import triton
 import triton.language as tl
 
-from .cell import cell, group_barrier, load_r, narrow, operand, product
+from .cell import FRESH, LIVE, START, cell, group_barrier, load_r, narrow, operand, product, round_tf32
 
 
 @triton.jit
@@ -15,15 +15,21 @@ def load_gates(x_ptr, at, mask, H: tl.constexpr):
     return i, f, g, o
 
 
+@triton.jit
+def load_marks(marks_ptr, time, row, B):
+    """The marks (see ``launch.marks``) of some rows at one time, (rows, 1)."""
+    return tl.load(marks_ptr + time * B + row, mask=row < B, other=0)
+
+
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every"])
-def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, keep_every,
+def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, S, B, first, keep_every,
                      H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr,
-                     PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+                     MARKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """Steps ``first`` to ``first + S`` of a layer, every program alone with all of R and BLOCK_B rows.
 
     x (D, S, B, 4H) pre-activations, r (D, 4H, H) as ``load_r`` has it, h (B, D H) before the first step, c (D, B, H)
     fp32 in and out, y (T, B, D H), kept (-, D, B, H): c before step n keep_every, n = 1, 2, ... CHUNKS cut H into
-    (start, width).
+    (start, width). MARKED: marks (D, T, B) tell which steps are live and which begin from a zero state.
     """
     tile, d = tl.program_id(0), tl.program_id(1)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -31,13 +37,20 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first
     x_ptr += d.to(tl.int64) * S * B * (4 * H)
     row = tile * BLOCK_B + tl.arange(0, BLOCK_B)
     alive = row[:, None] < B
+    mark = row[:, None]
+    goes_on = alive
+    if MARKED:
+        marks_ptr += d.to(tl.int64) * T * B
+        mark = load_marks(marks_ptr, tl.where(d == 0, first, T - 1 - first).to(tl.int64), row[:, None], B)
+        goes_on = alive & ((mark & FRESH) == 0)
     # state and R, by chunks of hidden units; r[j][k] holds the four gates of output units j and input units k
     r, c, h, x = (), (), (), ()
     for j in tl.static_range(len(CHUNKS)):
         unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
         mask = alive & (unit[None, :] < H)
-        c += (tl.load(c_ptr + (d * B + row[:, None]).to(tl.int64) * H + unit[None, :], mask=mask, other=0.),)
-        h += (operand(tl.load(h_ptr + row[:, None] * (DIRECTIONS * H) + d * H + unit[None, :], mask=mask, other=0.),
+        held = goes_on & (unit[None, :] < H)
+        c += (tl.load(c_ptr + (d * B + row[:, None]).to(tl.int64) * H + unit[None, :], mask=held, other=0.),)
+        h += (operand(tl.load(h_ptr + row[:, None] * (DIRECTIONS * H) + d * H + unit[None, :], mask=held, other=0.),
                       PRECISION, INTERPRET),)
         local = tl.where(d == 0, 0, S - 1).to(tl.int64)
         x += (load_gates(x_ptr + local * B * (4 * H), row[:, None] * (4 * H) + unit[None, :], mask, H),)
@@ -62,6 +75,11 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first
         ahead = tl.minimum(s + 1, S - 1)
         ahead = tl.where(d == 0, ahead, S - 1 - ahead).to(tl.int64)
         time = tl.where(d == 0, first + s, T - 1 - first - s).to(tl.int64)
+        next_mark = mark
+        if MARKED:
+            next_mark = load_marks(marks_ptr, time + tl.where(s == S - 1, 0, tl.where(d == 0, 1, -1)), row[:, None], B)
+            live = (mark & LIVE) != 0
+            goes_on = ((next_mark & FRESH) == 0) | (s == S - 1)
         new_c, new_h, new_x = (), (), ()
         for j in tl.static_range(len(CHUNKS)):
             unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
@@ -76,10 +94,18 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first
             new_x += (load_gates(x_ptr + ahead * B * (4 * H), row[:, None] * (4 * H) + unit[None, :], mask, H),)
             y, c_j = cell(i, f, g, o, c[j])
             y = narrow(y, dtype, INTERPRET)
+            h_j = y
+            if MARKED:
+                # a row that has yet to begin still waits with its first h; one that has ended needs none
+                waiting = tl.load(h_ptr + row[:, None] * (DIRECTIONS * H) + d * H + unit[None, :],
+                                  mask=mask & ((mark & LIVE) == 0), other=0.)
+                h_j = tl.where(goes_on, tl.where(live, y, waiting), 0.).to(dtype)
+                c_j = tl.where(goes_on, tl.where(live, c_j, c[j]), 0.)
+                y = tl.where(live, y, 0.).to(dtype)
             tl.store(y_ptr + (time * B + row[:, None]) * (DIRECTIONS * H) + d * H + unit[None, :], y, mask=mask)
             new_c += (c_j,)
-            new_h += (operand(y, PRECISION, INTERPRET),)
-        c, h, x = new_c, new_h, new_x
+            new_h += (operand(h_j, PRECISION, INTERPRET),)
+        c, h, x, mark = new_c, new_h, new_x, next_mark
         s += 1
     for j in tl.static_range(len(CHUNKS)):
         unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
@@ -96,23 +122,35 @@ def load_columns(r_ptr, at_r, n_unit, start, WIDTH: tl.constexpr, H: tl.constexp
 
 
 @triton.jit
-def load_h(h_ptr, row, alive, start, WIDTH: tl.constexpr, H: tl.constexpr, DIRECTIONS: tl.constexpr):
-    """WIDTH units of h. With .cg: not from L1, which other multiprocessors' stores do not reach."""
+def load_h(h_row, mask, start, WIDTH: tl.constexpr, H: tl.constexpr):
+    """WIDTH units of the rows of h that begin at ``h_row``, zeros where ``mask`` is off. With .cg: not from L1, which
+    other multiprocessors' stores do not reach."""
     source = start + tl.arange(0, WIDTH)[None, :]
-    return tl.load(h_ptr + row * (DIRECTIONS * H) + source, mask=alive & (source < H), other=0., cache_modifier=".cg")
+    return tl.load(h_row + source, mask=mask & (source < H), other=0., cache_modifier=".cg")
+
+
+@triton.jit
+def loaded(h, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """``load_h``'s result as ``product`` wants it; what travels for TF32 is rounded already."""
+    if PRECISION == "tf32":
+        return (h,)
+    else:
+        return operand(h, PRECISION, INTERPRET)
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles"])
-def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, count_ptr, T, S, B, first, keep_every, tiles,
+def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, rounded_ptr, count_ptr,
+                 T, S, B, first, keep_every, tiles,
                  H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,
-                 HELD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr,
-                 INTERPRET: tl.constexpr):
+                 HELD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, MARKED: tl.constexpr,
+                 PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """As ``forward_resident``, but a group of programs shares R: each holds the rows of BLOCK_H hidden units.
 
-    A group takes ``tiles`` batch tiles through a step, then waits for itself once; h travels through y, and c lives in
-    c_ptr, so that a program needs no registers for more than one tile. CHUNKS cut the HELD first input units, whose
-    part of R stays on chip; the rest is read each step, BLOCK_K units at a time. count (D, groups, 32) int32, zero at
-    launch: the arrivals of each group, one cache line apart.
+    A group takes ``tiles`` batch tiles through a step, then waits for itself once. h travels through y; for TF32
+    through rounded (2, B, D H), of which steps take turns: rounded once, not by all who read it (and so is h_ptr).
+    c lives in c_ptr, so that a program needs no registers for more than one tile. CHUNKS cut the HELD first input
+    units, whose part of R stays on chip; the rest is read each step, BLOCK_K units at a time. count (D, groups, 32)
+    int32, zero at launch: the arrivals of each group, one cache line apart.
     """
     p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     programs = tl.num_programs(0)
@@ -133,6 +171,10 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, count_ptr, T, S, B
     row = group * tiles * BLOCK_B + rows
     local = tl.where(d == 0, 0, S - 1).to(tl.int64)
     x_i, x_f, x_g, x_o = load_gates(x_ptr + local * B * (4 * H), row * (4 * H) + unit, (row < B) & (unit < H), H)
+    mark = row
+    if MARKED:
+        marks_ptr += d.to(tl.int64) * T * B
+        mark = load_marks(marks_ptr, tl.where(d == 0, first, T - 1 - first).to(tl.int64), row, B)
     s, m = 0, 0
     while s < S:
         row = (group * tiles + m) * BLOCK_B + rows
@@ -141,31 +183,46 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, count_ptr, T, S, B
         time = tl.where(d == 0, first + s, T - 1 - first - s).to(tl.int64)
         if s == 0:
             h_prev = h_ptr + d * H
+        elif PRECISION == "tf32":
+            h_prev = rounded_ptr + tl.where(s % 2 == 0, 0, B).to(tl.int64) * (DIRECTIONS * H) + d * H
         else:
             h_prev = y_ptr + (time + tl.where(d == 0, -1, 1)) * B * (DIRECTIONS * H) + d * H
+        h_row = h_prev + row * (DIRECTIONS * H)
+        goes_on = alive
+        if MARKED:
+            live = (mark & LIVE) != 0
+            goes_on = alive & ((mark & FRESH) == 0)
+            h_row = tl.where((mark & START) != 0, h_ptr + d * H + row * (DIRECTIONS * H), h_row)
         # All loads first: the compiler keeps them in this order with the products' barriers, and each would be waited
         # for alone.
         h = ()
         for k in tl.static_range(len(CHUNKS)):
-            h += (load_h(h_prev, row, alive, CHUNKS[k][0], CHUNKS[k][1], H, DIRECTIONS),)
+            h += (load_h(h_row, goes_on, CHUNKS[k][0], CHUNKS[k][1], H),)
         at_c = (d * B + row).to(tl.int64) * H + unit
-        c = tl.load(c_ptr + at_c, mask=mask, other=0.)
+        c_prev = tl.load(c_ptr + at_c, mask=goes_on & (unit < H), other=0.)
         a = tl.full((BLOCK_B, 4 * BLOCK_H), 0., tl.float32)
         for k in tl.static_range(len(CHUNKS)):
-            a = product(operand(h[k], PRECISION, INTERPRET), r[k], a, PRECISION)
+            a = product(loaded(h[k], PRECISION, INTERPRET), r[k], a, PRECISION)
         if HELD < H:
             for start in range(HELD, H, BLOCK_K):
-                a = product(operand(load_h(h_prev, row, alive, start, BLOCK_K, H, DIRECTIONS), PRECISION, INTERPRET),
+                a = product(loaded(load_h(h_row, goes_on, start, BLOCK_K, H), PRECISION, INTERPRET),
                             load_columns(r_ptr, at_r, n_unit, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET),
                             a, PRECISION)
         if ((first + s) % keep_every == 0) & (first + s > 0):
             at_kept = ((first + s) // keep_every - 1).to(tl.int64) * DIRECTIONS + d
-            tl.store(kept_ptr + (at_kept * B + row) * H + unit, c, mask=mask)
+            tl.store(kept_ptr + (at_kept * B + row) * H + unit, c_prev, mask=mask)
         low, high = a.reshape(BLOCK_B, 2, BLOCK_H, 2).permute(0, 2, 3, 1).split()
         i, f = low.split()
         g, o = high.split()
-        y, c = cell(i + x_i, f + x_f, g + x_g, o + x_o, c)
+        y, c = cell(i + x_i, f + x_f, g + x_g, o + x_o, c_prev)
+        if MARKED:
+            y = tl.where(live, y, 0.)
+            c = tl.where(live, c, c_prev)
         tl.store(y_ptr + (time * B + row) * (DIRECTIONS * H) + d * H + unit, narrow(y, dtype, INTERPRET), mask=mask)
+        if PRECISION == "tf32":
+            next_slot = tl.where(s % 2 == 0, B, 0).to(tl.int64) * (DIRECTIONS * H)
+            tl.store(rounded_ptr + next_slot + row * (DIRECTIONS * H) + d * H + unit, round_tf32(y, INTERPRET),
+                     mask=mask)
         tl.store(c_ptr + at_c, c, mask=mask)
         # the next tile, or the first one of the next step, whose x is fetched before the wait
         last = m == tiles - 1
@@ -175,5 +232,8 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, count_ptr, T, S, B
         local = tl.where(d == 0, local, S - 1 - local).to(tl.int64)
         row = (group * tiles + m) * BLOCK_B + rows
         x_i, x_f, x_g, x_o = load_gates(x_ptr + local * B * (4 * H), row * (4 * H) + unit, (row < B) & (unit < H), H)
+        if MARKED:
+            time = first + tl.minimum(s, S - 1)
+            mark = load_marks(marks_ptr, tl.where(d == 0, time, T - 1 - time).to(tl.int64), row, B)
         if last:
             group_barrier(count_ptr, s * programs, INTERPRET)

@@ -5,10 +5,14 @@ import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
 
+from . import cell
 from .backward import backward_grid, backward_resident, coefficients
 from .forward import forward_grid, forward_resident
 
 INTERPRET = isinstance(forward_resident, InterpretedFunction)
+if not INTERPRET:       # which knows no Gluon
+    from .gluon_backward import backward_gluon
+    from .gluon_forward import forward_gluon
 # Triton's interpreter runs a launch's programs one after the other, so one that waits for another waits for ever.
 # Tests that interleave them set this.
 interleaved = False
@@ -51,13 +55,19 @@ def prepare_r(r, plan):
     return torch.stack((high, _round_tf32(low)))
 
 
-def options(plan, waits):
+def options(kernel, plan, waits, constants):
     """Compiler and launch options of a kernel of ``plan``; programs that wait must all run at the same time.
 
     maxnreg: a multiprocessor runs one such program, and all registers are its own. Left to itself the assembler likes
     to stop at 128 of a thread, for two programs, and then waits for each load before it issues the next.
     """
-    chosen = dict(num_warps=plan.num_warps, enable_fp_fusion=True, maxnreg=255)
+    gluon = not INTERPRET and kernel.is_gluon()
+    num_warps = plan.num_warps
+    if gluon and kernel is forward_gluon and not constants["MARKED"]:       # marks take the registers for more
+        num_warps = plan.forward_warps
+    chosen = dict(num_warps=num_warps, enable_fp_fusion=True, maxnreg=min(65536 // (32 * num_warps), 255))
+    if gluon:
+        chosen["num_ctas"] = plan.programs
     if waits:
         chosen["launch_cooperative_grid"] = True
     return chosen
@@ -70,11 +80,46 @@ def launch_kernel(kernel, plan, grid, *args, waits, **constants):
             raise RuntimeError(f"the interpreter would wait for ever: {plan.programs} programs exchange h")
     with torch.cuda.device_of(args[0]):
         kernel[grid](*args, H=plan.hidden_size, DIRECTIONS=plan.directions, **constants,
-                     **({} if INTERPRET else options(plan, waits)))
+                     **({} if INTERPRET else options(kernel, plan, waits, constants)))
 
 
-def _loop_constants(plan):
-    constants = dict(CHUNKS=plan.chunks, BLOCK_B=16, PRECISION=plan.precision, INTERPRET=INTERPRET)
+def marks(T, B, D, lengths, reset, device):
+    """What the kernels do with each row at each time, (D, T, B) uint8, for sequences that end early or begin anew.
+
+    lengths (B,): the first so many times of a row are live; the state stays over the others, whose y is zero. reset
+    (T, B) bool: time t begins from a zero state, in the reverse direction the time before t, which ends the same piece.
+    Either may be None. In the order in which a direction takes the times, LIVE: the step counts; FRESH: it begins from
+    a zero state; START: live, and the one before was not; END: live, and the next is not; BEFORE: not live, and the
+    next is; CUT: the next is fresh.
+    """
+    time = torch.arange(T, device=device)[:, None]
+    live = torch.ones(T, B, dtype=torch.bool, device=device) if lengths is None else time < lengths
+    fresh = torch.zeros_like(live) if reset is None else reset
+    found = []
+    for d in range(D):
+        begins = fresh if d == 0 else torch.cat([fresh[1:] & live[1:], torch.zeros_like(fresh[:1])])
+        step = lambda t, d=d: t.flip(0) if d else t
+        now, begins = step(live), step(begins & live)
+        no = torch.zeros_like(now[:1])
+        later = lambda t, no=no: torch.cat([no, t[:-1]])
+        earlier = lambda t, no=no: torch.cat([t[1:], no])
+        bits = ((cell.LIVE, now), (cell.FRESH, begins), (cell.START, now & later(~now)),
+                (cell.END, now & earlier(~now)), (cell.BEFORE, ~now & earlier(now)), (cell.CUT, earlier(begins)))
+        found.append(step(sum(bit.value * where.to(torch.uint8) for bit, where in bits)))
+    return torch.stack(found)
+
+
+def _has(marks, bit):
+    """Where ``marks`` have a bit, with a last dimension for units."""
+    return (marks & bit.value).bool().unsqueeze(-1)
+
+
+def _loop_constants(plan, marks):
+    if plan.gluon:
+        return dict(BLOCK_H=plan.block_h, BLOCK_B=16, HELD=plan.register_bytes, MARKED=marks is not None,
+                    PRECISION=plan.precision)
+    constants = dict(CHUNKS=plan.chunks, BLOCK_B=16, PRECISION=plan.precision, INTERPRET=INTERPRET,
+                     MARKED=marks is not None)
     if plan.schedule != "resident":
         constants.update(BLOCK_H=plan.block_h, HELD=plan.held, BLOCK_K=plan.block_k)
     return constants
@@ -93,8 +138,9 @@ def _rows(x, lo, hi):
     return x[lo:hi].reshape(-1, x.shape[-1])
 
 
-def forward(x, w, r, b, h0, c0, plan, save, run=None):
-    """The layer over all steps. See ``triton_lstm.lstm``; x (T, B, I), w (D, 4H, I), r (D, 4H, H), b (D, 4H) or None.
+def forward(x, w, r, b, h0, c0, marks, plan, save, run=None):
+    """The layer over all steps. See ``triton_lstm.lstm``; x (T, B, I), w (D, 4H, I), r (D, 4H, H), b (D, 4H) or None,
+    marks (D, T, B) or None.
 
     Returns y (T, B, D H), h_n and c_n (D, B, H), and what backward needs of c (-, D, B, H) fp32, empty without
     ``save``. ``run`` stands in for ``launch_kernel``, to compile or emulate instead.
@@ -112,6 +158,7 @@ def forward(x, w, r, b, h0, c0, plan, save, run=None):
     keep_every = plan.keep_every if save else T
     steps = plan.forward_steps(T, x.element_size())
     buffer = x.new_empty(D * steps * B * 4 * H)
+    rounded = x.new_empty(2, B, D * H) if plan.precision == "tf32" else h
     for first in range(0, T, steps):
         S = min(steps, T - first)
         a = buffer[:D * S * B * 4 * H].view(D, S * B, 4 * H)
@@ -120,13 +167,26 @@ def forward(x, w, r, b, h0, c0, plan, save, run=None):
                 _input_product(x, w, b, d, _span(d, first, S, T), a[d])
         if first:
             h = torch.cat([y[first - 1, :, :H], y[T - first, :, H:]], 1) if D == 2 else y[first - 1]
-        if plan.schedule == "resident":
-            run(forward_resident, plan, (plan.groups, D), a, r, h, c, y, kept, T, S, B, first, keep_every,
-                waits=False, **_loop_constants(plan))
+            if marks is not None and D == 2:
+                h[:, H:] = torch.where(_has(marks[1, T - first], cell.LIVE), h[:, H:], h0[1])   # or has yet to begin
+        if plan.precision == "tf32" and plan.schedule != "resident":
+            h = _round_tf32(h)
+        head, shape = (a, r, h, c, y, kept, kept if marks is None else marks), (T, S, B, first, keep_every)
+        constants = _loop_constants(plan, marks)
+        if plan.gluon or plan.schedule == "resident":
+            run(forward_gluon if plan.gluon else forward_resident, plan, (plan.groups, D), *head, *shape, waits=False,
+                **constants)
         else:
-            run(forward_grid, plan, (plan.programs, plan.groups, D), a, r, h, c, y, kept, _counters(plan, c),
-                T, S, B, first, keep_every, plan.tiles, waits=True, **_loop_constants(plan))
-    h_n = torch.stack([y[T - 1, :, :H], y[0, :, H:]] if D == 2 else [y[T - 1]])
+            run(forward_grid, plan, (plan.programs, plan.groups, D), *head, rounded, _counters(plan, c), *shape,
+                plan.tiles, waits=True, **constants)
+    last = y[T - 1, :, :H]
+    if marks is not None:
+        live = _has(marks[0], cell.LIVE)
+        ends = (live.sum(0) - 1).clamp(min=0)
+        last = y[:, :, :H].gather(0, ends.expand(1, B, H))[0]
+    h_n = torch.stack([last, y[0, :, H:]] if D == 2 else [last])
+    if marks is not None:
+        h_n = torch.where(live.any(0), h_n, h0)
     return y, h_n, c.to(x.dtype), kept
 
 
@@ -138,7 +198,7 @@ def _input_product(x, w, b, d, span, out):
         torch.addmm(b[d], rows, w[d].t(), out=out)
 
 
-def _previous(y, h0, d, span, H):
+def _previous(y, h0, marks, d, span, H):
     """h before the steps at times ``span``: (rows of the chunk, matrix) pairs. The first step's h is h0."""
     (lo, hi), (T, B, _) = span, y.shape
     columns = y.view(T * B, -1)[:, d * H:(d + 1) * H]
@@ -150,7 +210,12 @@ def _previous(y, h0, d, span, H):
     else:
         shift = -B if d == 0 else B
         pairs = [(slice(0, (hi - lo) * B), columns[lo * B + shift:hi * B + shift])]
-    return [(rows, matrix) for rows, matrix in pairs if matrix.shape[0]]
+    pairs = [(rows, matrix) for rows, matrix in pairs if matrix.shape[0]]
+    if marks is None:
+        return pairs
+    h, of = torch.cat([matrix for _, matrix in pairs]).view(hi - lo, B, H), marks[d, lo:hi]
+    h = torch.where(_has(of, cell.START), h0[d], h).masked_fill(_has(of, cell.FRESH), 0)
+    return [(slice(0, (hi - lo) * B), h.view(-1, H))]
 
 
 def _add_product(total, a, b):
@@ -163,7 +228,7 @@ def _add_product(total, a, b):
         total.addmm_(a.t().float(), b.float())
 
 
-def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, y, kept, plan, needs, run=None):
+def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, run=None):
     """Gradients of ``forward``: (dx, dw, dr, db, dh0, dc0), None where ``needs`` says False.
 
     dy, dh_n and dc_n may be None. Goes over chunks of ``plan.keep_every`` steps from the last: recomputes the gates by
@@ -185,7 +250,7 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, y, kept, plan, needs, run=None)
         strides = [n // dy_unit for n in dy.stride()[:2]] + [dy.stride(2)] if has_dy else [0, 0, 1]
         chunk = min(K, T) * D * B * H
         a_buffer, coef = x.new_empty(4 * chunk), dh.new_empty(6 * chunk)
-        if plan.schedule != "resident":
+        if plan.schedule in ("grid", "streamed"):
             share = dh.new_empty(2 * D * plan.groups * plan.tiles * plan.programs ** 2 * 16 * plan.block_h)
         for first in reversed(range(0, T, K)):
             S = min(K, T - first)
@@ -194,25 +259,29 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, y, kept, plan, needs, run=None)
             with matmul_precision(plan):
                 for d in range(D):
                     _input_product(x, w, b, d, spans[d], a[d])
-                    for rows, h in _previous(y, h0, d, spans[d], H):
+                    for rows, h in _previous(y, h0, marks, d, spans[d], H):
                         a[d, rows].addmm_(h, r[d].t())
-            run(coefficients, plan, (triton.cdiv(B * H, 256), D), a, c0, kept, coef, S, B, first, K, waits=False,
-                BLOCK=256)
+            marks_or_none = kept if marks is None else marks
+            run(coefficients, plan, (triton.cdiv(B * H, 256), D), a, c0, kept, coef, marks_or_none, T, S, B, first, K,
+                waits=False, MARKED=marks is not None, BLOCK=256)
             # from here on a holds da
-            head = (dy if has_dy else a, coef, prepared, a, dh, dc)
-            constants = dict(HAS_DY=has_dy, DY_UNIT=dy_unit, **_loop_constants(plan))
-            if plan.schedule == "resident":
-                run(backward_resident, plan, (plan.groups, D), *head, T, S, B, first, *strides, waits=False,
-                    **constants)
+            head = (dy if has_dy else a, coef, prepared, a, dh, dc, marks_or_none)
+            constants = dict(HAS_DY=has_dy, DY_UNIT=dy_unit, **_loop_constants(plan, marks))
+            if plan.gluon or plan.schedule == "resident":
+                run(backward_gluon if plan.gluon else backward_resident, plan, (plan.groups, D), *head,
+                    T, S, B, first, *strides, waits=False, **constants)
             else:
                 run(backward_grid, plan, (plan.programs, plan.groups, D), *head, share, _counters(plan, dc),
                     T, S, B, first, plan.tiles, *strides, waits=True, PROGRAMS=plan.programs, **constants)
             with matmul_precision(plan):
                 for d in range(D):
                     if dw is not None:
-                        _add_product(dw[d], a[d], _rows(x, *spans[d]))
+                        rows = _rows(x, *spans[d])
+                        if marks is not None:           # da is zero past a row's end, but x may be anything there
+                            rows = rows.masked_fill(~_has(marks[d, slice(*spans[d])], cell.LIVE).view(-1, 1), 0)
+                        _add_product(dw[d], a[d], rows)
                     if dr is not None:
-                        for rows, h in _previous(y, h0, d, spans[d], H):
+                        for rows, h in _previous(y, h0, marks, d, spans[d], H):
                             _add_product(dr[d], a[d, rows], h)
                     if db is not None:
                         db[d] += a[d].sum(0, dtype=torch.float32)

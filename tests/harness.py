@@ -20,10 +20,13 @@ from triton_lstm.kernels.ahead import compile_launch
 
 import triton_lstm.functional
 import triton_lstm.op
+from problems import PORTABLE
 from ptx_emulator import launch as emulate
 from triton_lstm import kernels
 from triton_lstm.kernels import launch as compiled_launch
+from triton_lstm.plan import A100, H200, RTX_4090
 
+LIMITS = {80: A100, 89: RTX_4090, 90: H200}
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
@@ -154,7 +157,7 @@ def emulator(arch=90, seed=0, memory="sc", edit=None, only=None):
 
     with _use(compiled_launch), mock.patch.object(compiled_launch, "launch_kernel", launch), \
             mock.patch.object(triton_lstm.functional, "runs_kernels", lambda x, dtype: True), \
-            mock.patch.object(triton_lstm.op, "limits_of", lambda device: triton_lstm.plan.H200):
+            mock.patch.object(triton_lstm.op, "limits_of", lambda device: LIMITS.get(arch, PORTABLE)):
         yield
 
 

@@ -7,17 +7,20 @@ import triton_lstm
 from triton_lstm.plan import H200
 from triton_lstm.reference import lstm_reference
 
+PORTABLE = dataclasses.replace(H200, cluster=0)     # where no Gluon kernel runs
 BUDGET = 1.5        # times nn.LSTM's own error in the same dtype
 
 
-def floor(right, dtype):
+def floor(right, dtype, tf32=False):
     """The error below which nn.LSTM's own says nothing, as the luck of single roundings decides.
 
     In fp32 at these sizes it is a few units in the last place, where the order of a sum decides (dx has 4 D H terms, in
     a product by torch): four units. In the 16-bit types a tensor of a few elements may be exact by chance: two
-    roundings, of da and of the result.
+    roundings, of da and of the result. In TF32 likewise: of two factors.
     """
     eps = torch.finfo(dtype).eps
+    if tf32 and right.numel() < 64:
+        return 2 ** -10
     return 4 * eps if dtype == torch.float32 else eps if right.numel() < 64 else 0.
 
 
@@ -53,6 +56,8 @@ class Problem:
     tf32: bool = False
     seed: int = 0
     device: str = "cpu"
+    ragged: bool = False
+    resets: bool = False
 
     def tensors(self):
         """(x, w, r, b, h0, c0) and (dy, dh_n, dc_n), values as nn.LSTM initialises and inputs normal."""
@@ -65,6 +70,22 @@ class Problem:
                   uniform(D, 4 * H) if self.bias else None, normal(D, B, H), normal(D, B, H)]
         return inputs, [normal(T, B, D * H), normal(D, B, H), normal(D, B, H)]
 
+    def masks(self):
+        """``lengths`` and ``reset`` as ``lstm`` takes them: among the lengths 0 and T, a fifth of the steps resets."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        lengths = torch.randint(self.T + 1, (self.B,), generator=generator)
+        lengths[:2] = torch.tensor([self.T, 0])[:self.B]
+        reset = torch.rand(self.T, self.B, generator=generator) < 0.2
+        return dict(lengths=lengths.to(self.device) if self.ragged else None,
+                    reset=reset.to(self.device) if self.resets else None)
+
+    def pieces(self, b):
+        """The times of row b, [start, end) of each piece that is run from its own start."""
+        masks = self.masks()
+        end = self.T if masks["lengths"] is None else int(masks["lengths"][b])
+        cuts = [] if masks["reset"] is None else [t for t in range(1, end) if masks["reset"][t, b]]
+        return list(zip([0, *cuts], [*cuts, end])) if end else []
+
     def results(self, function, dtype=None):
         """What ``function(x, w, r, b, h0, c0) -> y, h_n, c_n`` computes, and the gradients it gives."""
         inputs, gradients = self.tensors()
@@ -76,32 +97,68 @@ class Problem:
         return {name: t.detach() for name, t in named.items()}
 
     def exact(self):
-        return self.results(lstm_reference, torch.float64)
+        return self.results(lambda *inputs: lstm_reference(*inputs, **self.masks()), torch.float64)
 
     def torch(self):
         """nn.LSTM in this dtype; in TF32, which no CPU has, a float64 LSTM whose products round their operands."""
         if self.tf32 and self.device == "cpu":
-            return self.results(lambda *inputs: lstm_reference(*inputs, multiply=_Tf32Matmul.apply), torch.float64)
+            return self.results(lambda *inputs: lstm_reference(*inputs, **self.masks(), multiply=_Tf32Matmul.apply),
+                                torch.float64)
 
         def function(x, w, r, b, h0, c0):
             weights = [t for d in range(self.D) for t in
                        [w[d], r[d]] + ([b[d], torch.zeros_like(b[d])] if self.bias else [])]
             return torch._VF.lstm(x, (h0, c0), weights, self.bias, 1, 0., True, self.D == 2, False)
-        return self.results(function)
+
+        def piece_by_piece(x, w, r, b, h0, c0):
+            # through fp32, so that the pieces' gradients add up in it, as those of one product over all do
+            x32, w32, r32, h32, c32 = (t.float() for t in (x, w, r, h0, c0))
+            b32 = None if b is None else b.float()
+            narrow = lambda t: t.to(x.dtype)
+            outputs, states = [], []
+            for d in range(self.D):
+                weights = [narrow(w32[d]), narrow(r32[d])]
+                weights += [narrow(b32[d]), torch.zeros_like(weights[0][:, 0])] if self.bias else []
+                rows = []
+                for n in range(self.B):
+                    state, y = (h32[d:d + 1, n:n + 1], c32[d:d + 1, n:n + 1]), x32.new_zeros(self.T, self.H)
+                    pieces = self.pieces(n)
+                    for start, end in pieces[::-1] if d else pieces:
+                        again = self.resets and (end < pieces[-1][1] if d else
+                                                 start > 0 or bool(self.masks()["reset"][0, n]))
+                        state = tuple(narrow(torch.zeros_like(s) if again else s) for s in state)
+                        piece = narrow(x32[start:end, n:n + 1])
+                        out, *state = torch._VF.lstm(piece.flip(0) if d else piece, state, weights, self.bias, 1, 0.,
+                                                     True, False, False)
+                        out, state = out.float()[:, 0], tuple(s.float() for s in state)
+                        y = torch.cat([y[:start], out.flip(0) if d else out, y[end:]])
+                    rows.append(y)
+                    states.append(state)
+                outputs.append(torch.stack(rows, 1))
+            h_n, c_n = (torch.cat([s[k] for s in states], 1).view(self.D, self.B, self.H) for k in (0, 1))
+            return narrow(torch.cat(outputs, -1)), narrow(h_n), narrow(c_n)
+        return self.results(piece_by_piece if self.ragged or self.resets else function)
 
     def ours(self, **options):
         def function(x, w, r, b, h0, c0):
-            y, (h_n, c_n) = triton_lstm.lstm(x, w, r, b, (h0, c0), **options)
+            y, (h_n, c_n) = triton_lstm.lstm(x, w, r, b, (h0, c0), **self.masks(), **options)
             return y, h_n, c_n
         return self.results(function)
 
-    def plan(self, **options):
-        return triton_lstm.make_plan(self.B, self.H, self.dtype, self.D, tf32=self.tf32, **options)
+    def plan(self, limits=PORTABLE, **options):
+        return triton_lstm.make_plan(self.B, self.H, self.dtype, self.D, tf32=self.tf32, limits=limits, **options)
+
+    def gluon_plan(self, ctas, keep_every=2):
+        """The plan of the Gluon kernels for clusters of so many CTAs, whatever make_plan would choose."""
+        plan = self.plan(limits=H200, schedule="cluster" if ctas > 1 else "resident", keep_every=keep_every)
+        block_h = max(1 << (-(-self.H // ctas) - 1).bit_length(), 16)
+        num_warps = min(8, block_h // (4 if ctas > 1 else 8))
+        return dataclasses.replace(plan, programs=ctas, block_h=block_h, num_warps=num_warps)
 
     def shared_plan(self, schedule, multiprocessors=132, keep_every=2):
         """A plan of several programs. A streamed one holds 16 units' R and reads the rest: no automatic plan so small
         does."""
-        limits = dataclasses.replace(H200, multiprocessors=multiprocessors)
+        limits = dataclasses.replace(PORTABLE, multiprocessors=multiprocessors)
         plan = self.plan(schedule="grid", limits=limits, keep_every=keep_every)
         return plan if schedule == "grid" else dataclasses.replace(plan, schedule="streamed", chunks=((0, 16),),
                                                                    block_k=16)
@@ -112,7 +169,7 @@ class Problem:
         assert ours.keys() == exact.keys()
         for name, right in exact.items():
             assert ours[name].shape == right.shape and ours[name].dtype == self.dtype, name
-            allowed = BUDGET * max(error(torchs[name], right), floor(right, self.dtype))
+            allowed = BUDGET * max(error(torchs[name], right), floor(right, self.dtype, self.tf32))
             got = error(ours[name], right)
             assert got <= allowed, f"{name}: relative error {got:.2e}, allowed {allowed:.2e} ({self})"
 

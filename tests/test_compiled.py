@@ -6,6 +6,8 @@ from triton_lstm.kernels.ahead import compile_plan
 from bench.correctness import dtype_of
 from bench.machine_code import read
 from bench.workloads import WORKLOADS
+from problems import PORTABLE
+from test_gluon import check_compiled as check_gluon
 from triton_lstm import make_plan
 from triton_lstm.plan import A100, H200, RTX_4090
 
@@ -14,6 +16,9 @@ OPERAND = {"native": 2, "tf32": 4, "tf32x3": 8}        # bytes of an operand of 
 
 
 def check(plan, dtype, arch, limits):
+    if plan.gluon:
+        check_gluon(plan, dtype, arch, limits)
+        return
     for name, kernel in compile_plan(plan, dtype, arch).items():
         report = read(kernel)
         loop = report.time_loop
@@ -46,9 +51,10 @@ def workload_plans():
     """The plans that the workloads need in their own type, one of each kind that compiles to kernels of its own."""
     plans = {}
     for w in WORKLOADS:
-        plan = make_plan(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions, limits=H200)
-        key = (w.hidden_size, w.dtype, w.directions, plan.schedule, plan.block_h)
-        plans.setdefault(key, pytest.param(plan, dtype_of(w.dtype), id=w.name))
+        for limits in (H200, PORTABLE):
+            plan = make_plan(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions, limits=limits)
+            key = (w.hidden_size, w.dtype, w.directions, plan.schedule, plan.gluon, plan.block_h)
+            plans.setdefault(key, pytest.param(plan, dtype_of(w.dtype), id=f"{w.name}-{'gluon' * plan.gluon}"))
     return list(plans.values())
 
 
@@ -60,7 +66,8 @@ def test_every_workload(plan, dtype):
 @pytest.mark.parametrize("hidden_size, dtype", [(128, BF16), (128, FP16), (256, BF16), (1024, FP16), (1150, BF16)],
                          ids=str)
 def test_other_types(hidden_size, dtype):
-    check(make_plan(64, hidden_size, dtype), dtype, 90, H200)
+    for limits in (H200, PORTABLE):
+        check(make_plan(64, hidden_size, dtype, limits=limits), dtype, 90, limits)
 
 
 @pytest.mark.parametrize("hidden_size, batch", [(33, 16), (64, 16), (100, 1024), (256, 16), (512, 64)])
@@ -71,7 +78,8 @@ def test_exact_fp32(hidden_size, batch):
 SAMPLE = [(64, BF16, 1), (128, FP16, 1), (100, FP32, 2), (512, BF16, 1), (640, FP32, 1), (1024, BF16, 2)]
 
 
-@pytest.mark.parametrize("arch, limits", [(80, A100), (89, RTX_4090), (100, H200)], ids=["sm_80", "sm_89", "sm_100"])
+@pytest.mark.parametrize("arch, limits", [(80, A100), (89, RTX_4090), (100, PORTABLE)],
+                         ids=["sm_80", "sm_89", "sm_100"])
 @pytest.mark.parametrize("hidden_size, dtype, directions", SAMPLE, ids=str)
 def test_sample_of_other_architectures(hidden_size, dtype, directions, arch, limits):
     """A Blackwell multiprocessor has Hopper's registers and shared memory."""
@@ -91,6 +99,6 @@ def test_a_new_length_or_batch_compiles_nothing():
             plan = make_plan(B, H, BF16, schedule=schedule, keep_every=64)
             tensor = lambda *shape: torch.empty(shape, dtype=BF16, device="meta")
             x, w, r, state = tensor(T, B, 8), tensor(1, 4 * H, 8), tensor(1, 4 * H, H), tensor(1, B, H)
-            y, h, c, kept = launch.forward(x, w, r, None, state, state, plan, True, run=collect)
-            launch.backward(y, h, c, x, w, r, None, state, state, y, kept, plan, [True] * 6, run=collect)
+            y, h, c, kept = launch.forward(x, w, r, None, state, state, None, plan, True, run=collect)
+            launch.backward(y, h, c, x, w, r, None, state, state, None, y, kept, plan, [True] * 6, run=collect)
     assert len(set(found)) == 3 * 2, sorted(set(found))

@@ -56,10 +56,57 @@ def test_16_bit(shape, dtype):
 @pytest.mark.parametrize("schedule", ["resident", "grid", "streamed"])
 def test_every_schedule(schedule, dtype):
     problem = cuda(50, 70, 30, 60, 2, dtype=dtype, tf32=torch.backends.cudnn.allow_tf32)
-    limits = Limits.of("cuda")
+    limits = dataclasses.replace(Limits.of("cuda"), cluster=0)
     plan = (problem.plan(schedule="resident", limits=limits, keep_every=16) if schedule == "resident" else
             problem.shared_plan(schedule, limits.multiprocessors, keep_every=16))
     problem.check(problem.ours(plan=plan))
+
+
+def gluon(problem, ctas):
+    """The problem's plan for the Gluon kernels, if the device and Triton run clusters of so many CTAs."""
+    plan, limits = problem.gluon_plan(ctas, keep_every=16), Limits.of("cuda")
+    if ctas > limits.cluster:
+        pytest.skip(f"clusters of {limits.cluster} CTAs at most")
+    plan.check(limits)
+    return plan
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, ctas", [
+    ((1, 1, 1, 1, 2), 1), ((40, 17, 6, 33, 2), 1), ((64, 64, 32, 64, 1), 1), ((1, 1, 1, 1, 2), 2), ((3, 3, 4, 5, 1), 2),
+    ((40, 17, 6, 33, 2), 2), ((50, 3, 6, 100, 2), 2), ((50, 70, 6, 100, 1), 4), ((50, 20, 30, 200, 2), 8),
+    ((70, 300, 20, 300, 1), 16), ((70, 40, 20, 512, 2), 16)], ids=str)
+def test_gluon(shape, ctas, dtype):
+    problem = cuda(*shape, dtype=dtype, tf32=True)
+    if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+        pytest.skip("nn.LSTM does not use TF32")
+    problem.check(problem.ours(plan=gluon(problem, ctas)))
+
+
+@pytest.mark.parametrize("shape, ctas, dtype", [((50, 200, 20, 256, 1), 2, torch.bfloat16),
+                                                ((50, 200, 20, 512, 1), 8, torch.float16),
+                                                ((50, 200, 20, 512, 1), 16, torch.float32)], ids=str)
+def test_r_in_registers_and_shared_memory(shape, ctas, dtype):
+    problem = cuda(*shape, dtype=dtype, tf32=True)
+    plan = gluon(problem, ctas)
+    assert plan.held_bytes > plan.register_bytes
+    problem.check(problem.ours(plan=plan))
+
+
+def test_clusters_take_turns():
+    """More clusters than run at the same time: they wait for nobody else."""
+    problem = cuda(20, 16 * 150, 8, 100, 1, dtype=torch.bfloat16)
+    problem.check(problem.ours(plan=gluon(problem, 4)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(40, 17, 6, 33, 1), (64, 64, 128, 128, 1), (70, 3, 40, 192, 2),
+                                   (30, 300, 32, 512, 1)], ids=str)
+def test_portable(shape, dtype):
+    """The kernels that run elsewhere, where automatic plans prefer the Gluon ones."""
+    problem = cuda(*shape, dtype=dtype, tf32=torch.backends.cudnn.allow_tf32)
+    limits = dataclasses.replace(Limits.of("cuda"), cluster=0)
+    problem.check(problem.ours(plan=problem.plan(limits=limits)))
 
 
 def test_more_steps_than_cudnn_takes():

@@ -61,6 +61,38 @@ def test_shared_tf32(schedule):
         problem.check(problem.ours(plan=problem.shared_plan(schedule)))
 
 
+MASKS = [dict(ragged=True), dict(resets=True), dict(ragged=True, resets=True)]
+MASKED = [(1, 1, 2, 5, 2), (5, 3, 4, 10, 1), (7, 17, 3, 5, 2), (6, 4, 2, 33, 2), (9, 5, 3, 1, 2), (4, 3, 2, 100, 1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masks", MASKS, ids=" ".join)
+@pytest.mark.parametrize("shape", MASKED, ids=str)
+def test_lengths_and_resets(shape, masks, dtype):
+    """In chunks of three steps, which begin and end amid pieces and past ends."""
+    problem = Problem(*shape, dtype=dtype, **masks)
+    with harness.interpreter():
+        problem.check(problem.ours(keep_every=3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masks", MASKS, ids=" ".join)
+@pytest.mark.parametrize("shape, schedule", [((5, 3, 4, 10, 2), "grid"), ((4, 17, 3, 33, 1), "grid"),
+                                             ((6, 4, 2, 20, 2), "streamed")], ids=str)
+def test_shared_lengths_and_resets(shape, schedule, masks, dtype):
+    problem = Problem(*shape, dtype=dtype, **masks)
+    with harness.interleaved(seed=2):
+        problem.check(problem.ours(plan=problem.shared_plan(schedule)))
+
+
+def test_lengths_and_resets_in_tf32_in_pieces_of_forward(monkeypatch):
+    monkeypatch.setattr("triton_lstm.plan.FORWARD_BYTES", 1)
+    problem = Problem(7, 4, 3, 20, 2, tf32=True, ragged=True, resets=True)
+    with harness.interleaved(seed=3):
+        problem.check(problem.ours(plan=problem.shared_plan("grid")))
+        problem.check(problem.ours(plan=problem.plan(limits=None, keep_every=2)))
+
+
 def test_several_tiles_a_group():
     problem = Problem(3, 50, 4, 20)
     plan = dataclasses.replace(problem.shared_plan("grid"), programs=2, block_h=16, groups=2, tiles=2)

@@ -7,7 +7,9 @@ import torch
 import triton
 
 import triton_lstm
+from problems import PORTABLE
 from triton_lstm.kernels import ahead, launch
+from triton_lstm.plan import H200
 
 
 @contextlib.contextmanager
@@ -22,29 +24,36 @@ def recorded(found):
         yield
 
 
-@pytest.mark.parametrize("H, schedule, dtype", [
-    (32, "resident", torch.bfloat16), (33, "resident", torch.float32), (160, "grid", torch.float16),
-    (1056, "streamed", torch.bfloat16)], ids=str)
-def test_launch_compiles_what_the_tests_compile(H, schedule, dtype):
+@pytest.mark.parametrize("H, schedule, dtype, limits", [
+    (32, "resident", torch.bfloat16, PORTABLE), (33, "resident", torch.float32, PORTABLE),
+    (160, "grid", torch.float16, PORTABLE), (1056, "streamed", torch.bfloat16, PORTABLE),
+    (32, "resident", torch.bfloat16, H200), (33, "resident", torch.float32, H200),
+    (128, "resident", torch.float16, H200), (160, "cluster", torch.float16, H200),
+    (100, "cluster", torch.float32, H200)], ids=str)
+def test_launch_compiles_what_the_tests_compile(H, schedule, dtype, limits):
     """A launch compiles what ``ahead.compile_plan`` gives the tests, or finds it in the cache."""
+    if schedule == "cluster" and limits.cluster < 2:
+        pytest.skip("clusters need Triton 3.9")
     B, T, D = 32, 2, 2
-    plan = triton_lstm.make_plan(B, H, dtype, D, schedule=schedule, tf32=True)
+    plan = triton_lstm.make_plan(B, H, dtype, D, schedule=schedule, tf32=True, limits=limits)
     tensor = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
     x, w, r, b, state = tensor(T, B, 16), tensor(D, 4 * H, 16), tensor(D, 4 * H, H), tensor(D, 4 * H), tensor(D, B, H)
     found = []
     with recorded(found):
-        y, h, c, kept = launch.forward(x, w, r, b, state, state, plan, True)
-        launch.backward(y, h, c, x, w, r, b, state, state, y, kept, plan, [True] * 6)
+        y, h, c, kept = launch.forward(x, w, r, b, state, state, None, plan, True)
+        launch.backward(y, h, c, x, w, r, b, state, state, None, y, kept, plan, [True] * 6)
     expected = ahead.compile_plan(plan, dtype, 90)
     assert [kernel.metadata.name for kernel, _ in found] == list(expected)
     for kernel, grid in found:
         other = expected[kernel.metadata.name]
         assert kernel.asm["ptx"] == other.asm["ptx"]
         assert kernel.hash == other.hash            # so a launch finds in Triton's cache what was compiled ahead
-        assert kernel.metadata.num_warps == plan.num_warps
-        waits = kernel.metadata.name.endswith("_grid")
+        name = kernel.metadata.name
+        assert kernel.metadata.num_warps == (plan.forward_warps if name == "forward_gluon" else plan.num_warps)
+        assert kernel.metadata.num_ctas == (plan.programs if name.endswith("_gluon") else 1)
+        waits = name.endswith("_grid")
         assert kernel.metadata.launch_cooperative_grid == other.metadata.launch_cooperative_grid == waits
         if waits:
             assert grid == (plan.programs, plan.groups, D)
-        elif kernel.metadata.name != "coefficients":
+        elif name != "coefficients":
             assert grid == (2, D)       # 32 rows in tiles of 16

@@ -212,7 +212,7 @@ def untold():
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("options, dtype, packed, reason", [
     (dict(proj_size=4), torch.float32, False, "proj_size"), (dict(), torch.float64, False, "float64"),
-    (dict(bidirectional=True), torch.float32, True, "packed"),
+    (dict(bidirectional=True, proj_size=4), torch.float32, True, "proj_size"),
 ])
 def test_fallbacks_are_right_and_say_so_once(options, dtype, packed, reason, untold):
     theirs, ours, _ = pair(6, 9, dtype=dtype, **options)
@@ -301,13 +301,15 @@ def test_compile_full_graph():
     torch._dynamo.reset()
 
 
-def test_operators_pass_torchs_own_checks():
+@pytest.mark.parametrize("marked", [False, True])
+def test_operators_pass_torchs_own_checks(marked):
     """Schema, fake implementation and autograd registration, as torch.library.opcheck sees them."""
     from triton_lstm.op import lstm_op
     tensors = [torch.randn(3, 2, 4), torch.randn(1, 20, 4), torch.randn(1, 20, 5), torch.randn(1, 20),
                torch.randn(1, 2, 5), torch.randn(1, 2, 5)]
     with harness.interpreter():
-        torch.library.opcheck(lstm_op, (*(t.requires_grad_() for t in tensors), "", 2, True))
+        marks = triton_lstm.op.launch.marks(3, 2, 1, torch.tensor([3, 1]), None, "cpu") if marked else None
+        torch.library.opcheck(lstm_op, (*(t.requires_grad_() for t in tensors), marks, "", 2, True))
 
 
 def test_double_backward_raises():

@@ -4,13 +4,16 @@ import dataclasses
 import pytest
 import torch
 
+from problems import PORTABLE
 from triton_lstm import Plan, PlanError, make_plan
 from triton_lstm.plan import A100, BACKWARD_ELEMENTS, H200, HELD_BYTES, RTX_4090, Limits, keep_every_for
 
+CLUSTERS = dataclasses.replace(H200, cluster=16)       # whatever this Triton can do: plans are arithmetic
 SIZES = [1, 5, 16, 17, 33, 64, 96, 100, 128, 130, 192, 256, 400, 512, 640, 768, 1000, 1024, 1150, 1536, 2048]
 
 
-@pytest.mark.parametrize("limits", [H200, A100, RTX_4090], ids=["H200", "A100", "RTX 4090"])
+@pytest.mark.parametrize("limits", [H200, CLUSTERS, PORTABLE, A100, RTX_4090],
+                         ids=["H200", "clusters", "portable", "A100", "RTX 4090"])
 @pytest.mark.parametrize("dtype, tf32", [(torch.bfloat16, True), (torch.float32, True), (torch.float32, False)],
                          ids=str)
 @pytest.mark.parametrize("hidden_size", SIZES)
@@ -19,6 +22,10 @@ def test_every_size_has_a_plan_that_fits(hidden_size, dtype, tf32, limits):
         for batch in (0, 1, 16, 17, 300, 4096):
             plan = make_plan(batch, hidden_size, dtype, directions, limits=limits, tf32=tf32)
             plan.check(limits)
+            if plan.schedule == "cluster":
+                assert plan.register_bytes <= HELD_BYTES and plan.shared_bytes <= limits.shared_memory
+                assert 2 <= plan.programs <= limits.cluster
+                continue
             assert plan.held_bytes <= HELD_BYTES
             assert plan.programs * plan.block_h >= hidden_size
             assert plan.groups * plan.tiles * 16 >= batch
@@ -28,7 +35,7 @@ def test_every_size_has_a_plan_that_fits(hidden_size, dtype, tf32, limits):
 
 
 def test_chosen_schedules():
-    schedule = lambda H, dtype=torch.bfloat16, **kw: make_plan(16, H, dtype, **kw).schedule
+    schedule = lambda H, dtype=torch.bfloat16, **kw: make_plan(16, H, dtype, limits=PORTABLE, **kw).schedule
     assert [schedule(H) for H in (1, 64, 128, 129, 512, 1024, 1056, 2048)] == [
         "resident"] * 3 + ["grid"] * 3 + ["streamed"] * 2
     assert [schedule(H, torch.float32) for H in (64, 65, 512, 544)] == ["resident", "grid", "grid", "streamed"]
@@ -36,27 +43,59 @@ def test_chosen_schedules():
         "resident", "grid", "grid", "streamed"]
 
 
+def test_chosen_clusters():
+    """The smallest step for few rows, the fewest waves for many."""
+    programs = lambda H, dtype=torch.bfloat16, batch=16, limits=CLUSTERS, **kw: make_plan(
+        batch, H, dtype, limits=limits, **kw).programs
+    schedule = lambda *args, **kw: make_plan(16, *args, limits=CLUSTERS, **kw).schedule
+    assert [schedule(H, torch.bfloat16) for H in (128, 129, 512, 640)] == ["resident", "cluster", "cluster", "grid"]
+    assert [schedule(H, torch.float32) for H in (64, 65, 512, 544)] == ["resident", "cluster", "cluster", "streamed"]
+    assert schedule(256, torch.float32, tf32=False) == "grid"
+    assert [programs(H) for H in (129, 256, 300, 512)] == [8, 8, 16, 16]
+    assert [programs(512, batch=batch) for batch in (128, 256, 1024)] == [16, 8, 8]
+    assert [programs(H, torch.float32) for H in (100, 256, 512)] == [4, 8, 16]
+    assert programs(512, limits=dataclasses.replace(CLUSTERS, cluster=8)) == 8
+    assert make_plan(16, 512, torch.bfloat16, limits=dataclasses.replace(CLUSTERS, cluster=1)).schedule == "grid"
+
+
+def test_gluon_bytes():
+    """R of 4 gates x 512 units x 512 units over 8 programs: half of it is in registers."""
+    plan = make_plan(16, 512, torch.bfloat16, limits=dataclasses.replace(CLUSTERS, cluster=8))
+    assert plan.r_bytes == plan.programs * plan.held_bytes == plan.programs * 2 * plan.register_bytes
+    # the other half, da of 16 rows x 4 x 64 units, fp32 shares from 8 programs of 64 units twice, two mbarriers
+    assert plan.shared_bytes == 131072 + 16 * 4 * 64 * 2 + 2 * 16 * 8 * 64 * 4 + 16
+    one = make_plan(16, 100, torch.float16, limits=CLUSTERS)
+    assert one.gluon and one.held_bytes == one.register_bytes == 4 * 128 * 128 * 2     # padded
+    assert one.streamed_bytes == 0 and one.backward_bytes(64, 8, 2) < make_plan(
+        16, 100, torch.float16, limits=PORTABLE, schedule="grid").backward_bytes(64, 8, 2)
+
+
 def test_bytes():
     """R of 4 gates x 512 units x 512 units in bf16, over 32 programs of 16 units; all of it is held."""
-    plan = make_plan(16, 512, torch.bfloat16)
+    plan = make_plan(16, 512, torch.bfloat16, limits=PORTABLE)
     assert (plan.programs, plan.groups, plan.tiles, plan.block_h) == (32, 1, 1, 16)
     assert plan.r_bytes == 4 * 512 * 512 * 2 == plan.programs * plan.held_bytes
     assert plan.streamed_bytes == 0
     # tf32x3 keeps two fp32 planes
     assert make_plan(16, 256, torch.float32, tf32=False).held_bytes == 2 * make_plan(
-        16, 256, torch.float32).held_bytes == 2 * 4 * 16 * 256 * 4
+        16, 256, torch.float32, limits=PORTABLE).held_bytes == 2 * 4 * 16 * 256 * 4
     streamed = make_plan(16, 2048, torch.bfloat16)
     assert streamed.held_bytes + streamed.streamed_bytes == 4 * 16 * 2048 * 2
 
 
 def test_chunks_do_not_pad_to_a_power_of_two():
     assert [width for _, width in make_plan(16, 640, torch.bfloat16).chunks] == [256, 256, 128]
-    assert make_plan(16, 96, torch.bfloat16).chunks == ((0, 64), (64, 32))
+    assert make_plan(16, 96, torch.bfloat16, limits=PORTABLE).chunks == ((0, 64), (64, 32))
     assert make_plan(1, 5, torch.bfloat16).chunks == ((0, 16),)
 
 
 def test_prints():
-    text = str(make_plan(64, 512, torch.bfloat16, 2))
+    text = str(make_plan(64, 512, torch.bfloat16, 2, limits=CLUSTERS))
+    assert text.startswith("cluster: H=512 B=64 x 2 direction(s), native; 128 KiB of R in the registers of each")
+    assert "clusters of 16 programs share R and exchange h through shared memory; 128 programs of 8 warps" in text
+    assert "256 KiB of R in the registers and shared memory of each" in str(make_plan(1, 512, torch.float32,
+                                                                                       limits=CLUSTERS))
+    text = str(make_plan(64, 512, torch.bfloat16, 2, limits=PORTABLE))
     assert text.startswith("grid: H=512 B=64 x 2 direction(s), native; 128 KiB of R in the registers of each program")
     assert "16 programs share R and exchange h through L2" in text
 
@@ -64,6 +103,8 @@ def test_prints():
 def test_encoding_round_trip():
     plan = make_plan(64, 640, torch.float32, 2, keep_every=32)
     assert Plan.decode(plan.encode()) == plan
+    cluster = make_plan(64, 256, torch.float32, limits=CLUSTERS)
+    assert cluster.gluon and Plan.decode(cluster.encode()) == cluster
     assert hash(Plan.decode(plan.encode())) == hash(plan)
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.tiles = 2
@@ -86,14 +127,32 @@ def test_keep_every_bounds_the_workspace():
     (dict(chunks=((0, 256),)), "grid with 256 of 512"),
     (dict(chunks=((0, 256), (0, 256))), "one after the other"),
     (dict(block_h=64), "262144 bytes of R for a program's registers"),
-    (dict(schedule="cluster"), "unknown schedule 'cluster'"),
+    (dict(schedule="best"), "unknown schedule 'best'"),
+    (dict(schedule="cluster"), "gluon=False with cluster"),
+    (dict(gluon=True), "gluon=True with grid"),
     (dict(schedule="resident"), "a resident plan has one program, got 32"),
     (dict(schedule="streamed", chunks=((0, 256),), block_k=24), "block_k must be a power of two from 16 up, got 24"),
 ])
 def test_impossible_plans_say_why(change, reason):
-    plan = dataclasses.replace(make_plan(16, 512, torch.bfloat16), **change)
+    plan = dataclasses.replace(make_plan(16, 512, torch.bfloat16, limits=PORTABLE), **change)
     with pytest.raises(PlanError, match=reason.replace("(", r"\(")):
-        plan.check(H200)
+        plan.check(PORTABLE)
+
+
+@pytest.mark.parametrize("change, cluster, reason", [
+    (dict(), 8, "a cluster of 16 programs, where at most 8 run"),
+    (dict(), 0, "the Gluon kernels need compute capability 8.0, 8.9 or 9.0"),
+    (dict(programs=32), 16, "a cluster has 2 to 16 programs, got 32"),
+    (dict(programs=11, block_h=64), 16, "must be powers of two"),
+    (dict(block_h=16, programs=32), 16, "from 16 and four a warp up, got 32 of 16 units and 8 warps"),
+    (dict(programs=8), 16, "8 programs of 32 units hold fewer than 512"),
+    (dict(precision="tf32x3"), 16, "no exact fp32"),
+    (dict(precision="tf32", programs=8, block_h=64), 16, "475152 bytes for R and a step's tiles in shared memory"),
+])
+def test_impossible_clusters_say_why(change, cluster, reason):
+    plan = dataclasses.replace(make_plan(16, 512, torch.bfloat16, limits=CLUSTERS), **change)
+    with pytest.raises(PlanError, match=reason):
+        plan.check(dataclasses.replace(CLUSTERS, cluster=cluster))
 
 
 @pytest.mark.parametrize("call, reason", [
@@ -102,6 +161,9 @@ def test_impossible_plans_say_why(change, reason):
     (lambda: make_plan(-1, 8, torch.float32), "batch -1"),
     (lambda: make_plan(1, 8, torch.float32, 3), "3 directions"),
     (lambda: make_plan(1, 8, torch.float32, schedule="best"), "got 'best'"),
+    (lambda: make_plan(1, 64, torch.float32, tf32=False, schedule="cluster"), "the Gluon kernels have no exact"),
+    (lambda: make_plan(1, 64, torch.bfloat16, limits=PORTABLE, schedule="cluster"), "cluster: the Gluon kernels need"),
+    (lambda: make_plan(1, 64, torch.bfloat16, limits=None, schedule="cluster"), "cluster: no device for 2 programs"),
     (lambda: make_plan(1, 256, torch.float32, schedule="resident"), "1048576 bytes of R for a program"),
     (lambda: make_plan(1, 512, torch.bfloat16, limits=Limits(7, 232448)), "8 programs of 64 units do not run"),
     (lambda: make_plan(1, 64, torch.float32, limits=Limits(1, 49152), schedule="resident"),

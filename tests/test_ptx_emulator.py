@@ -923,6 +923,13 @@ def test_st_async(seed):
         run(ST_ASYNC.replace(", 256;", ", 260;"), (2,), None, [dst], 1024, seed=seed, patience=200)
 
 
+def test_st_async_to_a_cta_that_has_exited():
+    unwaited = ST_ASYNC.replace("@!%p2 bra $WAIT;", "")
+    with pytest.raises(OutOfBounds, match="exited"):
+        for seed in range(10):
+            run(unwaited, (2,), None, [np.zeros((2, 64), np.int32)], 1024, seed=seed, checks=False)
+
+
 def run_single(body, src):
     dst = np.zeros(64, np.uint32)
     run(TEMPLATE.replace("BODY", body), (1,), None, [src, dst], 2048)

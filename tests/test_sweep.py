@@ -21,6 +21,7 @@ from bench import __main__ as command
 from bench import compare, correctness, floors, instrument, plots, providers, report, rows, sweep, targets, workloads
 from bench.rows import BASELINES, CUDNN, OURS, PACKED, RESET_LOOP, Environment, Row
 from bench.workloads import Case
+from problems import PORTABLE
 from triton_lstm import make_plan
 
 HERE = Environment("a GPU", "2.0", "9", "3.6.0", "abc1234", "2026-01-02T03:04")
@@ -213,8 +214,7 @@ def test_torchrl_and_flashrnn_are_called_by_their_interface():
 @pytest.mark.parametrize("name, change, reason", [
     ("TorchRL", {}, "not installed"), (PACKED, {}, "for ragged"), (CUDNN, dict(sequences="ragged"), "for padded"),
     ("cuDNN graph", {}, "need a GPU"), ("compiled loop", dict(sequences="ragged"), "padded"),
-    ("compiled loop", dict(steps=2000), "1024 steps"), ("compiled loop", dict(dropout=.5, layers=2), "dropout"),
-    (OURS, dict(sequences="ragged"), "not computed natively")])
+    ("compiled loop", dict(steps=2000), "1024 steps"), ("compiled loop", dict(dropout=.5, layers=2), "dropout")])
 def test_unavailable_providers_say_why(name, change, reason):
     with pytest.raises(providers.Unavailable, match=reason):
         providers.PROVIDERS[name](providers.Problem.of(
@@ -225,6 +225,16 @@ def test_ours_is_not_timed_where_torch_would_compute():
     with mock.patch.object(providers, "automatic_plan", side_effect=triton_lstm.PlanError("too large")), \
             pytest.raises(providers.Unavailable, match="too large"):
         providers.PROVIDERS[OURS](providers.Problem.of(CASES[0], "cpu"))
+
+
+@pytest.mark.parametrize("sequences", ["ragged", "resets"])
+def test_ours_computes_lengths_and_resets(sequences):
+    case = Case("grid", "train", "fp32", 5, 7, 6, 10, sequences=sequences)
+    with mock.patch.object(providers, "automatic_plan", return_value=make_plan(5, 10, torch.float32, limits=None)), \
+            harness.interpreter():
+        run, found, exact = results_of(case, providers.PROVIDERS[OURS])
+    assert run.layer.plan.hidden_size == 10 and set(found) == set(exact)
+    assert correctness.error(found, exact) < 1e-2           # the plan is in TF32
 
 
 def test_ours_runs_by_the_schedule_that_its_name_has():
@@ -347,7 +357,8 @@ def test_saved_bytes_are_what_autograd_keeps_beyond_weights_input_and_output():
 
 
 def test_compile_all_compiles_each_kernel_once():
-    cases = [*CASES, dataclasses.replace(CASES[0], steps=99), dataclasses.replace(CASES[0], hidden_size=10 ** 5)]
+    cases = [*CASES, *(dataclasses.replace(CASES[0], **change) for change in
+                       (dict(steps=99), dict(hidden_size=10 ** 5), dict(sequences="ragged"), dict(sequences="resets")))]
 
     class Pool:
         def __init__(self, *_):
@@ -368,7 +379,8 @@ def test_compile_all_compiles_each_kernel_once():
             mock.patch.object(sweep.concurrent.futures, "as_completed", list):
         assert sweep.compile_all(cases, triton_lstm.plan.H200, 90) < 60
     assert [(call[1].hidden_size, *call[2:]) for call in submitted] == [
-        (8, "fp16", 90), (16, "fp16", 90), (8, "fp32", 90), (16, "fp32", 90)]
+        (8, "fp16", False, 90), (16, "fp16", False, 90), (8, "fp32", False, 90), (16, "fp32", False, 90),
+        (8, "fp16", True, 90)]
 
 
 # The file
@@ -520,7 +532,7 @@ def test_recorded_runs_are_drawn_and_their_absence_is_said(tmp_path, capsys):
 
 def test_step_floor():
     case = Case("grid", "forward", "bf16", 64, 10, 512, 512)
-    plan = make_plan(64, 512, torch.bfloat16)
+    plan = make_plan(64, 512, torch.bfloat16, limits=PORTABLE)
     assert (plan.schedule, plan.tiles, plan.block_h) == ("grid", 1, 16)
     tensor, gemm = 16 * 64 * 512 / 1280, 2 * 64 * 2048 * 512 / 700e6
     assert floors.step_floor(plan, case, 1., 1000, 700) == pytest.approx(tensor / 1000 + 1 + gemm)
@@ -575,7 +587,8 @@ def test_floors_measure_once_and_subtract_the_start():
         assert measured.barrier_us(4, 2) == pytest.approx(2) and measured.flag_us() == pytest.approx(1)
         calls = gpu.calls
         assert measured.barrier_us(4, 2) == pytest.approx(2) and gpu.calls == calls
-        case, plan = Case("grid", "forward", "bf16", 64, 10, 512, 512), make_plan(64, 512, torch.bfloat16)
+        case = Case("grid", "forward", "bf16", 64, 10, 512, 512)
+        plan = make_plan(64, 512, torch.bfloat16, limits=PORTABLE)
         measured.gemm_tflops = lambda dtype: 700
         floor, exchange = measured.step_us(plan, case, 1000)
         assert exchange == pytest.approx(2)

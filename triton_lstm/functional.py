@@ -4,6 +4,7 @@ import torch
 from .kernels import launch
 from .op import lstm_op
 from .plan import Plan, keep_every_for
+from .reference import lstm_reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -13,7 +14,7 @@ def runs_kernels(x, dtype):
     return dtype in DTYPES and (x.is_cuda or launch.INTERPRET and x.device.type == "cpu")
 
 
-def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, plan=None, keep_every=None):
+def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=None, plan=None, keep_every=None):
     """One LSTM layer over a padded batch, in one direction or both.
 
     x            (T, B, I), any strides
@@ -21,6 +22,11 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, plan=None, keep_every=N
     weight_hh    (D, 4H, H) or (4H, H)
     bias         (D, 4H) or (4H,): the sum of nn.LSTM's two biases; None for none
     hx           (h0, c0), (D, B, H) each; zeros if None
+    lengths      (B,) integers, best on x's device: only so many steps of a row count, from none to T. Past them y is
+                 zero, whatever x holds there. h_n and c_n are the state after the last step that counts (in the reverse
+                 direction, which begins with it, after the first), h0 and c0 where none does
+    reset        (T, B) bool: before such a step h and c are zero, and no gradient passes. So a row is cut into pieces;
+                 the reverse direction is cut at the same places
     plan         a ``Plan`` to use instead of the automatic one
     keep_every   c is kept for backward every so many steps, and so many steps are recomputed at a time: memory against
                  launches; chosen from B and H if None
@@ -29,6 +35,9 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, plan=None, keep_every=N
     bfloat16 or float32, and one device; c and sums are kept in fp32. fp32 products follow
     ``torch.backends.cudnn.rnn.fp32_precision`` (or ``cudnn.allow_tf32``), as nn.LSTM's do. On other devices and in
     float64 torch's own LSTM computes.
+
+    Neither lengths nor reset costs a synchronisation with the host; lengths that lie outside 0 to T count as the
+    nearest. Where torch's own LSTM computes, they go step by step in torch operators.
 
     Raises ValueError for shapes, types or a plan that do not fit together, RuntimeError for mixed devices, PlanError (a
     ValueError) where no schedule fits the device. T = 0 gives an empty y and the initial state.
@@ -58,19 +67,38 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, plan=None, keep_every=N
         raise TypeError(f"plan must be a triton_lstm.Plan, got {type(plan).__name__}")
     if keep_every is not None and keep_every < 1:
         raise ValueError(f"keep_every must be at least 1, got {keep_every}")
+    lengths, reset = _checked(lengths, (B,), "lengths", x.device), _checked(reset, (T, B), "reset", x.device)
     if not runs_kernels(x, x.dtype):
-        return _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0)
+        return _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset)
+    marks = None if lengths is None and reset is None else launch.marks(T, B, D, lengths, reset, x.device)
     if plan is not None:
         keep_every = plan.keep_every
     elif keep_every is None:
         keep_every = keep_every_for(B, H, D)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad
                                            for t in (x, weight_ih, weight_hh, bias, h0, c0))
-    y, h_n, c_n, _ = lstm_op(x, weight_ih, weight_hh, bias, h0, c0, plan.encode() if plan else "", keep_every, save)
+    y, h_n, c_n, _ = lstm_op(x, weight_ih, weight_hh, bias, h0, c0, marks, plan.encode() if plan else "", keep_every,
+                             save)
     return y, (h_n, c_n)
 
 
-def _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0):
+def _checked(mask, shape, name, device):
+    """``lengths`` or ``reset`` on the device, if they have their shape and type."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"{name} must have the shape {shape}, got {tuple(mask.shape)}")
+    if name == "reset" and mask.dtype != torch.bool or mask.is_floating_point() or mask.is_complex():
+        raise ValueError(f"{name} must be {'bool' if name == 'reset' else 'integers'}, got {mask.dtype}")
+    return mask.to(device, non_blocking=True)
+
+
+def _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset):
+    if lengths is not None or reset is not None:
+        y, h_n, c_n = lstm_reference(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset)
+        return y, (h_n, c_n)
     if x.shape[0] == 0:
         return x.new_empty(0, x.shape[1], weight_hh.shape[0] * weight_hh.shape[2]), (h0.clone(), c0.clone())
     weights = []

@@ -25,7 +25,7 @@ class LSTM(torch.nn.RNNBase):
 
     On CUDA tensors in float16, bfloat16 or float32 (and on CPU tensors under ``TRITON_INTERPRET=1``) each layer is one
     call of ``triton_lstm.lstm``. Everything else is computed by torch's own LSTM: silently on other devices, with one
-    warning for what the kernels do not cover (packed input, ``proj_size``, float64, R larger than the chip).
+    warning for what the kernels do not cover (``proj_size``, float64, R larger than the chip).
     Wrong input raises what nn.LSTM raises.
 
     It is an ``nn.RNNBase`` but not an ``nn.LSTM``: torch.compile refuses full graphs with instances of that one.
@@ -44,36 +44,66 @@ class LSTM(torch.nn.RNNBase):
     permute_hidden = _TorchLSTM.permute_hidden
     step = step
 
-    def forward(self, input, hx=None):
-        """As ``torch.nn.LSTM.forward``: input (T, B, I), (B, T, I) with ``batch_first``, or (T, I); hx (h_0, c_0)."""
-        if not self._natively(input, hx):
+    def forward(self, input, hx=None, *, lengths=None, reset=None):
+        """As ``torch.nn.LSTM.forward``: input (T, B, I), (B, T, I) with ``batch_first``, or (T, I); hx (h_0, c_0).
+
+        lengths (B,) and reset (T, B), with ``batch_first`` (B, T), or (T,) for (T, I): as in ``triton_lstm.lstm``, for
+        every layer. ValueError with a packed sequence or ``proj_size``.
+        """
+        masked = lengths is not None or reset is not None
+        if masked and (isinstance(input, PackedSequence) or self.proj_size):
+            raise ValueError(f"lengths and reset are for padded input without projection, got {type(input).__name__} "
+                             f"and proj_size={self.proj_size}")
+        if not self._natively(input, hx) and not masked:
             return _TorchLSTM.forward(self, input, hx)
+        if isinstance(input, PackedSequence):
+            return self._packed(input, hx)
         batch_dim = 0 if self.batch_first else 1
         x = input.unsqueeze(batch_dim) if input.dim() == 2 else input
+        if hx is not None and input.dim() == 2:
+            hx = [s.unsqueeze(1) for s in hx]
+        if reset is not None and input.dim() == 2:
+            reset = reset.unsqueeze(batch_dim)
         if self.batch_first:
             x = x.transpose(0, 1)
-        B = x.shape[1]
+            reset = None if reset is None else reset.t()
+        y, (h_n, c_n) = self._layers(x, hx, lengths, reset)
+        if self.batch_first:
+            y = y.transpose(0, 1)
+        if input.dim() == 2:
+            y, h_n, c_n = y.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
+        return y, (h_n, c_n)
+
+    def _packed(self, input, hx):
+        """The rows of a packed sequence side by side, each with its length."""
+        data, sizes, order, original_order = input
+        T, B = len(sizes), int(sizes[0])
+        live = torch.arange(B) < sizes[:, None].cpu()
+        places, lengths = (t.to(data.device, non_blocking=True) for t in (live.flatten().nonzero()[:, 0], live.sum(0)))
+        x = data.new_zeros(T * B, self.input_size).index_copy(0, places, data).view(T, B, -1)
+        y, state = self._layers(x, None if hx is None else self.permute_hidden(hx, order), lengths, None)
+        y = y.reshape(T * B, -1).index_select(0, places)
+        return PackedSequence(y, sizes, order, original_order), self.permute_hidden(state, original_order)
+
+    def _layers(self, x, hx, lengths, reset):
+        """All layers over x (T, B, I); hx (layers D, B, H) each or None."""
         D = 2 if self.bidirectional else 1
-        dtype = self._compute_dtype(input)
+        dtype = self._compute_dtype(x)
         if hx is None:
-            h0 = c0 = x.new_zeros(self.num_layers * D, B, self.hidden_size, dtype=dtype)
+            h0 = c0 = x.new_zeros(self.num_layers * D, x.shape[1], self.hidden_size, dtype=dtype)
         else:
-            h0, c0 = (s.unsqueeze(1) if input.dim() == 2 else s for s in hx)
-        x, h0, c0 = x.to(dtype), h0.to(dtype), c0.to(dtype)
+            h0, c0 = (s.to(dtype) for s in hx)
+        x = x.to(dtype)
         h_n, c_n = [], []
         for layer in range(self.num_layers):
             if layer and self.dropout:
                 x = torch.nn.functional.dropout(x, self.dropout, self.training)
             w, r, b = self._weights(layer, dtype)
             state = slice(layer * D, (layer + 1) * D)
-            x, (h, c) = lstm(x, w, r, b, (h0[state], c0[state]), plan=self.plan)
+            x, (h, c) = lstm(x, w, r, b, (h0[state], c0[state]), lengths=lengths, reset=reset, plan=self.plan)
             h_n.append(h)
             c_n.append(c)
         h_n, c_n = (torch.cat(s) if len(s) > 1 else s[0] for s in (h_n, c_n))
-        if self.batch_first:
-            x = x.transpose(0, 1)
-        if input.dim() == 2:
-            x, h_n, c_n = x.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
         return x, (h_n, c_n)
 
     def _weights(self, layer, dtype):
@@ -92,37 +122,38 @@ class LSTM(torch.nn.RNNBase):
 
     def _natively(self, input, hx):
         """Whether the kernels compute this call. What nn.LSTM would refuse is left to nn.LSTM to refuse."""
-        if isinstance(input, PackedSequence):
-            return self._no("packed sequences", input.data)
-        if not isinstance(input, torch.Tensor) or input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
+        packed = isinstance(input, PackedSequence)
+        x = input.data if packed else input
+        if not isinstance(x, torch.Tensor) or x.dim() not in ((2,) if packed else (2, 3)) or (
+                x.shape[-1] != self.input_size):
             return False
         weight = self.weight_hh_l0
-        if weight.device != input.device or not runs_kernels(input, torch.float32):
+        if weight.device != x.device or not runs_kernels(x, torch.float32):
             return False
-        dtype = self._compute_dtype(input)
-        if dtype == input.dtype and weight.dtype != input.dtype:
+        dtype = self._compute_dtype(x)
+        if dtype == x.dtype and weight.dtype != x.dtype:
             return False
         if dtype not in DTYPES:
-            return self._no(f"{dtype}", input)
+            return self._no(f"{dtype}", x)
         if self.proj_size:
-            return self._no("proj_size", input)
-        T, B = input.shape[:2] if input.dim() == 3 else (input.shape[0], 1)
-        if self.batch_first and input.dim() == 3:
-            T, B = B, T
+            return self._no("proj_size", x)
+        unbatched = not packed and x.dim() == 2
+        T, B = (len(input.batch_sizes), int(input.batch_sizes[0])) if packed else (x.shape[0], 1) if unbatched else (
+            x.shape[:2][::-1] if self.batch_first else x.shape[:2])
         if T == 0:
             return False
         if hx is not None:
             layers = self.num_layers * (2 if self.bidirectional else 1)
-            shape = (layers, B, self.hidden_size) if input.dim() == 3 else (layers, self.hidden_size)
+            shape = (layers, self.hidden_size) if unbatched else (layers, B, self.hidden_size)
             if not isinstance(hx, (tuple, list)) or len(hx) != 2 or any(
-                    not isinstance(s, torch.Tensor) or tuple(s.shape) != shape or s.device != input.device
-                    or s.dtype != input.dtype and dtype == input.dtype for s in hx):
+                    not isinstance(s, torch.Tensor) or tuple(s.shape) != shape or s.device != x.device
+                    or s.dtype != x.dtype and dtype == x.dtype for s in hx):
                 return False
         if self.plan is None and not torch.compiler.is_compiling():
             try:
-                automatic_plan(B, self.hidden_size, dtype, 2 if self.bidirectional else 1, input.device)
+                automatic_plan(B, self.hidden_size, dtype, 2 if self.bidirectional else 1, x.device)
             except PlanError as error:
-                return self._no(f"{error}", input)
+                return self._no(f"{error}", x)
         return True
 
     @staticmethod

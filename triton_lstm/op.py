@@ -52,14 +52,14 @@ def plan_for(x, r, text, keep_every):
 
 @torch.library.custom_op("triton_lstm::lstm", mutates_args=())
 def lstm_op(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor,
-            c0: torch.Tensor, plan: str, keep_every: int, save: bool
+            c0: torch.Tensor, marks: torch.Tensor | None, plan: str, keep_every: int, save: bool
             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.autocast(x.device.type, enabled=False):      # the types are chosen already
-        return launch.forward(x, w, r, b, h0, c0, plan_for(x, r, plan, keep_every), save)
+        return launch.forward(x, w, r, b, h0, c0, marks, plan_for(x, r, plan, keep_every), save)
 
 
 @lstm_op.register_fake
-def _(x, w, r, b, h0, c0, plan, keep_every, save):
+def _(x, w, r, b, h0, c0, marks, plan, keep_every, save):
     T, B, _ = x.shape
     D, _, H = r.shape
     kept = torch.sym_max(T - 1, 0) // keep_every if save else 0
@@ -70,16 +70,17 @@ def _(x, w, r, b, h0, c0, plan, keep_every, save):
 @torch.library.custom_op("triton_lstm::lstm_backward", mutates_args=())
 def lstm_backward_op(dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: torch.Tensor | None, x: torch.Tensor,
                      w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor,
-                     y: torch.Tensor, kept: torch.Tensor, plan: str, keep_every: int, needs: list[bool]
+                     marks: torch.Tensor | None, y: torch.Tensor, kept: torch.Tensor, plan: str, keep_every: int,
+                     needs: list[bool]
                      ) -> list[torch.Tensor]:
     plan = plan_for(x, r, plan, keep_every)
     with torch.autocast(x.device.type, enabled=False):
-        gradients = launch.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, y, kept, plan, needs)
+        gradients = launch.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs)
     return [x.new_empty(0) if g is None else g for g in gradients]
 
 
 @lstm_backward_op.register_fake
-def _(dy, dh_n, dc_n, x, w, r, b, h0, c0, y, kept, plan, keep_every, needs):
+def _(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, keep_every, needs):
     shapes = [x.shape, w.shape, r.shape, w.shape[:2], h0.shape, c0.shape]
     return [x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs)]
 
@@ -94,9 +95,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, dh_n, dc_n, _):
     needs = list(ctx.needs_input_grad[:6])
     if dy is None and dh_n is None and dc_n is None:
-        return (None,) * 9
+        return (None,) * 10
     gradients = lstm_backward_op(dy, dh_n, dc_n, *ctx.saved_tensors, ctx.plan, ctx.keep_every, needs)
-    return (*(g if need else None for g, need in zip(gradients, needs)), None, None, None)
+    return (*(g if need else None for g, need in zip(gradients, needs)), None, None, None, None)
 
 
 lstm_op.register_autograd(_backward, setup_context=_setup_context)

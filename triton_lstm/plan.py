@@ -6,18 +6,25 @@ cycles are bounds read from that machine code, not measurements.
 """
 import dataclasses
 import functools
+import importlib.metadata
 import json
 
 import torch
 
-SCHEDULES = ("resident", "grid", "streamed")
+SCHEDULES = ("resident", "cluster", "grid", "streamed")
 PRECISIONS = ("native", "tf32", "tf32x3")
 BLOCK_B = 16                            # batch rows of a tile: the height of one mma.sync
 NUM_WARPS = 8                           # of every program of the grid and streamed schedules
 HELD_BYTES = 128 * 4 * 32 * NUM_WARPS   # of R in registers at most: 128 of a thread's 255, the rest is the step's
 BLOCK_BYTES = 1 << 14                   # of R that a streamed plan reads at a time
+GLUON_BYTES = 128                       # along a row of R, of one product of the Gluon kernels
 BACKWARD_ELEMENTS = 1 << 21             # units x rows x steps that backward recomputes at a time, if it can choose
 FORWARD_BYTES = 1 << 28                 # of pre-activations that forward holds at a time, if it can choose
+# Cycles of a step, read from machine code, not measured: what a group waits for once, and what it waits for again at
+# each of its tiles; then the multiply-adds a cycle, elementwise cycles a unit, and bytes a cycle from L2.
+L2_EXCHANGE, TILE_LATENCIES = 2000, 2000
+CLUSTER_STEP = 1000                     # the same in a cluster, all in all
+MULTIPLY_ADDS, UNIT_CYCLES, L2_BYTES = 1280, 8, 32
 
 
 class PlanError(ValueError):
@@ -26,29 +33,43 @@ class PlanError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a plan must fit: multiprocessors, and shared memory of one program in bytes."""
+    """What a plan must fit: multiprocessors, shared memory of one program in bytes, and how many programs a cluster may
+    have at most, 0 where the Gluon kernels do not run."""
     multiprocessors: int
     shared_memory: int
+    cluster: int = 0
 
     @staticmethod
     def of(device):
         """The limits of a CUDA device."""
         p = torch.cuda.get_device_properties(device)
-        return Limits(p.multi_processor_count, p.shared_memory_per_block_optin)
+        return Limits(p.multi_processor_count, p.shared_memory_per_block_optin,
+                      _cluster((p.major, p.minor), p.multi_processor_count))
 
 
-H200 = H100 = Limits(132, 232448)
-A100 = Limits(108, 166912)
-RTX_4090 = Limits(128, 101376)
+def _cluster(capability, multiprocessors):
+    """Tests run what the Gluon kernels compile to for three architectures. Clusters need the last and Triton 3.9, and
+    lie within one GPC, of which only the full chips have several with 16 multiprocessors."""
+    if capability not in ((8, 0), (8, 9), (9, 0)):
+        return 0
+    if capability < (9, 0) or tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 9):
+        return 1
+    return 16 if multiprocessors >= 132 else 8
+
+
+H200 = H100 = Limits(132, 232448, _cluster((9, 0), 132))
+A100 = Limits(108, 166912, _cluster((8, 0), 108))
+RTX_4090 = Limits(128, 101376, _cluster((8, 9), 128))
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """How one layer runs over all its timesteps; ``str(plan)`` is the explanation for people.
 
-    schedule     "resident": every program holds all of R for its batch rows; "grid": ``programs`` of them share R by
-                 hidden units and meet in L2 once a step; "streamed": grid, but part of R is read from L2 every step,
-                 and the rest stays in shared memory or registers
+    schedule     "resident": every program holds all of R for its batch rows; "cluster": the ``programs`` of one
+                 thread-block cluster share R by hidden units and exchange h through their shared memory; "grid": any
+                 programs share R so and meet in L2 once a step; "streamed": grid, but part of R is read from L2 every
+                 step, and the rest stays in shared memory or registers
     hidden_size, directions, batch
     precision    "native" (16-bit types), "tf32", or "tf32x3" (fp32 in three TF32 products)
     programs     that share one R
@@ -60,6 +81,7 @@ class Plan:
                  which reach hidden_size unless the plan is streamed
     block_k      feeding units whose part of R is streamed at a time
     keep_every   c is kept every so many steps for backward, which recomputes that many steps at a time
+    gluon        whether the Gluon kernels run it: always in a cluster, never in grid and streamed plans
     """
     schedule: str
     hidden_size: int
@@ -74,6 +96,7 @@ class Plan:
     chunks: tuple
     block_k: int
     keep_every: int
+    gluon: bool = False
 
     @property
     def held(self):
@@ -88,9 +111,37 @@ class Plan:
     @property
     def held_bytes(self):
         """Bytes of R that one program holds on chip, padding included: in registers, but those of a streamed plan in
-        shared memory or registers, as the compiler likes."""
+        shared memory or registers, as the compiler likes. The Gluon backward kernel's, which pads both sides alike."""
+        if self.gluon:
+            return 4 * self.block_h * self._units * _element(self.precision)
         rows = self.held if self.schedule == "resident" else self.block_h
         return 4 * rows * self.held * _element(self.precision)
+
+    @property
+    def _units(self):
+        """Hidden units of all programs, padding included."""
+        return self.programs * self.block_h
+
+    @property
+    def forward_warps(self):
+        """Warps of a program of the Gluon forward kernel: twice as many where a thread would have four units or more,
+        for their special functions to overlap with products. Backward has no special functions."""
+        doubled = self.num_warps == NUM_WARPS and self.block_h >= 16 * NUM_WARPS
+        return 2 * self.num_warps if doubled else self.num_warps
+
+    @property
+    def register_bytes(self):
+        """Bytes of R that one Gluon program holds in registers; the rest is in shared memory."""
+        return min(self.held_bytes, HELD_BYTES)
+
+    @property
+    def shared_bytes(self):
+        """Bytes of shared memory of a Gluon program: R beyond the registers, tiles of a step, and two mbarriers."""
+        element, row = _element(self.precision), BLOCK_B * self._units
+        forward, backward = row * element, BLOCK_B * 4 * self.block_h * element
+        if self.programs > 1:
+            forward, backward = 2 * forward + 16, backward + 2 * row * 4 + 16
+        return self.held_bytes - self.register_bytes + max(forward, backward)
 
     @property
     def streamed_bytes(self):
@@ -115,7 +166,7 @@ class Plan:
         """
         chunk = min(T, self.keep_every) * self.batch
         work = chunk * (self.directions * self.hidden_size * (4 * element + 6 * 4) + input_size * element)
-        if self.schedule != "resident":
+        if self.schedule in ("grid", "streamed"):
             rows = self.directions * self.groups * self.tiles * BLOCK_B
             work += 2 * 4 * rows * self.programs ** 2 * self.block_h + 4 * 32 * self.directions * self.groups
         weights = 4 * self.hidden_size * (input_size + self.hidden_size + 1)
@@ -142,6 +193,16 @@ class Plan:
             raise PlanError(f"{self.schedule} with {self.held} of {self.hidden_size} units' R on chip")
         if self.schedule == "streamed" and (self.block_k < 16 or self.block_k & (self.block_k - 1)):
             raise PlanError(f"block_k must be a power of two from 16 up, got {self.block_k}")
+        if self.gluon != (self.schedule == "cluster") and not (self.gluon and self.schedule == "resident"):
+            raise PlanError(f"gluon={self.gluon} with {self.schedule}")
+        if self.gluon and (self.programs & (self.programs - 1) or self.block_h & (self.block_h - 1)
+                           or self.block_h < max(16, 4 * self.num_warps)):
+            raise PlanError(f"Gluon programs and their units must be powers of two, from 16 and four a warp up, got "
+                            f"{self.programs} of {self.block_h} units and {self.num_warps} warps")
+        if self.gluon and self.precision == "tf32x3":
+            raise PlanError("the Gluon kernels have no exact fp32")
+        if self.schedule == "cluster" and not 2 <= self.programs <= 16:
+            raise PlanError(f"a cluster has 2 to 16 programs, got {self.programs}")
         if self.schedule == "resident":
             if self.programs != 1:
                 raise PlanError(f"a resident plan has one program, got {self.programs}")
@@ -151,14 +212,22 @@ class Plan:
             raise PlanError(f"{self.groups} groups of {self.tiles} tiles hold fewer than {self.batch} batch rows")
         if limits is None:
             return
-        if self.schedule != "resident" and self.launched > limits.multiprocessors:
+        if self.gluon:
+            if limits.cluster == 0:
+                raise PlanError("the Gluon kernels need compute capability 8.0, 8.9 or 9.0")
+            if self.programs > limits.cluster:
+                raise PlanError(f"a cluster of {self.programs} programs, where at most {limits.cluster} run")
+        elif self.schedule != "resident" and self.launched > limits.multiprocessors:
             raise PlanError(f"{self.launched} programs wait for each other but only {limits.multiprocessors} "
                             f"multiprocessors can run them at the same time")
         room = HELD_BYTES * self.num_warps // NUM_WARPS
-        if self.held_bytes > room:
+        if self.schedule != "cluster" and self.held_bytes > room:
             raise PlanError(f"{self.held_bytes} bytes of R for a program's registers, which hold {room} beside a "
                             f"step's own")
-        if self.held_bytes > limits.shared_memory:
+        if self.gluon and self.shared_bytes > limits.shared_memory:
+            raise PlanError(f"{self.shared_bytes} bytes for R and a step's tiles in shared memory, which has "
+                            f"{limits.shared_memory}")
+        if not self.gluon and self.held_bytes > limits.shared_memory:
             raise PlanError(f"{self.held_bytes} bytes of R pass through shared memory once, which has "
                             f"{limits.shared_memory}")
 
@@ -175,11 +244,15 @@ class Plan:
     def __str__(self):
         kib = lambda n: f"{n / 1024:.0f} KiB"
         where = f"{kib(self.held_bytes)} of R in the registers of each program"
+        if self.schedule == "cluster" and self.held_bytes > HELD_BYTES:
+            where = f"{kib(self.held_bytes)} of R in the registers and shared memory of each program"
         if self.streamed_bytes:
             where = (f"{kib(self.held_bytes)} of R on the chip in each program, {kib(self.streamed_bytes)} read from "
                      f"L2 every step")
         if self.schedule == "resident":
             how = "h stays in the program"
+        elif self.schedule == "cluster":
+            how = f"clusters of {self.programs} programs share R and exchange h through shared memory"
         else:
             how = f"{self.programs} programs share R and exchange h through L2"
         return (f"{self.schedule}: H={self.hidden_size} B={self.batch} x {self.directions} direction(s), "
@@ -219,7 +292,31 @@ def precision_for(dtype, tf32):
     raise PlanError(f"no kernel computes in {dtype}")
 
 
+def _gluon(ctas, batch_tiles, common, limits):
+    """The plan of the Gluon kernels in clusters of ``ctas``, or of one CTA."""
+    element = _element(common["precision"])
+    block_h = max(1 << (-(-common["hidden_size"] // ctas) - 1).bit_length(), 16)
+    # a thread has all four gates of a unit; alone, two units, or dh would need a detour to its owner
+    num_warps = min(NUM_WARPS, block_h // 4 if ctas > 1 else block_h // 8)
+    plan = Plan("cluster" if ctas > 1 else "resident", programs=ctas, groups=batch_tiles, tiles=1, block_h=block_h,
+                num_warps=num_warps, chunks=_chunks(common["hidden_size"], GLUON_BYTES // element), block_k=0,
+                gluon=True, **common)
+    plan.check(limits)
+    return plan
+
+
+def _cycles(plan, limits):
+    """Cycles that a step of all batch rows takes. Clusters wait for nobody else: more of them run in waves."""
+    tile = BLOCK_B * 4 * plan.block_h * plan.hidden_size / MULTIPLY_ADDS + UNIT_CYCLES * plan.block_h
+    if plan.schedule == "cluster":
+        side_by_side = limits.multiprocessors // plan.programs
+        return -(-plan.groups * plan.directions // side_by_side) * (CLUSTER_STEP + tile)
+    return L2_EXCHANGE + plan.tiles * (TILE_LATENCIES + tile + plan.streamed_bytes / L2_BYTES)
+
+
 def _resident(hidden_size, precision, batch_tiles, common, limits):
+    if limits is not None and limits.cluster and precision != "tf32x3":
+        return _gluon(1, batch_tiles, common, limits)
     chunks = _chunks(hidden_size, 128)
     units = sum(width for _, width in chunks)
     plan = Plan("resident", programs=1, groups=batch_tiles, tiles=1, block_h=hidden_size, chunks=chunks, block_k=0,
@@ -262,7 +359,17 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
             return _resident(hidden_size, precision, all_tiles, common, limits)
         except PlanError as error:
             reasons.append(f"resident: {error}")
-    best = None
+    plans = []
+    for ctas in (2, 4, 8, 16) if schedule in (None, "cluster") else ():
+        if limits is None or limits.multiprocessors < ctas:
+            reasons.append(f"cluster: no device for {ctas} programs")
+            continue
+        if hidden_size <= 16 * ctas and ctas > 2:       # fewer than 32 units a program make no step shorter
+            continue
+        try:
+            plans.append(_gluon(ctas, all_tiles, common, limits))
+        except PlanError as error:
+            reasons.append(f"cluster: {error}")
     for block_h in (16, 32, 64):
         chunks, block_k = _shared(hidden_size, precision, block_h,
                                   HELD_BYTES if limits is None else limits.shared_memory)
@@ -286,13 +393,7 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
         except PlanError as error:
             reasons.append(f"{name}: {error}")
             continue
-        # Cycles of a step: the exchange once; for every tile the latencies in a row, the tensor cores (1280
-        # multiply-adds a cycle), the elementwise part, and the stream of R at 32 bytes a cycle. From machine code, not
-        # measured.
-        cycles = 2000 + tiles * (2000 + BLOCK_B * 4 * block_h * hidden_size / 1280 + 8 * block_h
-                                 + plan.streamed_bytes / 32)
-        if best is None or cycles < best[0]:
-            best = cycles, plan
-    if best is None:
+        plans.append(plan)
+    if not plans:
         raise PlanError("; ".join(reasons))
-    return best[1]
+    return min(plans, key=lambda plan: _cycles(plan, limits))

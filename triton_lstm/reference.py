@@ -2,21 +2,31 @@
 import torch
 
 
-def lstm_reference(x, w, r, b, h0, c0, multiply=torch.matmul):
+def lstm_reference(x, w, r, b, h0, c0, lengths=None, reset=None, multiply=torch.matmul):
     """One layer: x (T, B, I), w (D, 4H, I), r (D, 4H, H), b (D, 4H) or None, h0 and c0 (D, B, H); gates i, f, g, o.
 
-    Returns y (T, B, D H), h_n, c_n (D, B, H). ``multiply`` takes the place of the matrix product. Hochreiter and
-    Schmidhuber 1997 with the forget gate of Gers et al. 2000, as torch.nn.LSTM computes it.
+    lengths (B,) and reset (T, B) as in ``lstm``. Returns y (T, B, D H), h_n, c_n (D, B, H). ``multiply`` takes the
+    place of the matrix product. Hochreiter and Schmidhuber 1997 with the forget gate of Gers et al. 2000, as
+    torch.nn.LSTM computes it.
     """
     outputs, h_n, c_n = [], [], []
     for d in range(r.shape[0]):
         h, c, steps = h0[d], c0[d], []
-        for x_t in (x.flip(0) if d else x):
+        for t in (reversed(range(len(x))) if d else range(len(x))):
+            x_t, live, earlier = x[t], None, (h, c)
+            if lengths is not None:
+                live = (t < lengths)[:, None]
+                x_t = torch.where(live, x_t, 0)
+            if reset is not None and t + d < len(x):
+                begins = reset[t + d] if lengths is None else reset[t + d] & (t + d < lengths)
+                h, c = (s.masked_fill(begins[:, None], 0) for s in (h, c))
             a = multiply(x_t, w[d].t()) + multiply(h, r[d].t()) + (0 if b is None else b[d])
             i, f, g, o = a.chunk(4, 1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
-            steps.append(h)
+            steps.append(h if live is None else torch.where(live, h, 0))
+            if live is not None:
+                h, c = (torch.where(live, s, before) for s, before in zip((h, c), earlier))
         steps = torch.stack(steps)
         outputs.append(steps.flip(0) if d else steps)
         h_n.append(h)

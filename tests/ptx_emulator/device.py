@@ -6,7 +6,7 @@ import numpy as np
 
 from .cluster import Cluster
 from .cta import CTA
-from .errors import Deadlock, EmulatorError
+from .errors import Deadlock, EmulatorError, OutOfBounds
 from .stats import Stats
 
 
@@ -22,6 +22,7 @@ class Device:
         self.rng = np.random.default_rng(seed)
         self.stats, self.progress = Stats(), 0
         self.async_ops = []  # asynchronous operations under way; each is a function that completes it
+        self.stores_under_way = 0  # those of them that are st.async
         self.globals = {}  # global variables of the PTX: name -> address
 
     def clusters(self):
@@ -66,6 +67,8 @@ class Device:
             if idle > self.patience * max(1, len(live)) and not self.async_ops:
                 raise Deadlock(f"no CTA makes progress; {len(todo)} not started; " +
                                " | ".join(x.standing() for x in live[:16]))
+        if self.stores_under_way:
+            raise OutOfBounds(f"{self.stores_under_way} st.async under way to CTAs that have exited")
         return self.stats
 
     def start(self, positions):

@@ -95,8 +95,10 @@ def build_st_async(prog, ins, parts, args, ty):
         stored, keys = values(cta), mbarriers.named(cta, mask, barrier(cta))
 
         def land():
+            cta.device.stores_under_way -= 1
             shared_memory.store(cta, mask, to, width, stored, any_thread=True)
             for key in keys:
                 mbarriers.find(cta, key).update(nbytes=-width * count)
+        cta.device.stores_under_way += 1
         cta.device.async_ops.append(land)
     return fn

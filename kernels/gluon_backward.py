@@ -1,0 +1,165 @@
+"""The backward time loop in Gluon: by one CTA, or by a cluster whose CTAs share R by hidden units."""
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .cell import FRESH, LIVE, round_tf32
+from .gluon_cell import chains, coalesced_layout, factor, load, shared_layout, shares_layout, unit_layout
+from .gluon_cluster import add_shares, allocate_mbarriers, send_shares
+
+
+@gluon.jit
+def load_inputs(dy, k, mark, inside, H: gl.constexpr, HAS_DY: gl.constexpr, MARKED: gl.constexpr):
+    """The six coefficients of some units, dy, and the marks of the rows; for an unused one of these something else."""
+    inputs = ()
+    for n in gl.static_range(6):
+        inputs += (load(k + n * H, inside),)
+    inputs += (load(dy, inside) if HAS_DY else inputs[0],)
+    inputs += (gl.load(mark) if MARKED else inputs[0],)
+    return inputs
+
+
+@gluon.jit
+def load_r(r_ptr, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr):
+    """The rows of R of WIDTH / 4 units of each CTA, gates innermost, (CTAs, WIDTH, columns)."""
+    CTAS: gl.constexpr = gl.num_ctas()
+    UNITS: gl.constexpr = CTAS * BLOCK_H
+    OWN: gl.constexpr = max(UNITS // (4 * gl.num_warps()), 2)
+    layout: gl.constexpr = coalesced_layout(gl.num_warps(), CTAS)
+    cta = gl.arange(0, CTAS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    k = start + gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    target = gl.arange(0, UNITS, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    unit = cta * BLOCK_H + k // 4
+    r = gl.load(r_ptr + (k % 4 * H + unit) * H + target, mask=(unit < H) & (target < H), other=0.)
+    return r.reshape(CTAS, WIDTH, UNITS // OWN, OWN // 2, 2).permute(0, 1, 3, 2, 4).reshape(CTAS, WIDTH, UNITS)
+
+
+@gluon.jit
+def by_units(share):
+    """The accumulator (CTAs, BLOCK_B, columns) in the order of units, as ``load_r`` has permuted them."""
+    CTAS: gl.constexpr = share.shape[0]
+    B: gl.constexpr = share.shape[1]
+    UNITS: gl.constexpr = share.shape[2]
+    OWN: gl.constexpr = max(UNITS // (4 * gl.num_warps()), 2)
+    return share.reshape(CTAS, B, OWN // 2, UNITS // OWN, 2).permute(0, 1, 3, 2, 4).reshape(CTAS, B, UNITS)
+
+
+@gluon.jit
+def stage(staged, i, f, g, o, PRECISION: gl.constexpr):
+    """The four da, (BLOCK_B, units) each, into shared memory as first factor (CTAs, BLOCK_B, 4 BLOCK_H)."""
+    if PRECISION != "native":
+        i, f, g, o = round_tf32(i, False), round_tf32(f, False), round_tf32(g, False), round_tf32(o, False)
+    CTAS: gl.constexpr = staged.shape[0]
+    B: gl.constexpr = staged.shape[1]
+    staged.store(gl.join(gl.join(i, g), gl.join(f, o)).reshape(B, CTAS, staged.shape[2]).permute(1, 0, 2))
+
+
+@gluon.jit(do_not_specialize=["T", "S", "B", "first", "stride_dyt", "stride_dyb"])
+def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, T, S, B, first,
+                   stride_dyt, stride_dyb, stride_dyh,
+                   H: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr,
+                   HELD: gl.constexpr, HAS_DY: gl.constexpr, DY_UNIT: gl.constexpr, MARKED: gl.constexpr,
+                   PRECISION: gl.constexpr):
+    """As ``backward_resident``, the CTAs of a cluster together: each has the rows of R of its own units.
+
+    R is cut into parts along K, of which those that fit HELD bytes are in registers, the rest in shared memory.
+    """
+    tile, d = gl.program_id(0), gl.program_id(1)
+    dtype: gl.constexpr = da_ptr.dtype.element_ty
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    CTAS: gl.constexpr = gl.num_ctas()
+    UNITS: gl.constexpr = BLOCK_H * CTAS
+    UNIT: gl.constexpr = unit_layout(BLOCK_B, BLOCK_H, gl.num_warps(), CTAS)
+    ACC: gl.constexpr = shares_layout(gl.num_warps(), CTAS)
+    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 32 // BITS)
+    R: gl.constexpr = gl.DotOperandLayout(1, ACC, 32 // BITS)
+    WIDTH: gl.constexpr = 1024 // BITS      # of a part, whose rows of 128 bytes fill the banks once
+    PARTS: gl.constexpr = 4 * BLOCK_H // WIDTH
+    IN_REGISTERS: gl.constexpr = HELD // (WIDTH * UNITS * BITS // 8)
+    CHAINS: gl.constexpr = chains(UNITS, gl.num_warps(), PARTS)
+    r_ptr += d * (4 * H * H)
+    row = tile * BLOCK_B + gl.arange(0, BLOCK_B, gl.SliceLayout(1, UNIT))[:, None]
+    unit = gl.arange(0, UNITS, gl.SliceLayout(0, UNIT))[None, :]
+    mask, inside = row < B, None
+    if UNITS > H:
+        inside = unit < H
+        mask = mask & inside
+    row = gl.minimum(row, B - 1)        # rows past the end repeat the last one, and nothing of them is stored
+    r = ()
+    for k in gl.static_range(PARTS):
+        part = load_r(r_ptr, k * WIDTH, WIDTH, H, BLOCK_H)
+        if k < IN_REGISTERS:
+            part = gl.convert_layout(part, R)
+        else:
+            part = gl.allocate_shared_memory(dtype, part.shape, shared_layout(BITS, WIDTH, [1, 2, 0], 0, CTAS), part)
+        r += (part,)
+    at_state = (d * B + row).to(gl.int64) * H + unit
+    dh = load(dh_ptr + at_state, inside)
+    dc = load(dc_ptr + at_state, inside)
+    dy_ptr += row.to(gl.int64) * stride_dyb * DY_UNIT + (d * H + unit) * stride_dyh
+    marks_ptr += d.to(gl.int64) * T * B + row
+    coef_ptr += row * (6 * H) + unit
+    da_ptr += row * (4 * H) + unit
+    staged = gl.allocate_shared_memory(dtype, [CTAS, BLOCK_B, 4 * BLOCK_H],
+                                       shared_layout(BITS, WIDTH, [2, 1, 0], 0, CTAS))
+    if CTAS > 1:
+        shares = gl.allocate_shared_memory(gl.float32, [2, CTAS, BLOCK_B, UNITS],
+                                           shared_layout(32, BLOCK_H, [2, 1, 0], 2, CTAS))
+        bars = allocate_mbarriers()
+    s = S - 1
+    time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
+    at = (d * S + gl.where(d == 0, s, S - 1 - s)).to(gl.int64) * B
+    inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H), marks_ptr + time * B, inside,
+                         H, HAS_DY, MARKED)
+    while s >= 0:
+        ko, kh, ki = inputs[0], inputs[1], inputs[2]
+        kf, kg, f = inputs[3], inputs[4], inputs[5]
+        dy, mark = inputs[6], inputs[7]
+        if HAS_DY:
+            if MARKED:
+                dy = gl.where((mark & LIVE) != 0, dy, 0.)
+            dh += dy.to(gl.float32)
+        dc += dh * kh
+        da_i, da_f, da_g, da_o = (dc * ki).to(dtype), (dc * kf).to(dtype), (dc * kg).to(dtype), (dh * ko).to(dtype)
+        dc *= f
+        stage(staged, da_i, da_f, da_g, da_o, PRECISION)
+        da = da_ptr + at * (4 * H)
+        gl.store(da, da_i, mask=mask)
+        gl.store(da + H, da_f, mask=mask)
+        gl.store(da + 2 * H, da_g, mask=mask)
+        gl.store(da + 3 * H, da_o, mask=mask)
+        # The next inputs arrive during the products; in a cluster, which has few registers left, during the exchange.
+        s -= 1
+        ahead = gl.maximum(s, 0)
+        time = gl.where(d == 0, first + ahead, T - 1 - first - ahead).to(gl.int64)
+        at = (d * S + gl.where(d == 0, ahead, S - 1 - ahead)).to(gl.int64) * B
+        if CTAS == 1:
+            inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H), marks_ptr + time * B,
+                                 inside, H, HAS_DY, MARKED)
+        sums = ()
+        for n in gl.static_range(CHAINS):
+            total = gl.full((CTAS, BLOCK_B, UNITS), 0., gl.float32, ACC)
+            for k in gl.static_range(n, PARTS, CHAINS):
+                total = mma_v2(staged.slice(k * WIDTH, WIDTH, 2).load(A), factor(r[k], R), total,
+                               input_precision="tf32")
+            sums += (total,)
+        share = sums[0]
+        for n in gl.static_range(1, CHAINS):
+            share += sums[n]
+        share = by_units(share)
+        dh_before = dh
+        if CTAS == 1:
+            dh = gl.convert_layout(share.reshape(BLOCK_B, UNITS), UNIT)
+        else:
+            n = S - 2 - s
+            send_shares(share, shares.index(n % 2), bars.index(n % 2), BLOCK_H)
+            inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H), marks_ptr + time * B,
+                                 inside, H, HAS_DY, MARKED)
+            mbarrier.wait(bars.index(n % 2), n // 2 % 2)
+            dh = add_shares(shares.index(n % 2), BLOCK_H)
+        if MARKED:      # dh passes a step that is not live, and ends before a fresh one
+            dh = gl.where((mark & LIVE) != 0, dh, dh_before)
+            dh = gl.where((mark & FRESH) == 0, dh, 0.)
+    gl.store(dh_ptr + at_state, dh, mask=mask)
+    gl.store(dc_ptr + at_state, dc, mask=mask)

@@ -1,0 +1,148 @@
+"""The forward time loop in Gluon: by one CTA, or by a cluster whose CTAs share R by hidden units."""
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .cell import FRESH, LIVE, round_tf32
+from .gluon_cell import cell, chains, factor, gates_layout, join_gates, load, shared_layout, split_gates, unit_layout
+from .gluon_cluster import allocate_mbarriers, send_to_all
+
+
+@gluon.jit
+def load_gates(x, inside, H: gl.constexpr):
+    """The four gates' pre-activations x W^T + b, (rows, units) each."""
+    return load(x, inside), load(x + H, inside), load(x + 2 * H, inside), load(x + 3 * H, inside)
+
+
+@gluon.jit
+def load_r(r_ptr, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr, layout: gl.constexpr):
+    """R from WIDTH units on to all columns of the cluster, (WIDTH, columns)."""
+    THREADS: gl.constexpr = 4 * gl.num_warps()
+    OWN: gl.constexpr = BLOCK_H // THREADS
+    n = gl.arange(0, 4 * gl.num_ctas() * BLOCK_H, gl.SliceLayout(0, layout))[None, :]
+    k = start + gl.arange(0, WIDTH, gl.SliceLayout(1, layout))[:, None]
+    gate = n // (2 * BLOCK_H) % 2 * 2 + n % 2
+    unit = n // (4 * BLOCK_H) * BLOCK_H + n // 2 % THREADS * OWN + n // (2 * THREADS) % OWN
+    return gl.load(r_ptr + (gate * H + unit) * H + k, mask=(unit < H) & (k < H), other=0.)
+
+
+@gluon.jit
+def first_factor(h, dtype: gl.constexpr, PRECISION: gl.constexpr):
+    """h as the next product reads it: rounded once, and not by each warp that does."""
+    h = h.to(dtype)
+    if PRECISION == "native":
+        return h
+    else:
+        return round_tf32(h, False)
+
+
+@gluon.jit(do_not_specialize=["T", "S", "B", "first", "keep_every"])
+def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, S, B, first, keep_every,
+                  H: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr,
+                  HELD: gl.constexpr, MARKED: gl.constexpr, PRECISION: gl.constexpr):
+    """As ``forward_resident``, the CTAs of a cluster together.
+
+    R is cut into parts along K, of which those that fit HELD bytes are in registers, the rest in shared memory.
+    """
+    tile, d = gl.program_id(0), gl.program_id(1)
+    dtype: gl.constexpr = y_ptr.dtype.element_ty
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    CTAS: gl.constexpr = gl.num_ctas()
+    UNITS: gl.constexpr = BLOCK_H * CTAS
+    UNIT: gl.constexpr = unit_layout(BLOCK_B, BLOCK_H, gl.num_warps(), CTAS)
+    ACC: gl.constexpr = gates_layout(gl.num_warps(), CTAS)
+    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 32 // BITS)
+    R: gl.constexpr = gl.DotOperandLayout(1, ACC, 32 // BITS)
+    WIDTH: gl.constexpr = min(1024 // BITS, UNITS)      # of a part, whose rows of 128 bytes fill the banks once
+    PARTS: gl.constexpr = (H + WIDTH - 1) // WIDTH
+    IN_REGISTERS: gl.constexpr = HELD // (WIDTH * BLOCK_H * BITS // 2)
+    CHAINS: gl.constexpr = chains(4 * BLOCK_H, gl.num_warps(), PARTS)
+    r_ptr += d * (4 * H * H)
+    x_ptr += d.to(gl.int64) * S * B * (4 * H)
+    row = tile * BLOCK_B + gl.arange(0, BLOCK_B, gl.SliceLayout(1, UNIT))[:, None]
+    unit = gl.arange(0, UNITS, gl.SliceLayout(0, UNIT))[None, :]
+    mask, inside = row < B, None
+    if UNITS > H:
+        inside = unit < H
+        mask = mask & inside
+    row = gl.minimum(row, B - 1)        # rows past the end repeat the last one, and nothing of them is stored
+    r = ()
+    for k in gl.static_range(PARTS):
+        part = load_r(r_ptr, k * WIDTH, WIDTH, H, BLOCK_H, R)
+        if k >= IN_REGISTERS:
+            part = gl.allocate_shared_memory(dtype, part.shape, shared_layout(BITS, WIDTH, [0, 1], 1, CTAS), part)
+        r += (part,)
+    at_x = row * (4 * H) + unit
+    at_c = (d * B + row).to(gl.int64) * H + unit
+    at_y = row * (DIRECTIONS * H) + d * H + unit
+    c = load(c_ptr + at_c, inside)
+    h = load(h_ptr + at_y, inside)
+    mark = row
+    if MARKED:
+        marks_ptr += d.to(gl.int64) * T * B
+        mark = gl.load(marks_ptr + gl.where(d == 0, first, T - 1 - first).to(gl.int64) * B + row)
+        goes_on = (mark & FRESH) == 0
+        c, h = gl.where(goes_on, c, 0.), gl.where(goes_on, h, 0.)
+    h = first_factor(h, dtype, PRECISION)
+    x = load_gates(x_ptr + gl.where(d == 0, 0, S - 1).to(gl.int64) * B * (4 * H) + at_x, inside, H)
+    ROWS: gl.constexpr = shared_layout(BITS, WIDTH, [1, 0], None, CTAS)
+    if CTAS == 1:
+        rows = gl.allocate_shared_memory(dtype, [BLOCK_B, UNITS], ROWS)
+        rows.store(h)
+    else:
+        received = gl.allocate_shared_memory(dtype, [2, CTAS, BLOCK_B, UNITS],
+                                             shared_layout(BITS, WIDTH, [2, 1, 0], 0, CTAS))
+        bars = allocate_mbarriers()
+        send_to_all(h, received.index(0), bars.index(0), BLOCK_H)
+    until_kept = gl.where(first == 0, keep_every, (keep_every - first % keep_every) % keep_every)
+    at_kept = gl.where(first == 0, 0, (first - 1) // keep_every)
+    s = 0
+    while s < S:
+        if CTAS > 1:
+            mbarrier.wait(bars.index(s % 2), s // 2 % 2)
+            rows = received.index(s % 2).reinterpret(dtype, [BLOCK_B, UNITS], ROWS)
+        a = join_gates(x[0].to(gl.float32), x[1].to(gl.float32), x[2].to(gl.float32), x[3].to(gl.float32), BLOCK_H)
+        # the next x, to arrive during the products
+        ahead = gl.minimum(s + 1, S - 1)
+        x = load_gates(x_ptr + gl.where(d == 0, ahead, S - 1 - ahead).to(gl.int64) * B * (4 * H) + at_x, inside, H)
+        time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
+        next_mark = mark
+        if MARKED:
+            next_mark = gl.load(marks_ptr + (time + gl.where(s == S - 1, 0, gl.where(d == 0, 1, -1))) * B + row)
+        sums = ()
+        for n in gl.static_range(CHAINS):
+            total = a if n == 0 else gl.full((BLOCK_B, 4 * UNITS), 0., gl.float32, ACC)
+            for k in gl.static_range(n, PARTS, CHAINS):
+                total = mma_v2(rows.slice(k * WIDTH, WIDTH, 1).load(A), factor(r[k], R), total, input_precision="tf32")
+            sums += (total,)
+        a = sums[0]
+        for n in gl.static_range(1, CHAINS):
+            a += sums[n]
+        if until_kept == 0:
+            gl.store(kept_ptr + ((at_kept * DIRECTIONS + d).to(gl.int64) * B + row) * H + unit, c, mask=mask)
+            until_kept = keep_every
+            at_kept += 1
+        until_kept -= 1
+        i, f, g, o = split_gates(a, BLOCK_H)
+        y, new_c = cell(i, f, g, o, c, dtype)
+        h = y
+        if MARKED:
+            live = (mark & LIVE) != 0
+            goes_on = ((next_mark & FRESH) == 0) | (s == S - 1)
+            # a row that has yet to begin still waits with its first h; one that has ended needs none
+            h = gl.load(h_ptr + at_y, mask=mask & ((mark & LIVE) == 0), other=0.).to(gl.float32)
+            h = gl.where(goes_on, gl.where(live, y, h), 0.)
+            new_c = gl.where(goes_on, gl.where(live, new_c, c), 0.)
+            y = gl.where(live, y, 0.)
+        c, mark = new_c, next_mark
+        h = first_factor(h, dtype, PRECISION)
+        s += 1
+        if CTAS == 1:
+            rows.store(h)
+        else:
+            send_to_all(h, received.index(s % 2), bars.index(s % 2), BLOCK_H)
+        gl.store(y_ptr + time * B * (DIRECTIONS * H) + at_y, y.to(dtype), mask=mask)
+    if CTAS > 1:        # nobody exits while others store into its shared memory
+        mbarrier.wait(bars.index(S % 2), S // 2 % 2)
+    gl.store(c_ptr + at_c, c, mask=mask)

@@ -20,7 +20,8 @@ def explain(H, x, limits=CHIP, **options):
 
 
 def test_grid():
-    """Every number by hand: R is 4 x 512 x 512 x 2 bytes, c before steps 64, 128, 192, 256 in fp32."""
+    """Every number by hand: R is 4 x 512 x 512 x 2 bytes, c before steps 64, 128, 192, 256 in fp32; cycles of a step
+    2000 + 2000 + 16 x 4 x 512 x 16 / 1280 + 8 x 16, and with 64 units a program and 160 KiB / 32 to read."""
     plan = triton_lstm.make_plan(64, 512, torch.bfloat16, limits=CHIP)
     assert (plan.schedule, plan.keep_every) == ("grid", 64)
     assert explain(512, meta(300, 64, 64), num_layers=2).splitlines() == [
@@ -32,8 +33,9 @@ def test_grid():
         "  launches of the time loop a layer: 1 forward, 5 backward",
         "  saved for backward a layer: 512 KiB; storing i, f, g, o and c of every step takes 93.75 MiB at least",
         "  not resident: 2097152 bytes of R for a program's registers, which hold 131072 beside a step's own",
-        "  not streamed: possible, with 8 program(s) for an R, 1 tile(s) of rows each and 160 KiB of R read from L2 by "
-        "a program at every step"]
+        "  not cluster: the Gluon kernels need compute capability 8.0, 8.9 or 9.0",
+        "  not streamed: possible, with 8 programs for an R, 1 tile(s) of rows each and 160 KiB of R read from L2 by a "
+        "program at every step: 11270 cycles by the cost model, 4538 as planned"]
 
 
 @pytest.mark.parametrize("H, schedule", [(128, "resident"), (512, "grid"), (2048, "streamed")])
@@ -45,6 +47,7 @@ def test_each_schedule(H, schedule):
     for other in SCHEDULES:
         assert (f"\n  not {other}: " in text) == (other != schedule)
     assert ("read from L2 every step" in text) == (schedule == "streamed")
+    assert ("; resident is taken wherever it fits" in text) == (schedule == "resident")
 
 
 def test_bidirectional_fp32_batch_first():
@@ -90,7 +93,7 @@ def test_a_plan_of_the_layers_own():
     layer.plan = triton_lstm.make_plan(16, 64, torch.bfloat16, limits=CHIP, schedule="grid", keep_every=7)
     text = triton_lstm.explain(layer, meta(50, 16, 64), CHIP)
     assert f"each by layer.plan, {layer.plan}" in text and "1 forward, 8 backward" in text
-    assert "not resident: possible" in text
+    assert "not resident: possible, and chosen where no plan is given" in text
     layer.plan = dataclasses.replace(layer.plan, groups=200)
     assert "\nlayer.plan cannot run: " in triton_lstm.explain(layer, meta(50, 16, 64), CHIP)
     layer.plan = dataclasses.replace(layer.plan, groups=1)

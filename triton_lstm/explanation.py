@@ -4,7 +4,7 @@ import torch
 from .functional import DTYPES
 from .layer import LSTM, _TorchLSTM
 from .op import tf32_allowed
-from .plan import H200, SCHEDULES, Limits, PlanError, make_plan
+from .plan import H200, SCHEDULES, Limits, PlanError, _cycles, make_plan
 
 
 def explain(layer, x, limits=None):
@@ -16,7 +16,8 @@ def explain(layer, x, limits=None):
     limits    of the device: those of x's CUDA device, or ``triton_lstm.plan.H200``, if None
 
     Nothing is launched. Bytes saved for backward are ``Plan.saved_bytes``, beside the least that an LSTM keeps which
-    stores i, f, g, o and c of every step: 5 H elements a row and step. Both keep x, y and weights too.
+    stores i, f, g, o and c of every step: 5 H elements a row and step. Both keep x, y and weights too. Cycles of a step
+    are ``make_plan``'s bounds from machine code, not measurements.
     Raises TypeError for another layer or an input that is no tensor, ValueError for one of another shape.
     """
     if not isinstance(layer, (LSTM, _TorchLSTM)):
@@ -66,9 +67,14 @@ def _why_not(schedule, taken, dtype, limits):
     except PlanError as error:
         reasons = str(error).split("; ")
         of_it = [reason.removeprefix(f"{schedule}: ") for reason in reasons if reason.startswith(f"{schedule}: ")]
-        return "; ".join(of_it or reasons)
-    return (f"possible, with {other.programs} program(s) for an R, {other.tiles} tile(s) of rows each and "
+        return "; ".join(dict.fromkeys(of_it or reasons))
+    if schedule == "resident":
+        return "possible, and chosen where no plan is given: its programs wait for nobody"
+    text = (f"possible, with {other.programs} programs for an R, {other.tiles} tile(s) of rows each and "
             f"{_size(other.streamed_bytes)} of R read from L2 by a program at every step")
+    if taken.schedule == "resident":
+        return f"{text}; resident is taken wherever it fits"
+    return f"{text}: {_cycles(other, limits):.0f} cycles by the cost model, {_cycles(taken, limits):.0f} as planned"
 
 
 def _size(count):

@@ -35,8 +35,8 @@ def written_out(layer, x, hx):
     return results
 
 
-@pytest.mark.parametrize("interpreted", [False, True], ids=["cpu", "interpreter"])
-@pytest.mark.parametrize("kind", [triton_lstm.LSTM, torch.nn.LSTM], ids=["ours", "torchs"])
+@pytest.mark.parametrize("kind, interpreted", [(torch.nn.LSTM, False), (triton_lstm.LSTM, False),
+                                               (triton_lstm.LSTM, True)], ids=["torchs", "cpu", "interpreter"])
 @pytest.mark.parametrize("options", [dict(), dict(bias=False, batch_first=True),
                                      dict(num_layers=2, bidirectional=True, dropout=0.5)], ids=str)
 def test_equations(options, kind, interpreted):

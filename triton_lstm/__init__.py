@@ -1,7 +1,13 @@
 """LSTM for PyTorch in Triton: recurrent weights stay on chip over all timesteps, backward recomputes the gates."""
+from .cell import LSTMCell
+from .conversion import Conversion, convert, to_torch
+from .dropconnect import drop_connect
+from .explanation import explain
 from .functional import lstm
+from .inspection import Gates, gates, plot_gates
 from .layer import LSTM
 from .plan import Plan, PlanError, make_plan
 
-__all__ = ["LSTM", "Plan", "PlanError", "lstm", "make_plan"]
+__all__ = ["Conversion", "Gates", "LSTM", "LSTMCell", "Plan", "PlanError", "convert", "drop_connect", "explain",
+           "gates", "lstm", "make_plan", "plot_gates", "to_torch"]
 __version__ = "0.1.0"

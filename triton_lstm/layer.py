@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .functional import DTYPES, lstm, runs_kernels
 from .op import automatic_plan
 from .plan import PlanError
+from .step import step
 
 # Held here, so that a program may put our class in the place of torch.nn.LSTM.
 _TorchLSTM = torch.nn.LSTM
@@ -41,6 +42,7 @@ class LSTM(torch.nn.RNNBase):
     check_forward_args = _TorchLSTM.check_forward_args
     get_expected_cell_size = _TorchLSTM.get_expected_cell_size
     permute_hidden = _TorchLSTM.permute_hidden
+    step = step
 
     def forward(self, input, hx=None, *, lengths=None, reset=None):
         """As ``torch.nn.LSTM.forward``: input (T, B, I), (B, T, I) with ``batch_first``, or (T, I); hx (h_0, c_0).

@@ -1,0 +1,249 @@
+"""``convert`` and ``to_torch``: the same modules and parameters, the same results, what is left and why."""
+import copy
+import importlib
+import importlib.util
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from torch.nn.utils import parametrizations, parametrize
+
+import harness
+import triton_lstm
+
+
+class Shared(torch.nn.Module):
+    """LSTMs in nested containers, one of them in two places, one bidirectional and one frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.ModuleDict({"first": torch.nn.LSTM(4, 6, bidirectional=True, batch_first=True)})
+        self.body = torch.nn.ModuleList([torch.nn.ModuleList([torch.nn.LSTM(12, 12, batch_first=True)])])
+        self.again = self.body[0][0]
+        self.frozen = torch.nn.LSTM(12, 5, num_layers=2, dropout=0.2, batch_first=True).requires_grad_(False).eval()
+        self.head = torch.nn.Linear(5, 2)
+
+    def forward(self, x):
+        for layer in (self.stem["first"], self.body[0][0], self.again, self.frozen):
+            x = layer(x)[0]
+        return self.head(x)
+
+
+LAYERS = ["stem.first", "body.0.0", "frozen"]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Shared()
+
+
+class Head(torch.nn.Module):
+    """Only the output of an LSTM."""
+
+    def __init__(self, lstm):
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+def results(model, x):
+    """Output and gradients of a model, by name."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.square().sum().backward()
+    named = {"y": y.detach(), "dx": x.grad}
+    return named | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got, want, **tolerance):
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], msg=lambda m: f"{name}: {m}", **tolerance)     # noqa: B023
+
+
+def same_objects(model):
+    """Modules, parameters and their order, by identity."""
+    return [(name, id(m)) for name, m in model.named_modules(remove_duplicate=False)], [
+        (name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+
+
+def test_there_and_back(model):
+    x, objects, before = torch.randn(3, 5, 4), same_objects(model), copy.deepcopy(model.state_dict())
+    attributes = {name: set(vars(m)) for name, m in model.named_modules()}
+    want = results(model, x)
+    assert triton_lstm.convert(model) == (LAYERS, {})
+    assert all(type(model.get_submodule(name)) is triton_lstm.LSTM for name in LAYERS)
+    assert model.again is model.body[0][0] and same_objects(model) == objects
+    assert not model.frozen.training and model.stem.training and not model.frozen.weight_hh_l1.requires_grad
+    assert_same(results(model, x), want, rtol=0, atol=0)            # on CPU tensors it is the same LSTM
+    with harness.interpreter():
+        assert_same(results(model, x), want, rtol=1e-4, atol=1e-6)
+    model.again.plan = triton_lstm.make_plan(3, 12, torch.float32)
+    assert triton_lstm.convert(model) == ([], {})
+    assert triton_lstm.to_torch(model) == (LAYERS, {})
+    assert all(type(model.get_submodule(name)) is torch.nn.LSTM for name in LAYERS)
+    assert same_objects(model) == objects and attributes == {name: set(vars(m)) for name, m in model.named_modules()}
+    assert_same(model.state_dict(), before, rtol=0, atol=0)
+    assert_same(results(model, x), want, rtol=0, atol=0)
+
+
+def test_interpreter_runs_the_kernels(model, monkeypatch):
+    """The comparison above is one of kernels, not of torch with torch."""
+    triton_lstm.convert(model)
+    calls, real = [], harness.interpreted_launch.launch_kernel
+    monkeypatch.setattr(harness.interpreted_launch, "launch_kernel",
+                        lambda kernel, *a, **kw: (calls.append(kernel), real(kernel, *a, **kw)))
+    with harness.interpreter():
+        model(torch.randn(3, 5, 4))
+    assert len(calls) == 5                      # two of the frozen layer, two of the shared one
+
+
+def test_optimizer_goes_on(model):
+    """Adam's moments and a scheduler made before: training converted in its middle gives the same weights."""
+    other = copy.deepcopy(model)
+    x = torch.randn(3, 5, 4)
+    for m, converts in ((model, True), (other, False)):
+        optimizer = torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=0.01)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+        for step in range(6):
+            if converts and step == 3:
+                triton_lstm.convert(m)
+            optimizer.zero_grad()
+            m(x).square().sum().backward()
+            optimizer.step()
+            scheduler.step()
+    assert_same(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+
+
+def test_hooks(model):
+    seen = []
+    layer = model.body[0][0]
+    layer.register_forward_pre_hook(lambda module, args: seen.append(("before", module)))
+    layer.register_forward_hook(lambda module, args, result: (result[0] * 2, result[1]))
+    layer.weight_hh_l0.register_hook(lambda gradient: gradient * 0)
+    x = torch.randn(3, 5, 4)
+    want = results(model, x)
+    assert seen == [("before", layer)] * 2 and not want["body.0.0.weight_hh_l0"].any()
+    triton_lstm.convert(model)
+    with harness.interpreter():
+        assert_same(results(model, x), want, rtol=1e-4, atol=1e-6)
+    assert seen == [("before", layer)] * 4
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16], ids=str)
+def test_dtype(model, kind):
+    model.to(kind)
+    triton_lstm.convert(model)
+    assert model.again.weight_hh_l0.dtype == kind and model(torch.randn(3, 5, 4, dtype=kind)).dtype == kind
+    assert model.float().again.weight_hh_l0.dtype == torch.float32 and model(torch.randn(3, 5, 4)).isfinite().all()
+
+
+def test_the_model_itself():
+    layer = torch.nn.LSTM(4, 6)
+    assert triton_lstm.convert(layer) == ([""], {}) and type(layer) is triton_lstm.LSTM
+    assert triton_lstm.to_torch(layer) == ([""], {}) and type(layer) is torch.nn.LSTM
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
+def test_parametrized(kind):
+    """torch gives each parametrized module a class of its own; weights and removal work as before."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.LSTM(4, 6), torch.randn(5, 3, 4)
+    model = Head(layer).eval()                 # in training spectral_norm iterates
+    getattr(parametrizations, kind)(layer, "weight_hh_l0")
+    want = results(model, x)
+    for _ in range(2):
+        assert triton_lstm.convert(layer) == ([""], {}) and isinstance(layer, triton_lstm.LSTM)
+        with harness.interpreter():
+            assert_same(results(model, x), want, rtol=1e-4, atol=1e-6)
+        assert triton_lstm.to_torch(layer) == ([""], {}) and isinstance(layer, torch.nn.LSTM)
+        assert_same(results(model, x), want, rtol=0, atol=0)
+    triton_lstm.convert(layer)
+    parametrize.remove_parametrizations(layer, "weight_hh_l0")
+    assert type(layer) is triton_lstm.LSTM
+    torch.testing.assert_close(model(x), want["y"])
+
+
+def test_old_weight_norm():
+    """The one that keeps its weight up to date in a pre-hook."""
+    torch.manual_seed(0)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        layer = torch.nn.utils.weight_norm(torch.nn.LSTM(4, 6), "weight_hh_l0")
+    x, model = torch.randn(5, 3, 4), Head(layer)
+    want = results(model, x)
+    triton_lstm.convert(model)
+    with harness.interpreter():
+        assert_same(results(model, x), want, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_left():
+    class Own(torch.nn.LSTM):
+        pass
+
+    class OurOwn(triton_lstm.LSTM):
+        pass
+
+    replaced = torch.nn.LSTM(2, 3)
+    replaced.forward = lambda x: x
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        scripted = torch.jit.script(torch.nn.LSTM(2, 3))
+    model = torch.nn.ModuleDict(dict(own=Own(2, 3), replaced=replaced, projected=torch.nn.LSTM(2, 3, proj_size=2),
+                                     scripted=scripted, gru=torch.nn.GRU(2, 3), ours=OurOwn(2, 3),
+                                     parametrized=parametrizations.weight_norm(Own(2, 3), "weight_hh_l0")))
+    classes = [type(m) for m in model.values()]
+    swapped, left = triton_lstm.convert(model)
+    assert swapped == [] and [type(m) for m in model.values()] == classes
+    assert left.keys() == {"own", "replaced", "projected", "scripted", "parametrized"}
+    assert left["own"] == "Own is a subclass of torch.nn.modules.rnn.LSTM" and "instance" in left["replaced"]
+    assert "proj_size" in left["projected"] and "scripted" in left["scripted"]
+    assert triton_lstm.to_torch(model).left["ours"] == "OurOwn is a subclass of triton_lstm.layer.LSTM"
+
+
+def test_a_class_in_the_place_of_torchs(model, monkeypatch):
+    """Programs may put our class into torch.nn; convert means torch's own nevertheless."""
+    monkeypatch.setattr(torch.nn, "LSTM", triton_lstm.LSTM)
+    assert triton_lstm.convert(model).swapped == LAYERS
+    triton_lstm.to_torch(model)
+    assert type(model.again).__module__ == "torch.nn.modules.rnn"
+
+
+def published(name, *needs):
+    """A module of a published package. Of torchaudio, which it imports for its files, the network needs nothing."""
+    for package in (name.split(".")[0], *needs):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install --no-deps {package}")
+    with mock.patch.dict(sys.modules, torchaudio=mock.MagicMock()):
+        return importlib.import_module(name)
+
+
+def check_published(model, layers, x):
+    want = results(model, x)
+    assert triton_lstm.convert(model) == (layers, {})
+    assert_same(results(model, x), want, rtol=0, atol=0)
+    with harness.interpreter():
+        assert_same(results(model, x), want, rtol=1e-4, atol=1e-5)
+    assert triton_lstm.to_torch(model).swapped == layers
+    assert_same(results(model, x), want, rtol=0, atol=0)
+
+
+def test_open_unmix():
+    """Three bidirectional layers between linear ones (Stöter et al. 2019); without dropout, which draws anew."""
+    openunmix = published("openunmix.model")
+    torch.manual_seed(0)
+    check_published(openunmix.OpenUnmix(nb_bins=12, nb_channels=2, hidden_size=16).eval(), ["lstm"],
+                    torch.rand(3, 2, 12, 5))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_encodec():
+    """Encoder and decoder of EnCodec (Défossez et al. 2022): convolutions around two layers with a skip."""
+    encodec = published("encodec.modules", "einops")
+    torch.manual_seed(0)
+    options = dict(channels=1, dimension=8, n_filters=2, ratios=[4, 2], lstm=2)
+    model = torch.nn.Sequential(encodec.SEANetEncoder(**options, norm="weight_norm"), encodec.SEANetDecoder(**options))
+    check_published(model, ["0.model.7.lstm", "1.model.1.lstm"], torch.randn(2, 1, 40))

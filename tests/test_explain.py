@@ -1,0 +1,127 @@
+"""``explain``: the numbers of the plan, the reasons of make_plan, no word on a plan that does not run."""
+import dataclasses
+
+import pytest
+import torch
+
+import triton_lstm
+from triton_lstm.plan import A100, H200, SCHEDULES, Limits
+
+CHIP = Limits(132, 232448)
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def explain(H, x, limits=CHIP, **options):
+    with torch.device("meta"):
+        return triton_lstm.explain(triton_lstm.LSTM(64, H, **options), x, limits)
+
+
+def test_grid():
+    """Every number by hand: R is 4 x 512 x 512 x 2 bytes, c before steps 64, 128, 192, 256 in fp32; cycles of a step
+    2000 + 2000 + 16 x 4 x 512 x 16 / 1280 + 8 x 16, and with 64 units a program and 160 KiB / 32 to read."""
+    plan = triton_lstm.make_plan(64, 512, torch.bfloat16, limits=CHIP)
+    assert (plan.schedule, plan.keep_every) == ("grid", 64)
+    assert explain(512, meta(300, 64, 64), num_layers=2).splitlines() == [
+        "LSTM(64, 512, num_layers=2) on T=300, B=64 in bfloat16, planned for the given limits: 132 multiprocessors, "
+        "227 KiB of shared memory a program",
+        f"2 layer(s), each by {plan}",
+        "  R takes 2 MiB a direction",
+        "  4 group(s) of programs a direction share the rows, 1 tile(s) of 16 rows each",
+        "  launches of the time loop a layer: 1 forward, 5 backward",
+        "  saved for backward a layer: 512 KiB; storing i, f, g, o and c of every step takes 93.75 MiB at least",
+        "  not resident: 2097152 bytes of R for a program's registers, which hold 131072 beside a step's own",
+        "  not cluster: the Gluon kernels need compute capability 8.0, 8.9 or 9.0",
+        "  not streamed: possible, with 8 programs for an R, 1 tile(s) of rows each and 160 KiB of R read from L2 by a "
+        "program at every step: 11270 cycles by the cost model, 4538 as planned"]
+
+
+@pytest.mark.parametrize("H, schedule", [(128, "resident"), (512, "grid"), (2048, "streamed")])
+def test_each_schedule(H, schedule):
+    """The plan is in the text as it prints; each other schedule has a line."""
+    text = explain(H, meta(100, 16, 64))
+    assert f"1 layer(s), each by {triton_lstm.make_plan(16, H, torch.bfloat16, limits=CHIP)}" in text
+    assert f"each by {schedule}: " in text
+    for other in SCHEDULES:
+        assert (f"\n  not {other}: " in text) == (other != schedule)
+    assert ("read from L2 every step" in text) == (schedule == "streamed")
+    assert ("; resident is taken wherever it fits" in text) == (schedule == "resident")
+
+
+def test_bidirectional_fp32_batch_first():
+    """Both directions are one launch; two directions of c and of stored gates; the plan is TF32's as nn.LSTM's is."""
+    text = explain(300, meta(20, 300, 64, dtype=torch.float32), bidirectional=True, batch_first=True)
+    plan = triton_lstm.make_plan(20, 300, torch.float32, 2, limits=CHIP)
+    assert "T=300, B=20 in float32" in text and f"{plan}" in text and "x 2 direction(s), tf32" in text
+    assert plan.saved_bytes(300) == 4 * (-(-300 // plan.keep_every) - 1) * 2 * 20 * 300
+    assert f"saved for backward a layer: {plan.saved_bytes(300) / 1024:.4g} KiB" in text
+    assert f"takes {5 * 300 * 20 * 2 * 300 * 4 / 2**20:.4g} MiB at least" in text
+
+
+def test_unbatched_and_empty():
+    assert "T=9, B=1 in" in explain(70, meta(9, 64), batch_first=True)
+    assert "0 forward, 0 backward" in explain(70, meta(0, 3, 64))
+
+
+def test_limits():
+    """Without any, H200's off a GPU; others count."""
+    layer, x = triton_lstm.LSTM(64, 1024), torch.zeros(5, 16, 64)
+    text = triton_lstm.explain(layer, x)
+    assert "planned for an H200: 132 multiprocessors" in text
+    assert f"{triton_lstm.make_plan(16, 1024, torch.float32, limits=H200)}" in text
+    text = triton_lstm.explain(layer, x, A100)
+    assert "given limits: 108 multiprocessors, 163 KiB" in text
+    assert f"{triton_lstm.make_plan(16, 1024, torch.float32, limits=A100)}" in text
+
+
+def test_torchs_own_lstm():
+    """What the kernels do not cover, in the words of the layer's warning; nn.LSTM is explained like ours."""
+    assert explain(9, meta(5, 3, 64), proj_size=2).endswith("\ntorch's own LSTM computes: proj_size")
+    assert explain(9, meta(5, 3, 64, dtype=torch.float64)).endswith("\ntorch's own LSTM computes: torch.float64")
+    tiny = Limits(1, 232448)
+    with pytest.raises(triton_lstm.PlanError) as error:
+        triton_lstm.make_plan(3, 512, torch.bfloat16, limits=tiny)
+    assert explain(512, meta(5, 3, 64), tiny).endswith(f"\ntorch's own LSTM computes: {error.value}")
+    theirs, ours = torch.nn.LSTM(64, 70), triton_lstm.LSTM(64, 70)
+    assert triton_lstm.explain(theirs, meta(5, 3, 64)) == triton_lstm.explain(ours, meta(5, 3, 64))
+
+
+def test_a_plan_of_the_layers_own():
+    layer = triton_lstm.LSTM(64, 64)
+    layer.plan = triton_lstm.make_plan(16, 64, torch.bfloat16, limits=CHIP, schedule="grid", keep_every=7)
+    text = triton_lstm.explain(layer, meta(50, 16, 64), CHIP)
+    assert f"each by layer.plan, {layer.plan}" in text and "1 forward, 8 backward" in text
+    assert "not resident: possible, and chosen where no plan is given" in text
+    layer.plan = dataclasses.replace(layer.plan, groups=200)
+    assert "\nlayer.plan cannot run: " in triton_lstm.explain(layer, meta(50, 16, 64), CHIP)
+    layer.plan = dataclasses.replace(layer.plan, groups=1)
+    for other in (meta(50, 15, 64), meta(50, 16, 64, dtype=torch.float32)):
+        assert "\nlayer.plan cannot run, it is for another input: grid: " in triton_lstm.explain(layer, other, CHIP)
+
+
+def test_autocast():
+    layer = triton_lstm.LSTM(64, 70)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "B=3 in bfloat16" in triton_lstm.explain(layer, torch.zeros(5, 3, 64))
+
+
+@pytest.mark.parametrize("layer, x, kind, message", [
+    (torch.nn.GRU(4, 5), torch.zeros(3, 2, 4), TypeError, "got GRU"),
+    (triton_lstm.LSTM(4, 5), [1.], TypeError, "got list"),
+    (triton_lstm.LSTM(4, 5), torch.zeros(3, 2, 5), ValueError, r"\(T, B, 4\)"),
+    (triton_lstm.LSTM(4, 5), torch.zeros(4), ValueError, r"\(T, B, 4\)"),
+], ids=["layer", "input", "width", "dimensions"])
+def test_errors(layer, x, kind, message):
+    with pytest.raises(kind, match=message):
+        triton_lstm.explain(layer, x)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    """The device's limits, and the plan that its launch takes."""
+    layer, x = triton_lstm.LSTM(64, 300).cuda(), torch.zeros(5, 3, 64, device="cuda")
+    text = triton_lstm.explain(layer, x)
+    plan = triton_lstm.op.automatic_plan(3, 300, torch.float32, 1, x.device)
+    assert "planned for cuda:0: " in text and f"{plan}" in text

@@ -1,0 +1,50 @@
+"""``LSTMCell``: torch.nn.LSTMCell, one step of one layer as one call of ``lstm``."""
+import torch
+
+from .functional import lstm, runs_kernels
+from .layer import LSTM
+from .op import automatic_plan
+from .plan import PlanError
+
+
+class LSTMCell(torch.nn.LSTMCell):
+    """Drop-in for ``torch.nn.LSTMCell``: same arguments, parameters, ``state_dict``, initialisation, results, errors.
+
+    ``cell(input, (h, c))`` with input (B, I), h and c (B, H), or all without B, returns the new (h, c). The kernels
+    compute where they do for ``triton_lstm.LSTM``, torch's own cell elsewhere. A loop over cells loads R at every step:
+    where the inputs of several steps are known, ``LSTM`` is the one to use.
+    """
+
+    def forward(self, input, hx=None):
+        if not self._natively(input, hx):
+            return super().forward(input, hx)
+        dtype = LSTM._compute_dtype(input)
+        x = input.to(dtype).reshape(1, -1, self.input_size)
+        if hx is not None:
+            hx = tuple(s.to(dtype).reshape(1, -1, self.hidden_size) for s in hx)
+        bias = (self.bias_ih + self.bias_hh).to(dtype) if self.bias else None
+        _, (h, c) = lstm(x, self.weight_ih.to(dtype), self.weight_hh.to(dtype), bias, hx)
+        shape = (*input.shape[:-1], self.hidden_size)
+        return h.reshape(shape), c.reshape(shape)
+
+    def _natively(self, input, hx):
+        """Whether the kernels compute this call. What nn.LSTMCell would refuse is left to it to refuse."""
+        if not isinstance(input, torch.Tensor) or input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
+            return False
+        if self.weight_hh.device != input.device:
+            return False
+        dtype = LSTM._compute_dtype(input)
+        if not runs_kernels(input, dtype):
+            return LSTM._no(f"LSTMCell in {dtype}", input) if input.is_floating_point() else False
+        shape = (*input.shape[:-1], self.hidden_size)
+        if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2 or any(
+                not isinstance(s, torch.Tensor) or tuple(s.shape) != shape or s.device != input.device for s in hx)):
+            return False
+        if dtype == input.dtype and any(t.dtype != dtype for t in (self.weight_hh, *(hx or ()))):
+            return False
+        try:
+            if not torch.compiler.is_compiling():
+                automatic_plan(shape[0] if input.dim() == 2 else 1, self.hidden_size, dtype, 1, input.device)
+        except PlanError as error:
+            return LSTM._no(f"{error}", input)
+        return True

@@ -1,0 +1,68 @@
+"""``convert`` and ``to_torch``: a model's nn.LSTM layers become ours, and back, in place."""
+import typing
+
+import torch
+from torch.nn.utils import parametrize
+
+from .layer import LSTM, _TorchLSTM
+
+
+class Conversion(typing.NamedTuple):
+    """What a conversion did; modules go by their first name in the model, which is "" for the model itself.
+
+    swapped    names of the layers that changed class
+    left       {name: reason} of the layers that look alike but were left
+    """
+    swapped: list
+    left: dict
+
+
+def convert(model):
+    """Make every ``torch.nn.LSTM`` inside ``model`` (or ``model`` itself) a ``triton_lstm.LSTM``, in place.
+
+    A layer's class is changed and nothing else: it stays the same object with the same Parameters, buffers, hooks,
+    parametrizations, mode, device and dtype. So optimizers go on, state dicts keep their keys, and a layer used in two
+    places remains one. Left as they are: subclasses of nn.LSTM, whose forward may differ; layers whose forward was
+    replaced on the instance; scripted layers; layers with ``proj_size``, which torch's LSTM would compute anyway.
+    Layers that the model does not register, as in a plain list, are not seen.
+
+    Returns a ``Conversion``. Call it before torch.compile, and after code that asks ``isinstance(layer, nn.LSTM)``,
+    which is false of a converted layer.
+    """
+    return _swap(model, _TorchLSTM, LSTM)
+
+
+def to_torch(model):
+    """Make every ``triton_lstm.LSTM`` inside ``model`` a ``torch.nn.LSTM``: undoes ``convert``, returns as it does.
+
+    A layer's ``plan`` is dropped. Subclasses of triton_lstm.LSTM are left.
+    """
+    result = _swap(model, LSTM, _TorchLSTM)
+    for name in result.swapped:
+        model.get_submodule(name).__dict__.pop("plan", None)
+    return result
+
+
+def _swap(model, source, target):
+    result = Conversion([], {})
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and getattr(module, "original_name", None) == source.__name__:
+            result.left[name] = "it is scripted"
+        elif not isinstance(module, source):
+            continue
+        elif parametrize.type_before_parametrizations(module) is not source:
+            result.left[name] = f"{type(module).__name__} is a subclass of {source.__module__}.{source.__name__}"
+        elif "forward" in vars(module):
+            result.left[name] = "its forward was replaced on the instance"
+        elif module.proj_size and target is LSTM:
+            result.left[name] = "proj_size: torch's own LSTM would compute it"
+        else:
+            module.__class__ = _parametrized(type(module), target) if parametrize.is_parametrized(module) else target
+            result.swapped.append(name)
+    return result
+
+
+def _parametrized(cls, target):
+    """The class that torch's parametrize made for one module, with ``target`` as the class before."""
+    members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(f"Parametrized{target.__name__}", (target,), members)

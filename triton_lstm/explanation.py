@@ -1,0 +1,82 @@
+"""``explain``: in words, how a layer will run on an input and why so."""
+import torch
+
+from .functional import DTYPES
+from .layer import LSTM, _TorchLSTM
+from .op import tf32_allowed
+from .plan import H200, SCHEDULES, Limits, PlanError, _cycles, make_plan
+
+
+def explain(layer, x, limits=None):
+    """The text that tells by which plan ``layer`` runs on ``x``, what that costs, and why by no other schedule.
+
+    layer     a triton_lstm.LSTM, its ``plan`` respected; or a torch.nn.LSTM, as if it were converted
+    x         the input or one like it, of which only shape, dtype and device count: (T, B, I), (B, T, I) with
+              ``batch_first``, or (T, I); ``torch.empty(..., device="meta")`` will do
+    limits    of the device: those of x's CUDA device, or ``triton_lstm.plan.H200``, if None
+
+    Nothing is launched. Bytes saved for backward are ``Plan.saved_bytes``, beside the least that an LSTM keeps which
+    stores i, f, g, o and c of every step: 5 H elements a row and step. Both keep x, y and weights too. Cycles of a step
+    are ``make_plan``'s bounds from machine code, not measurements.
+    Raises TypeError for another layer or an input that is no tensor, ValueError for one of another shape.
+    """
+    if not isinstance(layer, (LSTM, _TorchLSTM)):
+        raise TypeError(f"layer must be a triton_lstm.LSTM or torch.nn.LSTM, got {type(layer).__name__}")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dim() not in (2, 3) or x.shape[-1] != layer.input_size:
+        raise ValueError(f"x must have the shape (T, B, {layer.input_size}), got {tuple(x.shape)}")
+    T, B = (x.shape[0], 1) if x.dim() == 2 else (x.shape[1], x.shape[0]) if layer.batch_first else x.shape[:2]
+    dtype = x.dtype if x.device.type == "meta" else LSTM._compute_dtype(x)
+    D, H, own = 2 if layer.bidirectional else 1, layer.hidden_size, getattr(layer, "plan", None)
+    whose = "the given limits"
+    if limits is None:
+        limits, whose = (Limits.of(x.device), f"{x.device}") if x.is_cuda else (H200, "an H200")
+    title = (f"LSTM({layer.extra_repr()}) on T={T}, B={B} in {str(dtype).removeprefix('torch.')}, planned for {whose}: "
+             f"{limits.multiprocessors} multiprocessors, {_size(limits.shared_memory)} of shared memory a program")
+    if layer.proj_size or dtype not in DTYPES:
+        return f"{title}\ntorch's own LSTM computes: {'proj_size' if layer.proj_size else dtype}"
+    if own and (own.batch, own.hidden_size, own.directions, own.precision == "native") != (
+            B, H, D, dtype != torch.float32):
+        return f"{title}\nlayer.plan cannot run, it is for another input: {own}"
+    try:
+        plan = own or make_plan(B, H, dtype, D, limits=limits, tf32=tf32_allowed())
+        plan.check(limits)
+    except PlanError as error:
+        consequence = "layer.plan cannot run" if own else "torch's own LSTM computes"
+        return f"{title}\n{consequence}: {error}"
+    forward, backward = (-(-T // max(steps, 1)) for steps in (plan.forward_steps(T, dtype.itemsize), plan.keep_every))
+    lines = [
+        title,
+        f"{layer.num_layers} layer(s), each by {'layer.plan, ' if own else ''}{plan}",
+        f"  R takes {_size(plan.r_bytes)} a direction",
+        f"  {plan.groups} group(s) of programs a direction share the rows, {plan.tiles} tile(s) of 16 rows each",
+        f"  launches of the time loop a layer: {forward} forward, {backward} backward",
+        f"  saved for backward a layer: {_size(plan.saved_bytes(T))}; storing i, f, g, o and c of every step takes "
+        f"{_size(5 * T * B * D * H * dtype.itemsize)} at least"]
+    lines += [f"  not {schedule}: {_why_not(schedule, plan, dtype, limits)}" for schedule in SCHEDULES
+              if schedule != plan.schedule]
+    return "\n".join(lines)
+
+
+def _why_not(schedule, taken, dtype, limits):
+    """Why the plan taken is none of ``schedule``: there is none, or what it costs."""
+    try:
+        other = make_plan(taken.batch, taken.hidden_size, dtype, taken.directions, limits=limits, tf32=tf32_allowed(),
+                          schedule=schedule)
+    except PlanError as error:
+        reasons = str(error).split("; ")
+        of_it = [reason.removeprefix(f"{schedule}: ") for reason in reasons if reason.startswith(f"{schedule}: ")]
+        return "; ".join(dict.fromkeys(of_it or reasons))
+    if schedule == "resident":
+        return "possible, and chosen where no plan is given: its programs wait for nobody"
+    text = (f"possible, with {other.programs} programs for an R, {other.tiles} tile(s) of rows each and "
+            f"{_size(other.streamed_bytes)} of R read from L2 by a program at every step")
+    if taken.schedule == "resident":
+        return f"{text}; resident is taken wherever it fits"
+    return f"{text}: {_cycles(other, limits):.0f} cycles by the cost model, {_cycles(taken, limits):.0f} as planned"
+
+
+def _size(count):
+    power = min(max(int(count).bit_length() - 1, 0) // 10, 3)
+    return f"{count / 1024 ** power:.4g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"

@@ -1,0 +1,101 @@
+"""``gates``: what the gates of a trained layer do over time; ``plot_gates`` draws it."""
+import typing
+
+import torch
+
+from .functional import lstm
+from .layer import LSTM, _TorchLSTM
+
+
+class Gates(typing.NamedTuple):
+    """Trajectories of one layer in one direction, (T, B, H) each: index t belongs to the input of time t.
+
+    i, f, o    input, forget and output gate, in (0, 1)
+    g          candidate, in (-1, 1)
+    c          cell state after the step; h = o tanh(c)
+    """
+    i: torch.Tensor
+    f: torch.Tensor
+    g: torch.Tensor
+    o: torch.Tensor
+    c: torch.Tensor
+
+
+@torch.no_grad()
+def gates(layer, x, hx=None):
+    """The gates and cell states of every step and unit of ``layer``, a triton_lstm.LSTM or torch.nn.LSTM.
+
+    x     (T, B, I), (B, T, I) with ``batch_first``, or (T, I), in the layer's dtype and on its device
+    hx    (h_0, c_0) as the layer's; zeros if None
+
+    Returns a tuple of ``Gates``, in the order of h_n: layer by layer, and forward before reverse. They are (T, B, H)
+    whatever ``batch_first``, with B = 1 for (T, I); fp32, or float64 for a float64 layer. Without gradient and as in
+    eval mode: inter-layer dropout is off, hooks do not run.
+
+    The layer computes y; then every h is known and i, f, g, o of all steps are two GEMMs, x Wᵀ + h_prev Rᵀ + b, and
+    c = f c_prev + i g is rolled step by step. The result is 5 T B H elements for each layer and direction.
+
+    Raises TypeError for another layer or a packed sequence, ValueError for ``proj_size`` and as ``triton_lstm.lstm``.
+    """
+    if not isinstance(layer, (LSTM, _TorchLSTM)):
+        raise TypeError(f"layer must be a triton_lstm.LSTM or torch.nn.LSTM, got {type(layer).__name__}")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if layer.proj_size:
+        raise ValueError("gates of a layer with proj_size are not implemented")
+    if x.dim() == 2:
+        x, hx = x.unsqueeze(1), hx and tuple(s.unsqueeze(1) for s in hx)
+    elif layer.batch_first:
+        x = x.transpose(0, 1)
+    D, results = 2 if layer.bidirectional else 1, []
+    with torch.autocast(x.device.type, enabled=False):
+        for k in range(layer.num_layers):
+            weights = LSTM._weights(layer, k, layer.weight_hh_l0.dtype)
+            h0, c0 = (s[k * D:(k + 1) * D] for s in hx or (x.new_zeros(layer.num_layers * D, x.shape[1],
+                                                                       layer.hidden_size),) * 2)
+            y, _ = lstm(x, *weights, (h0, c0), plan=getattr(layer, "plan", None))
+            for d, h in enumerate(y.chunk(D, -1)):
+                of_direction = (None if weight is None else weight[d] for weight in weights)
+                results.append(_recompute(x, h, *of_direction, h0[d], c0[d], reverse=d == 1))
+            x = y
+    return tuple(results)
+
+
+def _recompute(x, h, w, r, b, h0, c0, reverse):
+    """Gates of one direction from all of its h (T, B, H)."""
+    x, h, w, r, h0, c = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, h, w, r, h0, c0))
+    previous = torch.cat([h[1:], h0[None]] if reverse else [h0[None], h[:-1]])[:len(h)]
+    a = x @ w.t() + previous @ r.t()
+    if b is not None:
+        a += b
+    i, f, g, o = a.chunk(4, -1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    cells = torch.empty_like(i)
+    for t in (reversed(range(len(x))) if reverse else range(len(x))):
+        c = cells[t] = f[t] * c + i[t] * g[t]
+    return Gates(i, f, g, o, cells)
+
+
+def plot_gates(gates, row=0, title=None):
+    """A matplotlib Figure of one ``Gates`` for a batch row: heat maps of i, f, g, o and c, units over time.
+
+    One scale for i, f and o, 0 to 1; g from -1 to 1; c symmetric about 0. ``figure.savefig(path)`` writes it; pyplot is
+    not touched. Raises ImportError without matplotlib, IndexError for a row that the batch has not.
+    """
+    try:
+        from matplotlib.figure import Figure  # without pyplot: draws with Agg, keeps no state
+    except ImportError as error:
+        raise ImportError("plot_gates draws with matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(9, 10), layout="constrained")
+    extreme = max(gates.c[:, row].abs().max().item(), 1e-6)
+    names = dict(i="input gate i", f="forget gate f", g="candidate g", o="output gate o", c="cell state c")
+    for axes, (key, name) in zip(figure.subplots(5, 1, sharex=True), names.items()):
+        bound = extreme if key == "c" else 1
+        scale = dict(vmin=-bound, vmax=bound, cmap="RdBu_r") if key in "gc" else dict(vmin=0, vmax=1, cmap="viridis")
+        image = axes.imshow(getattr(gates, key)[:, row].t().float().cpu().numpy(), aspect="auto",
+                            interpolation="nearest", **scale)
+        axes.set(title=name, ylabel="unit")
+        figure.colorbar(image, ax=axes)
+    axes.set_xlabel("time step")
+    figure.suptitle(title or f"Gates of batch row {row}")
+    return figure

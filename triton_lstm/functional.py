@@ -2,7 +2,7 @@
 import torch
 
 from .kernels import launch
-from .op import lstm_op
+from .op import differentiable, lstm_op, transformed
 from .plan import Plan, keep_every_for
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -64,9 +64,10 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, plan=None, keep_every=N
         keep_every = plan.keep_every
     elif keep_every is None:
         keep_every = keep_every_for(B, H, D)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad
-                                           for t in (x, weight_ih, weight_hh, bias, h0, c0))
-    y, h_n, c_n, _ = lstm_op(x, weight_ih, weight_hh, bias, h0, c0, plan.encode() if plan else "", keep_every, save)
+    # vmap hides whether what it wraps requires grad
+    save = torch.is_grad_enabled() and (transformed() or any(t is not None and t.requires_grad
+                                                             for t in (x, weight_ih, weight_hh, bias, h0, c0)))
+    y, h_n, c_n, _ = differentiable(lstm_op)(x, weight_ih, weight_hh, bias, h0, c0, plan.encode() if plan else "", keep_every, save)
     return y, (h_n, c_n)
 
 

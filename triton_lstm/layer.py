@@ -2,14 +2,13 @@
 import warnings
 
 import torch
+from torch.nn.modules.rnn import LSTM as _TorchLSTM     # stays torch's where a program puts ours in torch.nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .functional import DTYPES, lstm, runs_kernels
 from .op import automatic_plan
 from .plan import PlanError
 
-# Held here, so that a program may put our class in the place of torch.nn.LSTM.
-_TorchLSTM = torch.nn.LSTM
 _told = set()
 
 
@@ -38,13 +37,23 @@ class LSTM(torch.nn.RNNBase):
             raise TypeError(f"LSTM got an unexpected argument mode={kwargs['mode']!r}")
         super().__init__("LSTM", *args, **kwargs)
 
+    @property
+    def _flat_weights(self):
+        """nn.LSTM keeps a list and looks for changes; read anew, nothing that replaces a weight can make it stale."""
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights):
+        pass
+
     check_forward_args = _TorchLSTM.check_forward_args
     get_expected_cell_size = _TorchLSTM.get_expected_cell_size
     permute_hidden = _TorchLSTM.permute_hidden
 
     def forward(self, input, hx=None):
         """As ``torch.nn.LSTM.forward``: input (T, B, I), (B, T, I) with ``batch_first``, or (T, I); hx (h_0, c_0)."""
-        if not self._natively(input, hx):
+        weights = [getattr(self, name) for name in self._flat_weights_names]    # once: they may be parametrized
+        if not self._natively(input, hx, weights):
             return _TorchLSTM.forward(self, input, hx)
         batch_dim = 0 if self.batch_first else 1
         x = input.unsqueeze(batch_dim) if input.dim() == 2 else input
@@ -62,7 +71,7 @@ class LSTM(torch.nn.RNNBase):
         for layer in range(self.num_layers):
             if layer and self.dropout:
                 x = torch.nn.functional.dropout(x, self.dropout, self.training)
-            w, r, b = self._weights(layer, dtype)
+            w, r, b = self._stacked(weights, layer, dtype)
             state = slice(layer * D, (layer + 1) * D)
             x, (h, c) = lstm(x, w, r, b, (h0[state], c0[state]), plan=self.plan)
             h_n.append(h)
@@ -74,31 +83,33 @@ class LSTM(torch.nn.RNNBase):
             x, h_n, c_n = x.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
         return x, (h_n, c_n)
 
-    def _weights(self, layer, dtype):
+    def _stacked(self, weights, layer, dtype):
         """W (D, 4H, I), R (D, 4H, H) and the summed bias (D, 4H) of a layer."""
-        def both(kind):
-            names = [f"{kind}_l{layer}"] + [f"{kind}_l{layer}_reverse"] * self.bidirectional
-            weights = [getattr(self, name).to(dtype) for name in names]
-            return torch.stack(weights) if self.bidirectional else weights[0].unsqueeze(0)
-        b = both("bias_ih") + both("bias_hh") if self.bias else None
-        return both("weight_ih"), both("weight_hh"), b
+        D, kinds = 2 if self.bidirectional else 1, 4 if self.bias else 2
+        own = [w.to(dtype) for w in weights[layer * D * kinds:(layer + 1) * D * kinds]]
+        both = lambda kind: torch.stack(own[kind::kinds]) if D == 2 else own[kind].unsqueeze(0)
+        return both(0), both(1), both(2) + both(3) if self.bias else None
 
     @staticmethod
-    def _compute_dtype(input):
-        kind = input.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+    def _autocast(input):
+        """Whether autocast decides the type; like all of torch, it leaves float64 and integers as they are."""
+        return (torch.is_autocast_enabled(input.device.type) and input.is_floating_point()
+                and input.dtype != torch.float64)
 
-    def _natively(self, input, hx):
+    def _compute_dtype(self, input):
+        return torch.get_autocast_dtype(input.device.type) if self._autocast(input) else input.dtype
+
+    def _natively(self, input, hx, weights):
         """Whether the kernels compute this call. What nn.LSTM would refuse is left to nn.LSTM to refuse."""
         if isinstance(input, PackedSequence):
             return self._no("packed sequences", input.data)
         if not isinstance(input, torch.Tensor) or input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
             return False
-        weight = self.weight_hh_l0
-        if weight.device != input.device or not runs_kernels(input, torch.float32):
+        if weights[0].device != input.device or not runs_kernels(input, torch.float32):
             return False
         dtype = self._compute_dtype(input)
-        if dtype == input.dtype and weight.dtype != input.dtype:
+        accepted = lambda t: t.dtype == input.dtype or self._autocast(input) and self._autocast(t)
+        if not all(map(accepted, weights)):
             return False
         if dtype not in DTYPES:
             return self._no(f"{dtype}", input)
@@ -114,7 +125,7 @@ class LSTM(torch.nn.RNNBase):
             shape = (layers, B, self.hidden_size) if input.dim() == 3 else (layers, self.hidden_size)
             if not isinstance(hx, (tuple, list)) or len(hx) != 2 or any(
                     not isinstance(s, torch.Tensor) or tuple(s.shape) != shape or s.device != input.device
-                    or s.dtype != input.dtype and dtype == input.dtype for s in hx):
+                    or not accepted(s) for s in hx):
                 return False
         if self.plan is None and not torch.compiler.is_compiling():
             try:

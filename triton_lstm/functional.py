@@ -67,7 +67,8 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, plan=None, keep_every=N
     # vmap hides whether what it wraps requires grad
     save = torch.is_grad_enabled() and (transformed() or any(t is not None and t.requires_grad
                                                              for t in (x, weight_ih, weight_hh, bias, h0, c0)))
-    y, h_n, c_n, _ = differentiable(lstm_op)(x, weight_ih, weight_hh, bias, h0, c0, plan.encode() if plan else "", keep_every, save)
+    y, h_n, c_n, _ = differentiable(lstm_op)(x, weight_ih, weight_hh, bias, h0, c0, plan.encode() if plan else "",
+                                             keep_every, save)
     return y, (h_n, c_n)
 
 

@@ -2,7 +2,7 @@
 import warnings
 
 import torch
-from torch.nn.modules.rnn import LSTM as _TorchLSTM     # stays torch's where a program puts ours in torch.nn
+from torch.nn.modules.rnn import LSTM as _TorchLSTM  # stays torch's where a program puts ours in torch.nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .functional import DTYPES, lstm, runs_kernels

@@ -109,6 +109,11 @@ def marks(T, B, D, lengths, reset, device):
     return torch.stack(found)
 
 
+def unmark(marks):
+    """The lengths and resets of ``marks``, as far as they count."""
+    return _has(marks[0], cell.LIVE).sum((0, 2)), _has(marks[0], cell.FRESH)[..., 0]
+
+
 def _has(marks, bit):
     """Where ``marks`` have a bit, with a last dimension for units."""
     return (marks & bit.value).bool().unsqueeze(-1)

@@ -312,16 +312,6 @@ def test_operators_pass_torchs_own_checks(marked):
         torch.library.opcheck(lstm_op, (*(t.requires_grad_() for t in tensors), marks, "", 2, True))
 
 
-def test_double_backward_raises():
-    """No wrong second derivative."""
-    _, ours, _ = pair(6, 9)
-    x = torch.randn(3, 2, 6, requires_grad=True)
-    with harness.interpreter():
-        grad, = torch.autograd.grad(ours(x)[0].square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError):
-            grad.sum().backward()
-
-
 @pytest.mark.parametrize("change, error, reason", [
     (dict(x=torch.zeros(3, 2)), ValueError, r"\(3, 2\)"),
     (dict(weight_hh=torch.zeros(1, 20, 4)), ValueError, "weight_ih must have the shape"),

@@ -39,7 +39,9 @@ def to_torch(model):
     """
     result = _swap(model, LSTM, _TorchLSTM)
     for name in result.swapped:
-        model.get_submodule(name).__dict__.pop("plan", None)
+        module = model.get_submodule(name)
+        module.__dict__.pop("plan", None)
+        module._init_flat_weights()         # which ours does without
     return result
 
 

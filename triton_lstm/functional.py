@@ -2,8 +2,8 @@
 import torch
 
 from .kernels import launch
-from .op import lstm_op
-from .plan import Plan, keep_every_for
+from .op import differentiable, lstm_op, transformed
+from .plan import BACKWARD_ELEMENTS, Plan, keep_every_for
 from .reference import lstm_reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -74,12 +74,18 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
     if plan is not None:
         keep_every = plan.keep_every
     elif keep_every is None:
-        keep_every = keep_every_for(B, H, D)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad
-                                           for t in (x, weight_ih, weight_hh, bias, h0, c0))
-    y, h_n, c_n, _ = lstm_op(x, weight_ih, weight_hh, bias, h0, c0, marks, plan.encode() if plan else "", keep_every,
-                             save)
+        keep_every = _symbolic_keep_every(B, H, D) if torch.compiler.is_compiling() else keep_every_for(B, H, D)
+    # vmap hides whether what it wraps requires grad
+    save = torch.is_grad_enabled() and (transformed() or any(t is not None and t.requires_grad
+                                                             for t in (x, weight_ih, weight_hh, bias, h0, c0)))
+    y, h_n, c_n, _ = differentiable(lstm_op)(x, weight_ih, weight_hh, bias, h0, c0, marks,
+                                             plan.encode() if plan else "", keep_every, save)
     return y, (h_n, c_n)
+
+
+def _symbolic_keep_every(B, H, D):
+    """``keep_every_for`` rounded to 16 steps: an expression, so that no graph is tied to a range of batch sizes."""
+    return 16 * torch.sym_max(1, torch.sym_min(16, BACKWARD_ELEMENTS // (16 * H * D * torch.sym_max(B, 1))))
 
 
 def _checked(mask, shape, name, device):

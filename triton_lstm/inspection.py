@@ -50,7 +50,8 @@ def gates(layer, x, hx=None):
     D, results = 2 if layer.bidirectional else 1, []
     with torch.autocast(x.device.type, enabled=False):
         for k in range(layer.num_layers):
-            weights = LSTM._weights(layer, k, layer.weight_hh_l0.dtype)
+            weights = [getattr(layer, name) for name in layer._flat_weights_names]
+            weights = LSTM._stacked(layer, weights, k, layer.weight_hh_l0.dtype)
             h0, c0 = (s[k * D:(k + 1) * D] for s in hx or (x.new_zeros(layer.num_layers * D, x.shape[1],
                                                                        layer.hidden_size),) * 2)
             y, _ = lstm(x, *weights, (h0, c0), plan=getattr(layer, "plan", None))

@@ -2,6 +2,7 @@
 import warnings
 
 import torch
+from torch.nn.modules.rnn import LSTM as _TorchLSTM  # stays torch's where a program puts ours in torch.nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .functional import DTYPES, lstm, runs_kernels
@@ -9,8 +10,6 @@ from .op import automatic_plan
 from .plan import PlanError
 from .step import step
 
-# Held here, so that a program may put our class in the place of torch.nn.LSTM.
-_TorchLSTM = torch.nn.LSTM
 _told = set()
 
 
@@ -39,6 +38,15 @@ class LSTM(torch.nn.RNNBase):
             raise TypeError(f"LSTM got an unexpected argument mode={kwargs['mode']!r}")
         super().__init__("LSTM", *args, **kwargs)
 
+    @property
+    def _flat_weights(self):
+        """nn.LSTM keeps a list and looks for changes; read anew, nothing that replaces a weight can make it stale."""
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights):
+        pass
+
     check_forward_args = _TorchLSTM.check_forward_args
     get_expected_cell_size = _TorchLSTM.get_expected_cell_size
     permute_hidden = _TorchLSTM.permute_hidden
@@ -54,10 +62,11 @@ class LSTM(torch.nn.RNNBase):
         if masked and (isinstance(input, PackedSequence) or self.proj_size):
             raise ValueError(f"lengths and reset are for padded input without projection, got {type(input).__name__} "
                              f"and proj_size={self.proj_size}")
-        if not self._natively(input, hx) and not masked:
+        weights = [getattr(self, name) for name in self._flat_weights_names]    # once: they may be parametrized
+        if not self._natively(input, hx, weights) and not masked:
             return _TorchLSTM.forward(self, input, hx)
         if isinstance(input, PackedSequence):
-            return self._packed(input, hx)
+            return self._packed(input, hx, weights)
         batch_dim = 0 if self.batch_first else 1
         x = input.unsqueeze(batch_dim) if input.dim() == 2 else input
         if hx is not None and input.dim() == 2:
@@ -67,25 +76,25 @@ class LSTM(torch.nn.RNNBase):
         if self.batch_first:
             x = x.transpose(0, 1)
             reset = None if reset is None else reset.t()
-        y, (h_n, c_n) = self._layers(x, hx, lengths, reset)
+        y, (h_n, c_n) = self._layers(x, hx, weights, lengths, reset)
         if self.batch_first:
             y = y.transpose(0, 1)
         if input.dim() == 2:
             y, h_n, c_n = y.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
         return y, (h_n, c_n)
 
-    def _packed(self, input, hx):
+    def _packed(self, input, hx, weights):
         """The rows of a packed sequence side by side, each with its length."""
         data, sizes, order, original_order = input
         T, B = len(sizes), int(sizes[0])
         live = torch.arange(B) < sizes[:, None].cpu()
         places, lengths = (t.to(data.device, non_blocking=True) for t in (live.flatten().nonzero()[:, 0], live.sum(0)))
         x = data.new_zeros(T * B, self.input_size).index_copy(0, places, data).view(T, B, -1)
-        y, state = self._layers(x, None if hx is None else self.permute_hidden(hx, order), lengths, None)
+        y, state = self._layers(x, None if hx is None else self.permute_hidden(hx, order), weights, lengths, None)
         y = y.reshape(T * B, -1).index_select(0, places)
         return PackedSequence(y, sizes, order, original_order), self.permute_hidden(state, original_order)
 
-    def _layers(self, x, hx, lengths, reset):
+    def _layers(self, x, hx, weights, lengths, reset):
         """All layers over x (T, B, I); hx (layers D, B, H) each or None."""
         D = 2 if self.bidirectional else 1
         dtype = self._compute_dtype(x)
@@ -98,7 +107,7 @@ class LSTM(torch.nn.RNNBase):
         for layer in range(self.num_layers):
             if layer and self.dropout:
                 x = torch.nn.functional.dropout(x, self.dropout, self.training)
-            w, r, b = self._weights(layer, dtype)
+            w, r, b = self._stacked(weights, layer, dtype)
             state = slice(layer * D, (layer + 1) * D)
             x, (h, c) = lstm(x, w, r, b, (h0[state], c0[state]), lengths=lengths, reset=reset, plan=self.plan)
             h_n.append(h)
@@ -106,32 +115,34 @@ class LSTM(torch.nn.RNNBase):
         h_n, c_n = (torch.cat(s) if len(s) > 1 else s[0] for s in (h_n, c_n))
         return x, (h_n, c_n)
 
-    def _weights(self, layer, dtype):
+    def _stacked(self, weights, layer, dtype):
         """W (D, 4H, I), R (D, 4H, H) and the summed bias (D, 4H) of a layer."""
-        def both(kind):
-            names = [f"{kind}_l{layer}"] + [f"{kind}_l{layer}_reverse"] * self.bidirectional
-            weights = [getattr(self, name).to(dtype) for name in names]
-            return torch.stack(weights) if self.bidirectional else weights[0].unsqueeze(0)
-        b = both("bias_ih") + both("bias_hh") if self.bias else None
-        return both("weight_ih"), both("weight_hh"), b
+        D, kinds = 2 if self.bidirectional else 1, 4 if self.bias else 2
+        own = [w.to(dtype) for w in weights[layer * D * kinds:(layer + 1) * D * kinds]]
+        both = lambda kind: torch.stack(own[kind::kinds]) if D == 2 else own[kind].unsqueeze(0)
+        return both(0), both(1), both(2) + both(3) if self.bias else None
 
     @staticmethod
-    def _compute_dtype(input):
-        kind = input.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+    def _autocast(input):
+        """Whether autocast decides the type; like all of torch, it leaves float64 and integers as they are."""
+        return (torch.is_autocast_enabled(input.device.type) and input.is_floating_point()
+                and input.dtype != torch.float64)
 
-    def _natively(self, input, hx):
+    def _compute_dtype(self, input):
+        return torch.get_autocast_dtype(input.device.type) if self._autocast(input) else input.dtype
+
+    def _natively(self, input, hx, weights):
         """Whether the kernels compute this call. What nn.LSTM would refuse is left to nn.LSTM to refuse."""
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
         if not isinstance(x, torch.Tensor) or x.dim() not in ((2,) if packed else (2, 3)) or (
                 x.shape[-1] != self.input_size):
             return False
-        weight = self.weight_hh_l0
-        if weight.device != x.device or not runs_kernels(x, torch.float32):
+        if weights[0].device != x.device or not runs_kernels(x, torch.float32):
             return False
         dtype = self._compute_dtype(x)
-        if dtype == x.dtype and weight.dtype != x.dtype:
+        accepted = lambda t: t.dtype == x.dtype or self._autocast(x) and self._autocast(t)
+        if not all(map(accepted, weights)):
             return False
         if dtype not in DTYPES:
             return self._no(f"{dtype}", x)
@@ -147,7 +158,7 @@ class LSTM(torch.nn.RNNBase):
             shape = (layers, self.hidden_size) if unbatched else (layers, B, self.hidden_size)
             if not isinstance(hx, (tuple, list)) or len(hx) != 2 or any(
                     not isinstance(s, torch.Tensor) or tuple(s.shape) != shape or s.device != x.device
-                    or s.dtype != x.dtype and dtype == x.dtype for s in hx):
+                    or not accepted(s) for s in hx):
                 return False
         if self.plan is None and not torch.compiler.is_compiling():
             try:

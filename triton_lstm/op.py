@@ -1,7 +1,10 @@
-"""The custom operator ``triton_lstm::lstm``, its fake implementation and its autograd formula.
+"""The custom operators ``triton_lstm::lstm`` and its backward: fake implementations, autograd and vmap.
 
-torch.compile and torch.export see one opaque operator. Tensors only go in and out; the plan travels as a string, empty
+torch.compile and torch.export see opaque operators. Tensors only go in and out; the plan travels as a string, empty
 for the automatic one, which is then chosen when the shapes are known.
+
+First derivatives are kernels. The derivatives of those are computed by differentiating the equations in
+``reference.py`` twice: right to any order, but step by step and with every activation kept.
 """
 import functools
 
@@ -9,6 +12,7 @@ import torch
 
 from .kernels import launch
 from .plan import Limits, Plan, make_plan
+from .reference import lstm_reference
 
 
 @functools.lru_cache
@@ -72,17 +76,17 @@ def lstm_backward_op(dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: t
                      w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor,
                      marks: torch.Tensor | None, y: torch.Tensor, kept: torch.Tensor, plan: str, keep_every: int,
                      needs: list[bool]
-                     ) -> list[torch.Tensor]:
+                     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     plan = plan_for(x, r, plan, keep_every)
     with torch.autocast(x.device.type, enabled=False):
         gradients = launch.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs)
-    return [x.new_empty(0) if g is None else g for g in gradients]
+    return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 
 @lstm_backward_op.register_fake
 def _(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, keep_every, needs):
     shapes = [x.shape, w.shape, r.shape, w.shape[:2], h0.shape, c0.shape]
-    return [x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs)]
+    return tuple(x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs))
 
 
 def _setup_context(ctx, inputs, output):
@@ -96,8 +100,78 @@ def _backward(ctx, dy, dh_n, dc_n, _):
     needs = list(ctx.needs_input_grad[:6])
     if dy is None and dh_n is None and dc_n is None:
         return (None,) * 10
-    gradients = lstm_backward_op(dy, dh_n, dc_n, *ctx.saved_tensors, ctx.plan, ctx.keep_every, needs)
+    gradients = differentiable(lstm_backward_op)(dy, dh_n, dc_n, *ctx.saved_tensors, ctx.plan, ctx.keep_every, needs)
     return (*(g if need else None for g, need in zip(gradients, needs)), None, None, None, None)
 
 
-lstm_op.register_autograd(_backward, setup_context=_setup_context)
+def reference_backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks=None):
+    """The gradients of ``lstm_reference`` in its inputs, as torch operations that can be differentiated."""
+    inputs = (x, w, r, h0, c0) if b is None else (x, w, r, h0, c0, b)
+    masks = () if marks is None else launch.unmark(marks)
+    _, vjp = torch.func.vjp(lambda x, w, r, h0, c0, b=None: lstm_reference(x, w, r, b, h0, c0, *masks), *inputs)
+    dx, dw, dr, dh0, dc0, *db = vjp((dy, dh_n, dc_n))
+    return dx, dw, dr, *(db or [None]), dh0, dc0
+
+
+def reference_double_backward(cotangents, inputs, marks=None):
+    """Gradients of <cotangents, reference_backward(inputs)> in the nine inputs; None for those that are None.
+
+    Computed in fp32 at least. In TF32 only where ``torch.backends.cuda.matmul`` says so.
+    """
+    x, h0 = inputs[3], inputs[7]
+    T, B, _ = x.shape
+    D, _, H = h0.shape
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    present = [i for i, t in enumerate(inputs) if t is not None]
+    missing = {i: x.new_zeros(shape, dtype=dtype) for i, shape in enumerate([(T, B, D * H), h0.shape, h0.shape])}
+
+    def backward(*tensors):
+        given = dict(zip(present, tensors))
+        gradients = reference_backward(*(given.get(i, missing.get(i)) for i in range(9)), marks)
+        return tuple(g for g, v in zip(gradients, cotangents) if v is not None)
+
+    with torch.autocast(x.device.type, enabled=False):
+        _, vjp = torch.func.vjp(backward, *(inputs[i].to(dtype) for i in present))
+        results = dict(zip(present, vjp(tuple(v.to(dtype) for v in cotangents if v is not None))))
+        return tuple(results[i].to(x.dtype) if i in results else None for i in range(9))
+
+
+def _setup_double_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:10])         # y and kept are functions of these
+    ctx.set_materialize_grads(False)
+
+
+def _double_backward(ctx, *cotangents):
+    if all(v is None for v in cotangents):
+        return (None,) * 15
+    *inputs, marks = ctx.saved_tensors
+    return (*reference_double_backward(cotangents, inputs, marks), *(None,) * 6)
+
+
+def _for_each(op):
+    """vmap of ``op``: a call for each member, as a program holds the weights of one."""
+    def rule(info, in_dims, *args):
+        members = [op(*(a if dim is None or not isinstance(a, torch.Tensor) else a.select(dim, n)
+                        for a, dim in zip(args, in_dims))) for n in range(info.batch_size)]
+        return tuple(map(torch.stack, zip(*members))), (0,) * len(members[0])
+    return rule
+
+
+_functions = {}
+for _op, _name, _setup, _formula in ((lstm_op, "LSTM", _setup_context, _backward),
+                                     (lstm_backward_op, "LSTMBackward", _setup_double_context, _double_backward)):
+    _op.register_autograd(_formula, setup_context=_setup)
+    _op.register_vmap(_for_each(_op))
+    _functions[_op] = type(_name, (torch.autograd.Function,), dict(
+        forward=staticmethod(_op), setup_context=staticmethod(_setup), backward=staticmethod(_formula),
+        generate_vmap_rule=True))
+
+
+def transformed():
+    """Whether torch.func's transforms (grad, vmap, ...) are at work."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def differentiable(op):
+    """``op`` to call. What custom operators register for autograd, torch.func refuses; it takes autograd.Functions."""
+    return _functions[op].apply if transformed() else op

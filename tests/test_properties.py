@@ -1,0 +1,109 @@
+"""``triton_lstm.LSTM`` against torch.nn.LSTM on layers and inputs that Hypothesis draws and, on failure, shrinks."""
+import dataclasses
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import harness
+import triton_lstm
+from problems import BUDGET
+
+# The interpreter takes 20 ms a step, so no deadline and no word on slowness. conftest's fixture, which Hypothesis sets
+# up once for all examples, has no state. The printed blob reproduces a failure; no database lies about.
+SETTINGS = settings(deadline=None, print_blob=True, database=None,
+                    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A layer and one call of it, all but the values, which come from ``seed``."""
+    layer: dict
+    dtype: torch.dtype
+    T: int
+    B: int | None       # None: no batch dimension
+    state: bool
+    seed: int
+    # Further arguments of forward, drawn by name in ``calls``: name -> function of this call that makes the value.
+    options: dict = dataclasses.field(default_factory=dict)
+
+    def modules(self):
+        """nn.LSTM, ours with its weights, nn.LSTM in float64."""
+        torch.manual_seed(self.seed)
+        theirs = torch.nn.LSTM(**self.layer).to(self.dtype)
+        ours, exact = triton_lstm.LSTM(**self.layer).to(self.dtype), torch.nn.LSTM(**self.layer).double()
+        for module in (ours, exact):
+            module.load_state_dict(theirs.state_dict())
+        return theirs, ours, exact
+
+    def tensors(self):
+        """x and (h0, c0) or None."""
+        generator = torch.Generator().manual_seed(self.seed)
+        normal = lambda *shape: torch.randn(shape, generator=generator).to(self.dtype)
+        batch = () if self.B is None else (self.B,)
+        lengths = (*batch, self.T) if self.layer["batch_first"] else (self.T, *batch)
+        rows = self.layer["num_layers"] * (1 + self.layer["bidirectional"])
+        state = lambda: normal(rows, *batch, self.layer["hidden_size"])
+        return normal(*lengths, self.layer["input_size"]), (state(), state()) if self.state else None
+
+    def results(self, module, backward):
+        """All outputs and, with ``backward``, gradients for random cotangents, by name."""
+        dtype = next(module.parameters()).dtype
+        x, hx = self.tensors()
+        inputs = dict(x=x, **dict(zip(("h0", "c0"), hx or ())))
+        inputs = {name: t.to(dtype).requires_grad_() for name, t in inputs.items()}
+        hx = (inputs["h0"], inputs["c0"]) if self.state else None
+        y, (h, c) = module(inputs["x"], hx, **{name: make(self) for name, make in self.options.items()})
+        if not backward:
+            return dict(y=y, h_n=h, c_n=c)
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        cotangents = [torch.randn(t.shape, generator=generator).to(self.dtype).to(dtype) for t in (y, h, c)]
+        inputs |= dict(module.named_parameters())
+        gradients = torch.autograd.grad((y, h, c), list(inputs.values()), cotangents)
+        return dict(y=y, h_n=h, c_n=c) | {f"d{name}": g for name, g in zip(inputs, gradients)}
+
+
+@st.composite
+def calls(draw, options=None):
+    """A Call. ``options``, {argument of forward: strategy of functions of the Call that make its value}, adds arguments
+    like ``lengths`` or ``reset``; what they are compared with is then a module that takes them too.
+    """
+    # every now and then a second tile of 16 units or rows
+    layer = dict(input_size=draw(st.integers(1, 4)), hidden_size=draw(st.sampled_from([1, 2, 3, 4, 5, 16, 17])),
+                 num_layers=draw(st.sampled_from([1, 1, 1, 2])), bias=draw(st.booleans()),
+                 batch_first=draw(st.booleans()), bidirectional=draw(st.booleans()))
+    return Call(layer, dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+                T=draw(st.integers(1, 3)), B=draw(st.sampled_from([2, 1, 3, None, 0, 17])),
+                state=draw(st.booleans()),
+                seed=draw(st.integers(0, 2 ** 31)), options={name: draw(s) for name, s in (options or {}).items()})
+
+
+def check(call, backward):
+    """Errors are held to nn.LSTM's own, or where that is small to four roundings of values about one.
+
+    Not relative to the tensor, as in ``Problem.check``: these have few elements, some of them sums that cancel or are
+    zero, and how much nn.LSTM errs there is luck.
+    """
+    theirs, ours, exact = call.modules()
+    want, right = call.results(theirs, backward), call.results(exact, backward)
+    with harness.interpreter():
+        got = call.results(ours, backward)
+    assert list(got) == list(right)
+    for name, exactly in right.items():
+        assert got[name].shape == want[name].shape and got[name].dtype == want[name].dtype == call.dtype, name
+        rounding = 4 * torch.finfo(call.dtype).eps * (exactly.norm() + exactly.numel() ** 0.5)
+        allowed = BUDGET * max((want[name].double() - exactly).norm(), rounding)
+        difference = (got[name].double() - exactly).norm()
+        assert difference <= allowed, f"{name}: error {difference:.2e}, allowed {allowed:.2e}"
+
+
+@settings(SETTINGS, max_examples=220)
+@given(calls())
+def test_forward(call):
+    check(call, backward=False)
+
+
+@settings(SETTINGS, max_examples=100)
+@given(calls())
+def test_forward_and_backward(call):
+    check(call, backward=True)

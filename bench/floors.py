@@ -89,14 +89,17 @@ class Floors:
             return 2 * 8192 ** 3 / self._best(lambda: a @ b) / 1e9
 
     def step_us(self, plan, case, sm_mhz):
-        """``step_floor`` with what was measured here; None where the clock is unknown."""
-        exchange = 0 if plan.programs == 1 else self.barrier_us(plan.programs, plan.groups * plan.directions)
+        """``step_floor`` and its exchange, as measured here; None where the clock is unknown. An exchange in a cluster
+        counts as none: nothing here measures it."""
+        exchange = (self.barrier_us(plan.programs, plan.groups * plan.directions)
+                    if plan.schedule in ("grid", "streamed") else 0)
         if not sm_mhz:
             return None, exchange
-        return step_floor(plan, case, exchange, sm_mhz, self.gemm_tflops(case.dtype)), exchange
+        floor = step_floor(plan, case, exchange, sm_mhz, self.gemm_tflops(case.dtype), self._gpu.multiprocessors)
+        return floor, exchange
 
 
-def step_floor(plan, case, exchange_us, sm_mhz, gemm_tflops):
+def step_floor(plan, case, exchange_us, sm_mhz, gemm_tflops, multiprocessors):
     """Microseconds that a step of ``case`` takes at least under ``plan``, all layers and ways together.
 
     The time loop's tensor work, special functions or read of R, whichever is longest, and one exchange; in training a
@@ -109,7 +112,9 @@ def step_floor(plan, case, exchange_us, sm_mhz, gemm_tflops):
     stream = plan.tiles * plan.streamed_bytes / L2_BYTES
     special = rows * units * CELL_SPECIAL_FUNCTIONS / SPECIAL_FUNCTIONS
     training = case.mode == "train"
-    loop = (max(tensor, stream, special) + training * max(tensor, stream)) / sm_mhz + (1 + training) * exchange_us
+    waves = -(-plan.launched // multiprocessors)        # of programs that wait for nobody outside their cluster
+    cycles = waves * (max(tensor, stream, special) + training * max(tensor, stream))
+    loop = cycles / sm_mhz + (1 + training) * exchange_us
     widths = [case.input_size] + [case.directions * case.hidden_size] * (case.layers - 1)
     columns = sum(4 * width + 2 * case.hidden_size if training else width for width in widths)
     gemm = 2 * case.batch * 4 * case.hidden_size * columns * case.directions / gemm_tflops / 1e6

@@ -19,6 +19,7 @@ class Gpu:
     def __init__(self):
         # twice the second-level cache: nothing that a call reads is left there by the call before
         size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
+        self.multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
         self._flush = torch.empty(size, dtype=torch.int8, device=self.device)
 
     def synchronize(self):

@@ -11,7 +11,7 @@ from .console import markdown, progress
 from .correctness import dtype_of
 from .machine_code import Report, read
 
-LIMITS = {80: A100}                 # by architecture; H200's for the others
+LIMITS = {80: A100, 90: H200, 100: dataclasses.replace(H200, cluster=0)}     # by architecture
 L2_BYTES_PER_CYCLE = 64             # that one multiprocessor reads at most
 
 LEGEND = """\
@@ -52,7 +52,7 @@ def read_plans(workloads, arch=90):
     for w in workloads:
         try:
             plans[w.name] = make_plan(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions,
-                                      limits=LIMITS.get(arch, H200))
+                                      limits=LIMITS[arch])
         except PlanError as error:
             reasons[w.name] = str(error)
     dtypes = {w.name: w.dtype for w in workloads}

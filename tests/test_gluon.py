@@ -160,12 +160,6 @@ def test_a_missing_cta_barrier_is_caught(kernel, which):
         broken.ours(plan=broken.gluon_plan(1))
 
 
-def time_loop(report):
-    """The loop over the steps. The slow path of a wait lies behind the end of the kernel, so that its branch back looks
-    like a longer loop, with the kernel's last cluster barrier in it."""
-    return next(loop for loop in report.loops if not loop.counts["UCGABAR_WAIT"])
-
-
 def check_compiled(plan, dtype, arch, limits, marked=False):
     """No spills, R where the plan says, no more barriers and loads than a step needs."""
     for name, kernel in compile_plan(plan, dtype, arch, marked).items():
@@ -173,7 +167,7 @@ def check_compiled(plan, dtype, arch, limits, marked=False):
         if name == "coefficients":
             assert report.time_loop.spills == 0
             continue
-        loop = time_loop(report)
+        loop = report.time_loop
         threads = 32 * kernel.metadata.num_warps
         assert loop.spills == 0, f"{name}: {loop.counts}"
         assert report.shared <= min(plan.shared_bytes, limits.shared_memory), name
@@ -223,6 +217,6 @@ def test_compiled_for_lengths_and_resets(H, dtype):
 def test_instructions_of_a_step():
     """At H = 128 in bf16, where the portable kernels take 730 and 1,250, and 16 barriers and more."""
     compiled = compile_plan(make_plan(16, 128, BF16), BF16)
-    forward, backward = (time_loop(read(compiled[name])) for name in ("forward_gluon", "backward_gluon"))
+    forward, backward = (read(compiled[name]).time_loop for name in ("forward_gluon", "backward_gluon"))
     assert forward.instructions <= 360 and forward.counts["BAR"] <= 2
     assert backward.instructions <= 360 and backward.counts["BAR"] <= 2

@@ -32,7 +32,7 @@ EFFORT = sweep.Effort(sample_ms=10)
 
 class Instrument:
     """A machine on which every provider takes a time that is known, a little more at each call."""
-    device = "cpu"
+    device, multiprocessors = "cpu", 132
 
     def __init__(self, times):
         self.times, self.order = times, []
@@ -535,18 +535,18 @@ def test_step_floor():
     plan = make_plan(64, 512, torch.bfloat16, limits=PORTABLE)
     assert (plan.schedule, plan.tiles, plan.block_h) == ("grid", 1, 16)
     tensor, gemm = 16 * 64 * 512 / 1280, 2 * 64 * 2048 * 512 / 700e6
-    assert floors.step_floor(plan, case, 1., 1000, 700) == pytest.approx(tensor / 1000 + 1 + gemm)
+    assert floors.step_floor(plan, case, 1., 1000, 700, 132) == pytest.approx(tensor / 1000 + 1 + gemm)
     training = dataclasses.replace(case, mode="train")
-    assert floors.step_floor(plan, training, 1., 1000, 700) == pytest.approx(2 * tensor / 1000 + 2 + 6 * gemm)
+    assert floors.step_floor(plan, training, 1., 1000, 700, 132) == pytest.approx(2 * tensor / 1000 + 2 + 6 * gemm)
     # two layers have two loops; a narrow one is bound by its special functions, a wide one by what it reads again
     layers = dataclasses.replace(case, layers=2, input_size=128)
-    assert floors.step_floor(plan, layers, 1., 1000, 700) == pytest.approx(2 * tensor / 1000 + 2 + 1.25 * gemm)
+    assert floors.step_floor(plan, layers, 1., 1000, 700, 132) == pytest.approx(2 * tensor / 1000 + 2 + 1.25 * gemm)
     narrow = make_plan(16, 8, torch.bfloat16)
     assert floors.step_floor(narrow, Case("grid", "forward", "bf16", 16, 10, 8, 8), 0., 1000,
-                             math.inf) == pytest.approx(16 * 8 * 10 / 16 / 1000)
+                             math.inf, 132) == pytest.approx(16 * 8 * 10 / 16 / 1000)
     wide = make_plan(16, 2048, torch.bfloat16)
     assert wide.streamed_bytes and floors.step_floor(
-        wide, Case("grid", "forward", "bf16", 16, 10, 2048, 2048), 0., 1000, math.inf) == pytest.approx(
+        wide, Case("grid", "forward", "bf16", 16, 10, 2048, 2048), 0., 1000, math.inf, 132) == pytest.approx(
         wide.streamed_bytes / 64 / 1000)
 
 
@@ -592,5 +592,5 @@ def test_floors_measure_once_and_subtract_the_start():
         measured.gemm_tflops = lambda dtype: 700
         floor, exchange = measured.step_us(plan, case, 1000)
         assert exchange == pytest.approx(2)
-        assert floor == floors.step_floor(plan, case, exchange, 1000, 700)
+        assert floor == floors.step_floor(plan, case, exchange, 1000, 700, 132)
         assert measured.step_us(make_plan(16, 64, torch.bfloat16), case, None) == (None, 0)

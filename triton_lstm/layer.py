@@ -128,8 +128,9 @@ class LSTM(torch.nn.RNNBase):
         return (torch.is_autocast_enabled(input.device.type) and input.is_floating_point()
                 and input.dtype != torch.float64)
 
-    def _compute_dtype(self, input):
-        return torch.get_autocast_dtype(input.device.type) if self._autocast(input) else input.dtype
+    @staticmethod
+    def _compute_dtype(input):
+        return torch.get_autocast_dtype(input.device.type) if LSTM._autocast(input) else input.dtype
 
     def _natively(self, input, hx, weights):
         """Whether the kernels compute this call. What nn.LSTM would refuse is left to nn.LSTM to refuse."""

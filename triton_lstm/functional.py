@@ -30,6 +30,10 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, plan=None, keep_every=N
     ``torch.backends.cudnn.rnn.fp32_precision`` (or ``cudnn.allow_tf32``), as nn.LSTM's do. On other devices and in
     float64 torch's own LSTM computes.
 
+    Differentiable any number of times, also by ``torch.func``'s grad, vjp and jacrev; forward mode (jvp) raises. First
+    derivatives are kernels. Higher ones run the equations step by step in torch and keep every activation: right, but
+    slow. ``torch.func.vmap`` and ``is_grads_batched`` call the kernels once for each member.
+
     Raises ValueError for shapes, types or a plan that do not fit together, RuntimeError for mixed devices, PlanError (a
     ValueError) where no schedule fits the device. T = 0 gives an empty y and the initial state.
     """

@@ -75,7 +75,7 @@ def torchs(problem):
 
 @pytest.mark.parametrize("problem, outputs", [
     (Problem(5, 3, 4, 7, 1), (0, 1, 2)), (Problem(5, 3, 4, 7, 2), (0, 1, 2)),
-    (Problem(4, 2, 3, 5, 2, bias=False), (0,)),
+    (Problem(4, 2, 3, 5, 2, bias=False), (0,)), (Problem(4, 2, 3, 5, 2), (1, 2)),
     (Problem(5, 3, 4, 7, 1), (1,)), (Problem(5, 3, 4, 7, 1), (0, 2)), (Problem(1, 1, 1, 1, 1), (0, 1, 2)),
     (Problem(5, 3, 4, 7, 2, torch.bfloat16), (0, 1, 2)), (Problem(5, 3, 4, 7, 1, torch.float16), (0, 1, 2)),
 ], ids=str)

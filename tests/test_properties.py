@@ -97,13 +97,13 @@ def check(call, backward):
         assert difference <= allowed, f"{name}: error {difference:.2e}, allowed {allowed:.2e}"
 
 
-@settings(SETTINGS, max_examples=220)
+@settings(SETTINGS, max_examples=240)
 @given(calls())
 def test_forward(call):
     check(call, backward=False)
 
 
-@settings(SETTINGS, max_examples=100)
+@settings(SETTINGS, max_examples=64)
 @given(calls())
 def test_forward_and_backward(call):
     check(call, backward=True)

@@ -39,6 +39,10 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
     Neither lengths nor reset costs a synchronisation with the host; lengths that lie outside 0 to T count as the
     nearest. Where torch's own LSTM computes, they go step by step in torch operators.
 
+    Differentiable any number of times, also by ``torch.func``'s grad, vjp and jacrev; forward mode (jvp) raises. First
+    derivatives are kernels. Higher ones run the equations step by step in torch and keep every activation: right, but
+    slow. ``torch.func.vmap`` and ``is_grads_batched`` call the kernels once for each member.
+
     Raises ValueError for shapes, types or a plan that do not fit together, RuntimeError for mixed devices, PlanError (a
     ValueError) where no schedule fits the device. T = 0 gives an empty y and the initial state.
     """

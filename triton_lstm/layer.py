@@ -25,7 +25,8 @@ class LSTM(torch.nn.RNNBase):
     On CUDA tensors in float16, bfloat16 or float32 (and on CPU tensors under ``TRITON_INTERPRET=1``) each layer is one
     call of ``triton_lstm.lstm``. Everything else is computed by torch's own LSTM: silently on other devices, with one
     warning for what the kernels do not cover (``proj_size``, float64, R larger than the chip).
-    Wrong input raises what nn.LSTM raises.
+    Wrong input raises what nn.LSTM raises. Weights are read anew at each call, so that whatever replaces one
+    (assignment, parametrizations, ``torch.func.functional_call``, FSDP) takes effect.
 
     It is an ``nn.RNNBase`` but not an ``nn.LSTM``: torch.compile refuses full graphs with instances of that one.
     The attribute ``plan`` (None: automatic) may hold a ``Plan`` to use for every layer.

@@ -1,6 +1,7 @@
 """``triton_lstm.LSTM`` against torch.nn.LSTM on layers and inputs that Hypothesis draws and, on failure, shrinks."""
 import dataclasses
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,15 @@ from problems import BUDGET
 # up once for all examples, has no state. The printed blob reproduces a failure; no database lies about.
 SETTINGS = settings(deadline=None, print_blob=True, database=None,
                     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For products this small, waiting threads double the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,8 @@ program, "R in registers" KiB that the compiled loop finds in registers at each 
 what is planned but not found there is read from shared memory. "R from L2" is KiB that a program reads again for each
 tile of a step. Registers are of a thread, shared memory (KiB) of a program. Spills and barriers are instructions in
 the time loop. Cycles a step are a bound for all tiles of a program, read from the machine code with assumed latencies;
-it counts the exchange once a tile and no waiting for other programs. Nothing here is measured."""
+it counts the exchange once a tile and no waiting for other programs, nor that clusters run in waves where there are
+more than fit. Nothing here is measured."""
 
 
 @dataclasses.dataclass(frozen=True)

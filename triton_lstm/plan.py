@@ -339,7 +339,7 @@ def _shared(hidden_size, precision, block_h, block_b, shared_memory):
         return chunks, 0
     # blocks on their way need registers, and shared memory for three
     held = min(HELD_BYTES * 3 // 4, shared_memory - 3 * BLOCK_BYTES) // column // 32 * 32
-    return _chunks(max(held, 16), width), max(BLOCK_BYTES * 16 // block_b // column, 16)
+    return _chunks(max(held, 16), width), max(BLOCK_BYTES // column, 16)
 
 
 def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True, schedule=None, keep_every=None):

@@ -38,10 +38,12 @@ class Call:
     options: dict = dataclasses.field(default_factory=dict)
 
     def modules(self):
-        """nn.LSTM, ours with its weights, nn.LSTM in float64."""
+        """nn.LSTM, ours with its weights, nn.LSTM in float64; for arguments that nn.LSTM has not, ours outside of the
+        interpreter, where ``lstm_reference`` computes."""
         torch.manual_seed(self.seed)
-        theirs = torch.nn.LSTM(**self.layer).to(self.dtype)
-        ours, exact = triton_lstm.LSTM(**self.layer).to(self.dtype), torch.nn.LSTM(**self.layer).double()
+        theirs_class = triton_lstm.LSTM if self.options else torch.nn.LSTM
+        theirs = theirs_class(**self.layer).to(self.dtype)
+        ours, exact = triton_lstm.LSTM(**self.layer).to(self.dtype), theirs_class(**self.layer).double()
         for module in (ours, exact):
             module.load_state_dict(theirs.state_dict())
         return theirs, ours, exact
@@ -76,7 +78,7 @@ class Call:
 @st.composite
 def calls(draw, options=None):
     """A Call. ``options``, {argument of forward: strategy of functions of the Call that make its value}, adds arguments
-    like ``lengths`` or ``reset``; what they are compared with is then a module that takes them too.
+    like ``lengths`` and ``reset``.
     """
     # every now and then a second tile of 16 units or rows
     layer = dict(input_size=draw(st.integers(1, 4)), hidden_size=draw(st.sampled_from([1, 2, 3, 4, 5, 16, 17])),
@@ -116,4 +118,23 @@ def test_forward(call):
 @settings(SETTINGS, max_examples=64)
 @given(calls())
 def test_forward_and_backward(call):
+    check(call, backward=True)
+
+
+def lengths(call):
+    return torch.randint(call.T + 1, (call.B if call.B is not None else 1,),
+                         generator=torch.Generator().manual_seed(call.seed))
+
+
+def reset(call):
+    shape = (call.T,) if call.B is None else (call.B, call.T) if call.layer["batch_first"] else (call.T, call.B)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(call.seed)) < 0.3
+
+
+nothing = lambda call: None
+
+
+@settings(SETTINGS, max_examples=64)
+@given(calls(options=dict(lengths=st.sampled_from([lengths, nothing]), reset=st.sampled_from([reset, nothing]))))
+def test_lengths_and_resets(call):
     check(call, backward=True)

@@ -6,11 +6,11 @@ cycles are bounds read from that machine code, not measurements.
 """
 import dataclasses
 import functools
-import importlib.metadata
 import itertools
 import json
 
 import torch
+import triton
 
 SCHEDULES = ("resident", "cluster", "grid", "streamed")
 PRECISIONS = ("native", "tf32", "tf32x3")
@@ -53,7 +53,7 @@ def _cluster(capability, multiprocessors):
     lie within one GPC, of which only the full chips have several with 16 multiprocessors."""
     if capability not in ((8, 0), (8, 9), (9, 0)):
         return 0
-    if capability < (9, 0) or tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 9):
+    if capability < (9, 0) or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         return 1
     return 16 if multiprocessors >= 132 else 8
 

@@ -50,7 +50,8 @@ def explain(layer, x, limits=None):
         title,
         f"{layer.num_layers} layer(s), each by {'layer.plan, ' if own else ''}{plan}",
         f"  R takes {_size(plan.r_bytes)} a direction",
-        f"  {plan.groups} group(s) of programs a direction share the rows, {plan.tiles} tile(s) of {plan.block_b} rows each",
+        f"  {plan.groups} group(s) of programs a direction share the rows, {plan.tiles} tile(s) of {plan.block_b} rows "
+        "each",
         f"  launches of the time loop a layer: {forward} forward, {backward} backward",
         f"  saved for backward a layer: {_size(plan.saved_bytes(T))}; storing i, f, g, o and c of every step takes "
         f"{_size(5 * T * B * D * H * dtype.itemsize)} at least"]

@@ -190,7 +190,8 @@ def forward(x, w, r, b, h0, c0, marks, plan, save, run=None):
         live = _has(marks[0], cell.LIVE)
         ends = (live.sum(0) - 1).clamp(min=0)
         last = y[:, :, :H].gather(0, ends.expand(1, B, H))[0]
-    h_n = torch.stack([last, y[0, :, H:]] if D == 2 else [last])
+    # not stack: inside an operator it returns a view, which the caller could not detach_() or edit in place
+    h_n = torch.cat([last[None], y[:1, :, H:]] if D == 2 else [last[None]])
     if marks is not None:
         h_n = torch.where(live.any(0), h_n, h0)
     return y, h_n, c.to(x.dtype), kept

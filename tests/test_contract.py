@@ -630,6 +630,38 @@ def test_forward_mode_raises(kernels):
     torch.testing.assert_close(got, want, **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")     # torch's own, in its first dual level
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("which", ["x", "weight_ih", "h0"])
+def test_tangents_are_never_dropped(which, frozen, kernels):
+    """Where nothing requires grad, too."""
+    inputs = dict(x=torch.randn(3, 2, 4), weight_ih=torch.randn(20, 4), weight_hh=torch.randn(20, 5),
+                  h0=torch.zeros(1, 2, 5), c0=torch.zeros(1, 2, 5))
+    inputs["weight_hh"].requires_grad_(not frozen)
+    with torch.autograd.forward_ad.dual_level():
+        inputs[which] = torch.autograd.forward_ad.make_dual(inputs[which], torch.ones_like(inputs[which]))
+        h0, c0 = inputs.pop("h0"), inputs.pop("c0")
+        with pytest.raises(NotImplementedError, match="jacrev"):
+            triton_lstm.lstm(**inputs, hx=(h0, c0))
+
+
+@pytest.mark.parametrize("options", [dict(), dict(bidirectional=True), dict(num_layers=2)], ids=str)
+def test_state_edited_in_place(options):
+    """Truncated backpropagation calls detach_() on h_n and c_n, and some code scales them."""
+    gradients = []
+    for kind in (torch.nn.LSTM, triton_lstm.LSTM):
+        torch.manual_seed(0)
+        layer, x = kind(6, 9, **options), torch.randn(4, 3, 6, requires_grad=True)
+        with harness.interpreter():
+            _, (h, c) = layer(x)
+            h.mul_(2), c.add_(h)
+            gradients.append(torch.autograd.grad((h * c).sum(), [x, *layer.parameters()]))
+            for state in layer(x)[1]:
+                assert not state.detach_().requires_grad
+    for want, got in zip(*gradients):
+        torch.testing.assert_close(got, want, **CLOSE)
+
+
 # -- tracing ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("options", [dict(), dict(num_layers=2, bidirectional=True, batch_first=True)], ids=str)

@@ -1,5 +1,6 @@
 """``lstm``: one layer as a function."""
 import torch
+from torch.autograd import forward_ad
 
 from .kernels import launch
 from .op import differentiable, lstm_op, transformed
@@ -74,16 +75,19 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
     lengths, reset = _checked(lengths, (B,), "lengths", x.device), _checked(reset, (T, B), "reset", x.device)
     if not runs_kernels(x, x.dtype):
         return _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset)
+    inputs = x, weight_ih, weight_hh, bias, h0, c0
+    if not torch.compiler.is_compiling() and any(t is not None and forward_ad.unpack_dual(t).tangent is not None
+                                                 for t in inputs):
+        # an operator without a formula for tangents would drop them where nothing requires grad
+        raise NotImplementedError("triton_lstm has no forward AD (jvp): use torch.func.jacrev or vjp")
     marks = None if lengths is None and reset is None else launch.marks(T, B, D, lengths, reset, x.device)
     if plan is not None:
         keep_every = plan.keep_every
     elif keep_every is None:
         keep_every = _symbolic_keep_every(B, H, D) if torch.compiler.is_compiling() else keep_every_for(B, H, D)
     # vmap hides whether what it wraps requires grad
-    save = torch.is_grad_enabled() and (transformed() or any(t is not None and t.requires_grad
-                                                             for t in (x, weight_ih, weight_hh, bias, h0, c0)))
-    y, h_n, c_n, _ = differentiable(lstm_op)(x, weight_ih, weight_hh, bias, h0, c0, marks,
-                                             plan.encode() if plan else "", keep_every, save)
+    save = torch.is_grad_enabled() and (transformed() or any(t is not None and t.requires_grad for t in inputs))
+    y, h_n, c_n, _ = differentiable(lstm_op)(*inputs, marks, plan.encode() if plan else "", keep_every, save)
     return y, (h_n, c_n)
 
 

@@ -23,8 +23,8 @@ def check(plan, dtype, arch, limits):
         report = read(kernel)
         loop = report.time_loop
         # Streamed plans of 32 rows may reload a few registers beside the blocks of R that they read from L2: with
-        # smaller blocks they do not, but take a quarter longer (H=1150 and 2048).
-        few = 8 if plan.schedule == "streamed" and plan.block_b == 32 else 0
+        # smaller blocks they do not, but take a quarter longer (H=1150 and 2048). Seven by Triton 3.9, eleven by 3.6.
+        few = 12 if plan.schedule == "streamed" and plan.block_b == 32 else 0
         assert loop.spills <= few, f"{name}: {loop.counts}"
         assert report.shared <= limits.shared_memory, name
         if name == "coefficients":

@@ -28,8 +28,8 @@ class Gpu:
     def sample(self, call, stream=False):
         """Milliseconds of one call: the GPU's between events; for a ``stream`` of single steps what the host waits.
 
-        The cache is flushed first. That takes the GPU longer than the host needs to launch a call, which therefore
-        counts only as far as the GPU waits for it.
+        The cache is flushed first, during which the host goes ahead; what it takes longer than that to launch a call
+        is part of the call's time.
         """
         self._flush.zero_()
         if stream:

@@ -52,7 +52,7 @@ class Run:
     """One provider's layer on one problem."""
 
     def __init__(self, provider, make, problem):
-        self.provider, self.problem = provider, problem
+        self.provider = provider
         self.layer = make(problem)
         case = problem.case
         self.layer.train(case.mode == "train")
@@ -153,8 +153,8 @@ def _take_turns(runs, gpu, effort, stream):
         gpu.sample(run, stream)
         run.clear()
     for turn in range(effort.most):
-        waiting = [name for name in runs if len(samples[name]) < effort.least and sum(samples[name]) < 2 *
-                   effort.slow_ms or len(samples[name]) >= effort.least and sum(samples[name]) < effort.sample_ms]
+        waiting = [name for name, ms in samples.items()
+                   if sum(ms) < (2 * effort.slow_ms if len(ms) < effort.least else effort.sample_ms)]
         if not waiting:
             break
         for name in waiting if turn % 2 == 0 else reversed(waiting):

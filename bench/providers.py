@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import triton_lstm
-from triton_lstm.op import automatic_plan
+from triton_lstm.op import automatic_plan, tf32_allowed
 from triton_lstm.plan import SCHEDULES, Limits
 
 from .correctness import dtype_of
@@ -53,8 +53,8 @@ class Problem:
     def layer(self, layer_class):
         """An instance of ``layer_class``, which takes nn.LSTM's arguments, with the weights of this problem."""
         case = self.case
-        layer = layer_class(case.input_size, case.hidden_size, case.layers, bidirectional=case.directions == 2,
-                            device=self.x.device, dtype=self.x.dtype)
+        layer = layer_class(case.input_size, case.hidden_size, case.layers, dropout=case.dropout,
+                            bidirectional=case.directions == 2, device=self.x.device, dtype=self.x.dtype)
         layer.load_state_dict(self.weights.state_dict())
         return layer
 
@@ -252,7 +252,7 @@ def _ours(schedule=None):
             plan = automatic_plan(case.batch, case.hidden_size, x.dtype, case.directions, x.device)
             if schedule and plan.schedule != schedule:
                 plan = triton_lstm.make_plan(case.batch, case.hidden_size, x.dtype, case.directions,
-                                             limits=Limits.of(x.device), schedule=schedule)
+                                             limits=Limits.of(x.device), tf32=tf32_allowed(), schedule=schedule)
         except triton_lstm.PlanError as error:
             raise Unavailable(str(error)) from error
         layer.plan = plan

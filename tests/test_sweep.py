@@ -249,8 +249,7 @@ def test_dropout_is_off_for_the_check_only():
     seen = []
 
     def make(problem):
-        lstm = problem.layer(torch.nn.LSTM)
-        lstm.dropout = problem.case.dropout
+        lstm = providers.PROVIDERS[CUDNN](problem)
         lstm.register_forward_hook(lambda module, *_: seen.append(module.dropout))
         return lstm
     run, found, exact = results_of(case, make)

@@ -62,6 +62,23 @@ def test_every_schedule(schedule, dtype):
     problem.check(problem.ours(plan=plan))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masks", [dict(ragged=True), dict(resets=True), dict(ragged=True, resets=True)], ids=" ".join)
+@pytest.mark.parametrize("shape", [(20, 5, 4, 33, 2), (12, 17, 6, 100, 1), (10, 6, 8, 300, 2), (6, 5, 8, 1150, 1)],
+                         ids=str)
+def test_lengths_and_resets(shape, masks, dtype):
+    problem = cuda(*shape, dtype=dtype, tf32=torch.backends.cudnn.allow_tf32, **masks)
+    problem.check(problem.ours(keep_every=4))
+
+
+@pytest.mark.parametrize("masks", [{}, dict(ragged=True, resets=True)], ids=" ".join)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_of_32_rows(dtype, masks):
+    problem = cuda(10, 150, 8, 100, 2, dtype=dtype, tf32=torch.backends.cudnn.allow_tf32, **masks)
+    plan = dataclasses.replace(problem.shared_plan("grid"), groups=2, tiles=3, block_b=32)
+    problem.check(problem.ours(plan=plan))
+
+
 def gluon(problem, ctas):
     """The problem's plan for the Gluon kernels, if the device and Triton run clusters of so many CTAs."""
     plan, limits = problem.gluon_plan(ctas, keep_every=16), Limits.of("cuda")

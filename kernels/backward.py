@@ -12,7 +12,8 @@ and the loop, from the last step to the first, is left with products:
 import triton
 import triton.language as tl
 
-from .cell import BEFORE, CUT, END, FRESH, LIVE, group_barrier, load_r, narrow, operand, product, sigmoid, tanh
+from .cell import BEFORE, CUT, END, FRESH, LIVE, load_r, narrow, operand, product, sigmoid, tanh
+from .exchange import add_shares, flag_of, send_shares
 from .forward import load_marks
 
 
@@ -168,22 +169,6 @@ def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr
 
 
 @triton.jit
-def add_shares(shares_ptr, mask, PROGRAMS: tl.constexpr, AREA: tl.constexpr, BLOCK_B: tl.constexpr,
-               BLOCK_H: tl.constexpr):
-    """The sum of PROGRAMS tiles of (BLOCK_B, BLOCK_H), one after another, always in the same order."""
-    at = tl.arange(0, BLOCK_B)[:, None] * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
-    total = tl.full((BLOCK_B, BLOCK_H), 0., tl.float32)
-    for first in tl.static_range(0, PROGRAMS, 16):
-        # 16 at a time on their way; the compiler may wait for each alone where loads and sums alternate
-        shares = ()
-        for q in tl.static_range(first, min(first + 16, PROGRAMS)):
-            shares += (tl.load(shares_ptr + q * AREA + at, mask=mask, other=0., cache_modifier=".cg"),)
-        for q in tl.static_range(len(shares)):
-            total += shares[q]
-    return total
-
-
-@triton.jit
 def load_rows(r_ptr, unit, start, WIDTH: tl.constexpr, H: tl.constexpr, DIRECTIONS: tl.constexpr,
               PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """The rows of R of some hidden units, by gate, as far as they reach WIDTH units of the earlier h."""
@@ -196,37 +181,36 @@ def load_rows(r_ptr, unit, start, WIDTH: tl.constexpr, H: tl.constexpr, DIRECTIO
 
 
 @triton.jit
-def store_shares(half, da, r, p, alive, start, WIDTH: tl.constexpr, H: tl.constexpr, PROGRAMS: tl.constexpr,
-                 BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr):
+def multiply_and_send(slot, da, r, p, flag, start, WIDTH: tl.constexpr, PROGRAMS: tl.constexpr, BLOCK_B: tl.constexpr,
+                BLOCK_H: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """Program p's share of dh for WIDTH units, put where their owners look for it."""
-    target = start + tl.arange(0, WIDTH)[None, :]
     share = tl.full((BLOCK_B, WIDTH), 0., tl.float32)
     for gate in tl.static_range(4):
         share = product(da[gate], r[gate], share, PRECISION)
+    target = start + 2 * tl.arange(0, WIDTH // 2)[None, :]
     to = (target // BLOCK_H * PROGRAMS + p) * (BLOCK_B * BLOCK_H) + target % BLOCK_H
-    tl.store(half + to + tl.arange(0, BLOCK_B)[:, None] * BLOCK_H, share, mask=alive & (target < H))
+    send_shares(slot + to + tl.arange(0, BLOCK_B)[:, None] * BLOCK_H, share, flag, INTERPRET)
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "tiles", "stride_dyt", "stride_dyb"])
-def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, share_ptr, count_ptr,
-                  T, S, B, first, tiles,
+def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, share_ptr, T, S, B, first, tiles,
                   stride_dyt, stride_dyb, stride_dyh,
                   H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,
-                  PROGRAMS: tl.constexpr, HELD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
-                  HAS_DY: tl.constexpr, DY_UNIT: tl.constexpr, MARKED: tl.constexpr, PRECISION: tl.constexpr,
-                  INTERPRET: tl.constexpr):
+                  PROGRAMS: tl.constexpr, OWNERS: tl.constexpr, HELD: tl.constexpr, BLOCK_K: tl.constexpr,
+                  BLOCK_B: tl.constexpr, HAS_DY: tl.constexpr, DY_UNIT: tl.constexpr, MARKED: tl.constexpr,
+                  PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """As ``backward_resident``, but a group of programs shares R as in ``forward_grid``.
 
     A program multiplies its own da by its own rows of R, which gives a share of every unit's dh; the shares meet in
-    share (2, D, groups, tiles, PROGRAMS to, PROGRAMS from, BLOCK_B, BLOCK_H) fp32, where each owner adds its own up.
-    Two halves take turns by step: a half is written again only after a barrier that its readers have passed. Over steps
-    that are not live, dh waits in dh_ptr.
+    share (2, D, groups, tiles, OWNERS to, PROGRAMS from, BLOCK_B, BLOCK_H) fp32, where each owner adds its own up.
+    The halves take turns by step, and a share's last bit by turns of its half (see ``exchange``): all zero at first,
+    then ones. A program overwrites what it sent two steps before once it has a share of the step between from the
+    reader, who computed that from what it had read. Over steps that are not live, dh waits in dh_ptr.
     """
     p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     AREA: tl.constexpr = BLOCK_B * BLOCK_H
-    my_group = d * tl.num_programs(1) + group
-    groups = tl.num_programs(1) * tl.num_programs(2)
-    count_ptr += my_group * 32
+    share_ptr += ((d * tl.num_programs(1) + group) * tiles).to(tl.int64) * (OWNERS * PROGRAMS * AREA)
+    half = (tl.num_programs(2) * tl.num_programs(1) * tiles).to(tl.int64) * (OWNERS * PROGRAMS * AREA)
     r_ptr += d * (4 * H * H)
     rows = tl.arange(0, BLOCK_B)[:, None]
     unit = p * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -242,9 +226,6 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, sh
         time = tl.where(d == 0, first + s, T - 1 - first - s).to(tl.int64)
         at = (d * S + local).to(tl.int64) * B + row
         at_state = (d * B + row).to(tl.int64) * H + unit[None, :]
-        # this step's half of the shares, and the one that the step after it filled
-        half = share_ptr + (((s % 2) * groups + my_group) * tiles + m).to(tl.int64) * (PROGRAMS * PROGRAMS * AREA)
-        other = share_ptr + (((1 - s % 2) * groups + my_group) * tiles + m).to(tl.int64) * (PROGRAMS * PROGRAMS * AREA)
         live = alive
         if MARKED:
             mark = load_marks(marks_ptr, d * T + time, row, B)
@@ -255,10 +236,13 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, sh
         if HAS_DY:
             dy_t = dy_ptr + time * stride_dyt * DY_UNIT + row.to(tl.int64) * stride_dyb * DY_UNIT
             dy = tl.load(dy_t + (d * H + unit[None, :]) * stride_dyh, mask=mask & live, other=0.).to(tl.float32)
+        turn = T - 1 - first - s        # steps of all launches before this one
+        tile = share_ptr + m * (OWNERS * PROGRAMS * AREA)
         if s == S - 1:
             dh = tl.load(dh_ptr + at_state, mask=mask, other=0.)
         else:
-            dh = add_shares(other + p * (PROGRAMS * AREA), mask, PROGRAMS, AREA, BLOCK_B, BLOCK_H)
+            dh = add_shares(tile + (turn - 1) % 2 * half + p * (PROGRAMS * AREA), flag_of(turn - 1), PROGRAMS, AREA,
+                            BLOCK_B, BLOCK_H)
             if MARKED:
                 dh = tl.where((mark & CUT) == 0, dh, 0.)
                 dh += tl.load(dh_ptr + at_state, mask=mask & ((mark & END) != 0), other=0.)
@@ -269,22 +253,23 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, sh
         tl.store(dc_ptr + at_state, dc, mask=mask)
         da = (operand(i, PRECISION, INTERPRET), operand(f, PRECISION, INTERPRET),
               operand(g, PRECISION, INTERPRET), operand(o, PRECISION, INTERPRET))
+        slot, flag = tile + turn % 2 * half, flag_of(turn)
         for j in tl.static_range(len(CHUNKS)):
-            store_shares(half, da, r[j], p, alive, CHUNKS[j][0], CHUNKS[j][1], H, PROGRAMS, BLOCK_B, BLOCK_H, PRECISION)
+            multiply_and_send(slot, da, r[j], p, flag, CHUNKS[j][0], CHUNKS[j][1], PROGRAMS, BLOCK_B, BLOCK_H, PRECISION,
+                        INTERPRET)
         if HELD < H:
             for start in range(HELD, H, BLOCK_K):
-                store_shares(half, da, load_rows(r_ptr, unit, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET),
-                             p, alive, start, BLOCK_K, H, PROGRAMS, BLOCK_B, BLOCK_H, PRECISION)
+                multiply_and_send(slot, da, load_rows(r_ptr, unit, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET),
+                            p, flag, start, BLOCK_K, PROGRAMS, BLOCK_B, BLOCK_H, PRECISION, INTERPRET)
         last = m == tiles - 1
         m = tl.where(last, 0, m + 1)
         s = tl.where(last, s - 1, s)
-        if last:
-            group_barrier(count_ptr, (S - 1 - s) * PROGRAMS, INTERPRET)
-    for m in range(tiles):      # step 0 filled the even half
+    for m in range(tiles):
         row = (group * tiles + m) * BLOCK_B + rows
         mask = (row < B) & (unit[None, :] < H)
-        half = share_ptr + (my_group * tiles + m).to(tl.int64) * (PROGRAMS * PROGRAMS * AREA)
-        dh = add_shares(half + p * (PROGRAMS * AREA), mask, PROGRAMS, AREA, BLOCK_B, BLOCK_H)
+        turn = T - 1 - first
+        tile = share_ptr + m * (OWNERS * PROGRAMS * AREA)
+        dh = add_shares(tile + turn % 2 * half + p * (PROGRAMS * AREA), flag_of(turn), PROGRAMS, AREA, BLOCK_B, BLOCK_H)
         if MARKED:
             mark = load_marks(marks_ptr, d * T + tl.where(d == 0, first, T - 1 - first).to(tl.int64), row, B)
             dh = tl.where((mark & FRESH) == 0, dh, 0.)

@@ -2,7 +2,8 @@
 import triton
 import triton.language as tl
 
-from .cell import FRESH, LIVE, START, cell, group_barrier, load_r, narrow, operand, product, round_tf32
+from .cell import FRESH, LIVE, cell, load_r, narrow, operand, product, round_tf32
+from .exchange import any_bit, is_missing, look, missing, receive, send_h, values
 
 
 @triton.jit
@@ -122,16 +123,9 @@ def load_columns(r_ptr, at_r, n_unit, start, WIDTH: tl.constexpr, H: tl.constexp
 
 
 @triton.jit
-def load_h(h_row, mask, start, WIDTH: tl.constexpr, H: tl.constexpr):
-    """WIDTH units of the rows of h that begin at ``h_row``, zeros where ``mask`` is off. With .cg: not from L1, which
-    other multiprocessors' stores do not reach."""
-    source = start + tl.arange(0, WIDTH)[None, :]
-    return tl.load(h_row + source, mask=mask & (source < H), other=0., cache_modifier=".cg")
-
-
-@triton.jit
-def loaded(h, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """``load_h``'s result as ``product`` wants it; what travels for TF32 is rounded already."""
+def first_factor(words, dtype: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """What ``look`` found as ``product`` wants it; what travels for TF32 is rounded already."""
+    h = values(words, dtype)
     if PRECISION == "tf32":
         return (h,)
     else:
@@ -139,23 +133,25 @@ def loaded(h, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles"])
-def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, rounded_ptr, count_ptr,
+def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, sent_ptr,
                  T, S, B, first, keep_every, tiles,
                  H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,
-                 HELD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, MARKED: tl.constexpr,
-                 PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+                 OWNERS: tl.constexpr, HELD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
+                 MARKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """As ``forward_resident``, but a group of programs shares R: each holds the rows of BLOCK_H hidden units.
 
-    A group takes ``tiles`` batch tiles through a step, then waits for itself once. h travels through y; for TF32
-    through rounded (2, B, D H), of which steps take turns: rounded once, not by all who read it (and so is h_ptr).
-    c lives in c_ptr, so that a program needs no registers for more than one tile. CHUNKS cut the HELD first input
-    units, whose part of R stays on chip; the rest is read each step, BLOCK_K units at a time. count (D, groups, 32)
-    int32, zero at launch: the arrivals of each group, one cache line apart.
+    A group takes ``tiles`` batch tiles through a step; while h of one is on its way, the others are computed. h travels
+    through sent (S, D, groups, tiles, BLOCK_B, OWNERS BLOCK_H), of y's type, rounded for TF32: at launch h before step
+    0, then all bits set, but zero for owners that are no programs; see ``exchange``. c lives in c_ptr, so that a program needs no registers for more than
+    one tile. CHUNKS cut the HELD first input units, whose part of R stays on chip; the rest is read each step, BLOCK_K
+    units at a time.
     """
     p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    programs = tl.num_programs(0)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    count_ptr += (d * tl.num_programs(1) + group) * 32
+    UNITS: tl.constexpr = OWNERS * BLOCK_H
+    AREA: tl.constexpr = BLOCK_B * UNITS
+    sent_ptr += ((d * tl.num_programs(1) + group) * tiles).to(tl.int64) * AREA
+    step_of_sent = (tl.num_programs(2) * tl.num_programs(1) * tiles).to(tl.int64) * AREA
     r_ptr += d * (4 * H * H)
     x_ptr += d.to(tl.int64) * S * B * (4 * H)
     rows = tl.arange(0, BLOCK_B)[:, None]
@@ -171,60 +167,61 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, rounded
     row = group * tiles * BLOCK_B + rows
     local = tl.where(d == 0, 0, S - 1).to(tl.int64)
     x_i, x_f, x_g, x_o = load_gates(x_ptr + local * B * (4 * H), row * (4 * H) + unit, (row < B) & (unit < H), H)
-    mark = row
     if MARKED:
         marks_ptr += d.to(tl.int64) * T * B
-        mark = load_marks(marks_ptr, tl.where(d == 0, first, T - 1 - first).to(tl.int64), row, B)
     s, m = 0, 0
     while s < S:
         row = (group * tiles + m) * BLOCK_B + rows
-        alive = row < B
-        mask = alive & (unit < H)
+        mask = (row < B) & (unit < H)
         time = tl.where(d == 0, first + s, T - 1 - first - s).to(tl.int64)
-        if s == 0:
-            h_prev = h_ptr + d * H
-        elif PRECISION == "tf32":
-            h_prev = rounded_ptr + tl.where(s % 2 == 0, 0, B).to(tl.int64) * (DIRECTIONS * H) + d * H
-        else:
-            h_prev = y_ptr + (time + tl.where(d == 0, -1, 1)) * B * (DIRECTIONS * H) + d * H
-        h_row = h_prev + row * (DIRECTIONS * H)
-        goes_on = alive
+        at_c = (d * B + row).to(tl.int64) * H + unit
+        c_prev = tl.load(c_ptr + at_c, mask=mask, other=0.)
         if MARKED:
+            mark = load_marks(marks_ptr, time, row, B)
             live = (mark & LIVE) != 0
-            goes_on = alive & ((mark & FRESH) == 0)
-            h_row = tl.where((mark & START) != 0, h_ptr + d * H + row * (DIRECTIONS * H), h_row)
+            next_mark = load_marks(marks_ptr, time + tl.where(s == S - 1, 0, tl.where(d == 0, 1, -1)), row, B)
+            waiting = tl.load(h_ptr + row * (DIRECTIONS * H) + d * H + unit, mask=mask & ((mark & LIVE) == 0), other=0.)
+            c_prev = tl.where((mark & FRESH) == 0, c_prev, 0.)
+        tile = sent_ptr + s * step_of_sent + m * AREA
         # All loads first: the compiler keeps them in this order with the products' barriers, and each would be waited
         # for alone.
-        h = ()
-        for k in tl.static_range(len(CHUNKS)):
-            h += (load_h(h_row, goes_on, CHUNKS[k][0], CHUNKS[k][1], H),)
-        at_c = (d * B + row).to(tl.int64) * H + unit
-        c_prev = tl.load(c_ptr + at_c, mask=goes_on & (unit < H), other=0.)
+        h = receive(tile, CHUNKS, UNITS, BLOCK_B)
         a = tl.full((BLOCK_B, 4 * BLOCK_H), 0., tl.float32)
         for k in tl.static_range(len(CHUNKS)):
-            a = product(loaded(h[k], PRECISION, INTERPRET), r[k], a, PRECISION)
+            a = product(first_factor(h[k], dtype, PRECISION, INTERPRET), r[k], a, PRECISION)
         if HELD < H:
-            for start in range(HELD, H, BLOCK_K):
-                a = product(loaded(load_h(h_row, goes_on, start, BLOCK_K, H), PRECISION, INTERPRET),
-                            load_columns(r_ptr, at_r, n_unit, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET),
-                            a, PRECISION)
-        if ((first + s) % keep_every == 0) & (first + s > 0):
-            at_kept = ((first + s) // keep_every - 1).to(tl.int64) * DIRECTIONS + d
-            tl.store(kept_ptr + (at_kept * B + row) * H + unit, c_prev, mask=mask)
+            held = a
+            again = True
+            while again:
+                a = held
+                found = tl.full((BLOCK_B, BLOCK_K * dtype.primitive_bitwidth // 32), 0, tl.int32)
+                for start in range(HELD, H, BLOCK_K):
+                    words = look(tile, start, BLOCK_K, UNITS, BLOCK_B)
+                    found |= missing(words, dtype)
+                    a = product(first_factor(words, dtype, PRECISION, INTERPRET),
+                                load_columns(r_ptr, at_r, n_unit, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET),
+                                a, PRECISION)
+                again = is_missing(any_bit(found), dtype)
         low, high = a.reshape(BLOCK_B, 2, BLOCK_H, 2).permute(0, 2, 3, 1).split()
         i, f = low.split()
         g, o = high.split()
         y, c = cell(i + x_i, f + x_f, g + x_g, o + x_o, c_prev)
+        h_next = y
         if MARKED:
+            # a row that has yet to begin still waits with its first h
+            h_next = tl.where((next_mark & FRESH) == 0, tl.where(live, y, waiting.to(tl.float32)), 0.)
             y = tl.where(live, y, 0.)
             c = tl.where(live, c, c_prev)
+        if s < S - 1:
+            if PRECISION == "tf32":
+                h_next = round_tf32(h_next, INTERPRET)
+            send_h(tile + step_of_sent + rows * UNITS + unit, narrow(h_next, dtype, INTERPRET), INTERPRET)
         tl.store(y_ptr + (time * B + row) * (DIRECTIONS * H) + d * H + unit, narrow(y, dtype, INTERPRET), mask=mask)
-        if PRECISION == "tf32":
-            next_slot = tl.where(s % 2 == 0, B, 0).to(tl.int64) * (DIRECTIONS * H)
-            tl.store(rounded_ptr + next_slot + row * (DIRECTIONS * H) + d * H + unit, round_tf32(y, INTERPRET),
-                     mask=mask)
+        if ((first + s) % keep_every == 0) & (first + s > 0):
+            at_kept = ((first + s) // keep_every - 1).to(tl.int64) * DIRECTIONS + d
+            tl.store(kept_ptr + (at_kept * B + row) * H + unit, c_prev, mask=mask)
         tl.store(c_ptr + at_c, c, mask=mask)
-        # the next tile, or the first one of the next step, whose x is fetched before the wait
+        # the next tile, or the first one of the next step
         last = m == tiles - 1
         m = tl.where(last, 0, m + 1)
         s = tl.where(last, s + 1, s)
@@ -232,8 +229,3 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, rounded
         local = tl.where(d == 0, local, S - 1 - local).to(tl.int64)
         row = (group * tiles + m) * BLOCK_B + rows
         x_i, x_f, x_g, x_o = load_gates(x_ptr + local * B * (4 * H), row * (4 * H) + unit, (row < B) & (unit < H), H)
-        if MARKED:
-            time = first + tl.minimum(s, S - 1)
-            mark = load_marks(marks_ptr, tl.where(d == 0, time, T - 1 - time).to(tl.int64), row, B)
-        if last:
-            group_barrier(count_ptr, s * programs, INTERPRET)

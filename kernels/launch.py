@@ -126,12 +126,22 @@ def _loop_constants(plan, marks):
     constants = dict(CHUNKS=plan.chunks, BLOCK_B=plan.block_b, PRECISION=plan.precision, INTERPRET=INTERPRET,
                      MARKED=marks is not None)
     if plan.schedule != "resident":
-        constants.update(BLOCK_H=plan.block_h, HELD=plan.held, BLOCK_K=plan.block_k)
+        constants.update(BLOCK_H=plan.block_h, OWNERS=plan.owners, HELD=plan.held, BLOCK_K=plan.block_k)
     return constants
 
 
-def _counters(plan, like):
-    return torch.zeros(plan.directions * plan.groups * 32, dtype=torch.int32, device=like.device)
+def _fill_sent(sent, h, marks, first, T, plan):
+    """What ``forward_grid`` expects in ``sent``: h (D, B, H) as the programs would have sent it, then nothing yet."""
+    h = torch.where(h == h, h, torch.nan)       # "nothing yet" is a NaN too, which h may not be
+    if plan.precision == "tf32":
+        h = _round_tf32(h)
+    if marks is not None:
+        h = h.masked_fill(_has(torch.stack([marks[d, _span(d, first, 1, T)[0]] for d in range(plan.directions)]),
+                               cell.FRESH), 0)
+    sent[0].zero_()
+    sent[0, :, :h.shape[1], :h.shape[2]] = h
+    sent[1:].view(torch.int16 if sent.element_size() == 2 else torch.int32).fill_(-1)
+    sent[1:, :, :, plan.programs * plan.block_h:] = 0
 
 
 def _span(d, first, steps, T):
@@ -164,7 +174,8 @@ def forward(x, w, r, b, h0, c0, marks, plan, save, run=None):
     steps = plan.forward_steps(T, x.element_size())
     buffer = x.new_empty(D * steps * B * 4 * H)
     through_l2 = plan.schedule in ("grid", "streamed")
-    rounded = x.new_empty(2, B, D * H) if through_l2 and plan.precision == "tf32" else h
+    if through_l2:
+        sent = x.new_empty(steps, D, plan.groups * plan.tiles * plan.block_b, plan.owners * plan.block_h)
     for first in range(0, T, steps):
         S = min(steps, T - first)
         a = buffer[:D * S * B * 4 * H].view(D, S * B, 4 * H)
@@ -175,16 +186,15 @@ def forward(x, w, r, b, h0, c0, marks, plan, save, run=None):
             h = torch.cat([y[first - 1, :, :H], y[T - first, :, H:]], 1) if D == 2 else y[first - 1]
             if marks is not None and D == 2:
                 h[:, H:] = torch.where(_has(marks[1, T - first], cell.LIVE), h[:, H:], h0[1])   # or has yet to begin
-        if through_l2 and plan.precision == "tf32":
-            h = _round_tf32(h)
         head, shape = (a, r, h, c, y, kept, kept if marks is None else marks), (T, S, B, first, keep_every)
         constants = _loop_constants(plan, marks)
         if plan.gluon or plan.schedule == "resident":
             run(forward_gluon if plan.gluon else forward_resident, plan, (plan.groups, D), *head, *shape, waits=False,
                 **constants)
         else:
-            run(forward_grid, plan, (plan.programs, plan.groups, D), *head, rounded, _counters(plan, c), *shape,
-                plan.tiles, waits=True, **constants)
+            _fill_sent(sent[:S], h.view(B, D, H).transpose(0, 1), marks, first, T, plan)
+            run(forward_grid, plan, (plan.programs, plan.groups, D), *head, sent, *shape, plan.tiles, waits=True,
+                **constants)
     last = y[T - 1, :, :H]
     if marks is not None:
         live = _has(marks[0], cell.LIVE)
@@ -258,7 +268,8 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, ru
         chunk = min(K, T) * D * B * H
         a_buffer, coef = x.new_empty(4 * chunk), dh.new_empty(6 * chunk)
         if plan.schedule in ("grid", "streamed"):
-            share = dh.new_empty(2 * D * plan.groups * plan.tiles * plan.programs ** 2 * plan.block_b * plan.block_h)
+            share = dh.new_zeros(2 * D * plan.groups * plan.tiles * plan.owners * plan.programs * plan.block_b
+                                 * plan.block_h)
         for first in reversed(range(0, T, K)):
             S = min(K, T - first)
             a = a_buffer[:D * S * B * 4 * H].view(D, S * B, 4 * H)
@@ -278,8 +289,7 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, ru
                 run(backward_gluon if plan.gluon else backward_resident, plan, (plan.groups, D), *head,
                     T, S, B, first, *strides, waits=False, **constants)
             else:
-                run(backward_grid, plan, (plan.programs, plan.groups, D), *head, share, _counters(plan, dc),
-                    T, S, B, first, plan.tiles, *strides, waits=True, PROGRAMS=plan.programs, **constants)
+                run(backward_grid, plan, (plan.programs, plan.groups, D), *head, share, T, S, B, first, plan.tiles, *strides, waits=True, PROGRAMS=plan.programs, **constants)
             with matmul_precision(plan):
                 for d in range(D):
                     if dw is not None:

@@ -147,6 +147,15 @@ class Plan:
         return self.held_bytes - self.register_bytes + max(forward, backward)
 
     @property
+    def owners(self):
+        """Programs for all units that the products of a grid or streamed plan reach, padding included; no program is
+        there for the last of them where blocks of R end beyond the last program's units."""
+        reach = self.held
+        if reach < self.hidden_size:
+            reach += -(-(self.hidden_size - reach) // self.block_k) * self.block_k
+        return max(-(-reach // self.block_h), self.programs)
+
+    @property
     def streamed_bytes(self):
         """Bytes of R that one program reads from L2 each step."""
         return 4 * self.block_h * max(self.hidden_size - self.held, 0) * _element(self.precision)
@@ -172,7 +181,7 @@ class Plan:
         work = chunk * (self.directions * self.hidden_size * (4 * element + 6 * 4) + input_size * element)
         if self.schedule in ("grid", "streamed"):
             rows = self.directions * self.groups * self.tiles * self.block_b
-            work += 2 * 4 * rows * self.programs ** 2 * self.block_h + 4 * 32 * self.directions * self.groups
+            work += 2 * 4 * rows * self.owners * self.programs * self.block_h
         weights = 4 * self.hidden_size * (input_size + self.hidden_size + 1)
         # c0 in fp32, dh and dc, and the latter two in the input's type
         states = self.directions * self.batch * self.hidden_size * (3 * 4 + 3 * element)

@@ -187,8 +187,10 @@ def multiply_and_send(slot, da, r, p, flag, start, WIDTH: tl.constexpr, PROGRAMS
     share = tl.full((BLOCK_B, WIDTH), 0., tl.float32)
     for gate in tl.static_range(4):
         share = product(da[gate], r[gate], share, PRECISION)
-    target = start + 2 * tl.arange(0, WIDTH // 2)[None, :]
+    # blocks that begin with an owner's units share these offsets, which take a register each
+    target = start % BLOCK_H + 2 * tl.arange(0, WIDTH // 2)[None, :]
     to = (target // BLOCK_H * PROGRAMS + p) * (BLOCK_B * BLOCK_H) + target % BLOCK_H
+    slot += start // BLOCK_H * (PROGRAMS * BLOCK_B * BLOCK_H)
     send_shares(slot + to + tl.arange(0, BLOCK_B)[:, None] * BLOCK_H, share, flag, INTERPRET)
 
 

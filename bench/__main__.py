@@ -152,7 +152,7 @@ def sweep(args):
     """Time the chosen cases on this GPU; returns the exit code."""
     import torch
 
-    from triton_lstm.plan import Limits
+    from triton_lstm.plan import Limits, make_plan
 
     from . import floors, instrument, providers, workloads
     from . import sweep as sweeping
@@ -174,8 +174,9 @@ def sweep(args):
     compiling_s = sweeping.compile_all(cases, Limits.of(torch.device("cuda")), 10 * major + minor)
     gpu = instrument.Gpu()
     floor = floors.Floors(gpu)
-    print(f"launch {floor.launch_us():.2f} us, flag {floor.flag_us():.2f} us, barrier of 2 to 64 programs "
-          + ", ".join(f"{floor.barrier_us(n, 1):.2f}" for n in (2, 8, 32, 64)) + " us, GEMM "
+    plans = [make_plan(16, 16 * n, torch.bfloat16, schedule="grid") for n in (2, 8, 32, 64)]
+    print(f"launch {floor.launch_us():.2f} us, exchange between 2 to 64 programs "
+          + ", ".join(f"{floor.exchange_us(plan, 'bf16'):.2f}" for plan in plans) + " us, GEMM "
           + ", ".join(f"{name} {floor.gemm_tflops(name):.0f}" for name in DTYPES) + " TFLOP/s", flush=True)
     code = sweeping.run(path, cases, chosen, gpu, floor, here, sweeping.EFFORTS[amount],
                         seconds and seconds - compiling_s)

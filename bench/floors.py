@@ -9,8 +9,9 @@ import types
 import torch
 import triton
 import triton.language as tl
-from triton_lstm.kernels.cell import group_barrier
+from triton_lstm.kernels.exchange import receive, send_h
 
+from triton_lstm import make_plan
 from triton_lstm.kernels import launch
 
 from .correctness import dtype_of
@@ -22,28 +23,19 @@ CELL_SPECIAL_FUNCTIONS = 10         # three sigmoids and two tanh of an exponent
 
 
 @triton.jit(do_not_specialize=["steps"])
-def barriers(count_ptr, steps, INTERPRET: tl.constexpr):
-    """``steps`` barriers of each group of programs, as ``forward_grid`` has one a step; count as there."""
-    count_ptr += tl.program_id(1) * 32
+def exchanges(sent_ptr, steps, CHUNKS: tl.constexpr, OWNERS: tl.constexpr, BLOCK_H: tl.constexpr,
+              BLOCK_B: tl.constexpr, INTERPRET: tl.constexpr):
+    """``steps`` exchanges of h in each group of programs, as ``forward_grid`` has one a step, and sent as there."""
+    p, group = tl.program_id(0), tl.program_id(1)
+    dtype: tl.constexpr = sent_ptr.dtype.element_ty
+    UNITS: tl.constexpr = OWNERS * BLOCK_H
+    own = tl.arange(0, BLOCK_B)[:, None] * UNITS + p * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     s = 0
     while s < steps:
+        tile = sent_ptr + (s * tl.num_programs(1) + group).to(tl.int64) * (BLOCK_B * UNITS)
+        receive(tile, CHUNKS, UNITS, BLOCK_B)
         s += 1
-        group_barrier(count_ptr, s * tl.num_programs(0), INTERPRET)
-
-
-@triton.jit(do_not_specialize=["steps"])
-def flags(flag_ptr, steps):
-    """A flag from one program to the other and back, ``steps`` times. flag (2, 32) int32, zero at launch."""
-    p = tl.program_id(0)
-    s = 0
-    while s < steps:
-        s += 1
-        if p == 0:
-            tl.atomic_xchg(flag_ptr, s, sem="release", scope="gpu")
-        while tl.atomic_add(flag_ptr + (1 - p) * 32, 0, sem="acquire", scope="gpu") < s:
-            pass
-        if p == 1:
-            tl.atomic_xchg(flag_ptr + 32, s, sem="release", scope="gpu")
+        send_h(tile + tl.num_programs(1) * (BLOCK_B * UNITS) + own, tl.full((BLOCK_B, BLOCK_H), 1, dtype), INTERPRET)
 
 
 class Floors:
@@ -51,36 +43,34 @@ class Floors:
 
     def __init__(self, gpu):
         self._gpu = gpu
-        for name in ("barrier_us", "flag_us", "launch_us", "gemm_tflops"):
+        for name in ("exchange_us", "launch_us", "gemm_tflops"):
             setattr(self, name, functools.cache(getattr(self, name)))
 
     def _best(self, call, repeat=5):
         call()
         return min(self._gpu.sample(call) for _ in range(repeat))
 
-    def _microseconds(self, kernel, grid, steps, *constants):
-        counters = torch.zeros(max(grid[1], 2) * 32, dtype=torch.int32, device=self._gpu.device)
+    def exchange_us(self, plan, dtype, steps=500):
+        """An exchange of one tile of h in every group of programs of a grid or streamed ``plan``, all at once."""
+        groups = plan.groups * plan.directions
+        sent = torch.empty(steps + 1, groups, plan.block_b, plan.owners * plan.block_h, dtype=dtype_of(dtype),
+                           device=self._gpu.device)
 
         def call(n):
-            counters.zero_()
-            kernel[grid](counters, n, *constants, **LAUNCH)
-        # the difference leaves launch and start out
+            launch.clear(sent, plan)
+            exchanges[(plan.programs, groups)](sent, n, plan.chunks, plan.owners, plan.block_h, plan.block_b,
+                                               launch.INTERPRET, **LAUNCH)
+        # the difference leaves out launch and start, and clearing, which takes in all steps each time
         few, many = (self._best(functools.partial(call, n)) for n in (steps // 10, steps))
         return 1000 * (many - few) / (steps - steps // 10)
 
-    def barrier_us(self, programs, groups):
-        """A barrier among ``programs``, with so many ``groups`` of them at once."""
-        return self._microseconds(barriers, (programs, groups), 2000, launch.INTERPRET)
-
-    def flag_us(self):
-        """One program's flag until another sees it."""
-        return self._microseconds(flags, (2, 1), 2000) / 2
-
     def launch_us(self):
         """One of many launches in a row."""
-        counters = torch.zeros(64, dtype=torch.int32, device=self._gpu.device)
-        return 10 * self._best(lambda: [barriers[(1, 1)](counters, 0, launch.INTERPRET, **LAUNCH)
-                                         for _ in range(100)])
+        plan = make_plan(16, 32, torch.float16, schedule="grid")
+        sent = torch.zeros(1, 1, plan.block_b, plan.owners * plan.block_h, dtype=torch.float16,
+                           device=self._gpu.device)
+        return 10 * self._best(lambda: [exchanges[(1, 1)](sent, 0, plan.chunks, plan.owners, plan.block_h, plan.block_b,
+                                                          launch.INTERPRET, **LAUNCH) for _ in range(100)])
 
     def gemm_tflops(self, dtype):
         """An 8192^3 product; fp32 in TF32, as torch lets an LSTM multiply."""
@@ -91,8 +81,7 @@ class Floors:
     def step_us(self, plan, case, sm_mhz):
         """``step_floor`` and its exchange, as measured here; None where the clock is unknown. An exchange in a cluster
         counts as none: nothing here measures it."""
-        exchange = (self.barrier_us(plan.programs, plan.groups * plan.directions)
-                    if plan.schedule in ("grid", "streamed") else 0)
+        exchange = self.exchange_us(plan, case.dtype) if plan.schedule in ("grid", "streamed") else 0
         if not sm_mhz:
             return None, exchange
         floor = step_floor(plan, case, exchange, sm_mhz, self.gemm_tflops(case.dtype), self._gpu.multiprocessors)

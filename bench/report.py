@@ -18,12 +18,13 @@ def speeds(rows):
         providers, baseline = found[case], BASELINES[case.sequences]
         ours, theirs = providers.get(OURS), providers.get(baseline)
         us = lambda row: "" if row is None else f"{row.us_per_step:.2f}"
+        of_ours = lambda name, ours=ours: _ratio(getattr(ours, name, None))
         others = ", ".join(f"{name} {row.us_per_step:.2f}" for name, row in providers.items()
                            if name not in (OURS, baseline))
-        lines.append((case, us(ours), "" if ours is None or ours.floor_us is None else f"{ours.floor_us:.2f}",
-                      us(theirs), _ratio(speedup(providers, baseline)), case.cudnn_algorithm, others))
-    return markdown(("case", "ours, us a step", "floor", "nn.LSTM, us a step", "speed-up", "cuDNN algorithm",
-                     "others, us a step"), lines)
+        lines.append((case, us(ours), of_ours("floor_us"), of_ours("predicted_us"), us(theirs),
+                      _ratio(speedup(providers, baseline)), case.cudnn_algorithm, others))
+    return markdown(("case", "ours, us a step", "floor", "predicted", "nn.LSTM, us a step", "speed-up",
+                     "cuDNN algorithm", "others, us a step"), lines)
 
 
 def untimed(rows):

@@ -257,12 +257,12 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, sh
               operand(g, PRECISION, INTERPRET), operand(o, PRECISION, INTERPRET))
         slot, flag = tile + turn % 2 * half, flag_of(turn)
         for j in tl.static_range(len(CHUNKS)):
-            multiply_and_send(slot, da, r[j], p, flag, CHUNKS[j][0], CHUNKS[j][1], PROGRAMS, BLOCK_B, BLOCK_H, PRECISION,
-                        INTERPRET)
+            multiply_and_send(slot, da, r[j], p, flag, CHUNKS[j][0], CHUNKS[j][1], PROGRAMS, BLOCK_B, BLOCK_H,
+                              PRECISION, INTERPRET)
         if HELD < H:
             for start in range(HELD, H, BLOCK_K):
                 multiply_and_send(slot, da, load_rows(r_ptr, unit, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET),
-                            p, flag, start, BLOCK_K, PROGRAMS, BLOCK_B, BLOCK_H, PRECISION, INTERPRET)
+                                  p, flag, start, BLOCK_K, PROGRAMS, BLOCK_B, BLOCK_H, PRECISION, INTERPRET)
         last = m == tiles - 1
         m = tl.where(last, 0, m + 1)
         s = tl.where(last, s - 1, s)

@@ -1,4 +1,4 @@
-"""Device functions that the kernels share: activations, the LSTM cell, dot operands, the group barrier."""
+"""Device functions that the kernels share: activations, the LSTM cell, dot operands."""
 import triton
 import triton.language as tl
 
@@ -94,28 +94,3 @@ def product(a, b, acc, PRECISION: tl.constexpr):
         acc = tl.dot(a[1], b[0], acc, input_precision="tf32")
         acc = tl.dot(a[0], b[1], acc, input_precision="tf32")
     return tl.dot(a[0], b[0], acc, input_precision="tf32")
-
-
-@triton.jit
-def cta_barrier(INTERPRET: tl.constexpr):
-    """Synchronise the threads of a program.
-
-    The same instruction as tl.debug_barrier, but opaque to the compiler: with that one in a loop it no longer hoists
-    R's conversion to dot operands out of the loop, and R would be read from shared memory at each step.
-    """
-    if not INTERPRET:
-        tl.inline_asm_elementwise("bar.sync 0; mov.b32 $0, 0;", "=r,r,~{memory}", [tl.program_id(0)], dtype=tl.int32,
-                                  is_pure=False, pack=1)
-
-
-@triton.jit
-def group_barrier(count_ptr, target, INTERPRET: tl.constexpr):
-    """Wait until the programs of a group have arrived ``target`` times in all; publishes what each stored before.
-
-    The counter only grows, so it needs no reset between steps. The difference is taken modulo 2^32, so it may wrap.
-    """
-    cta_barrier(INTERPRET)          # all warps' stores come before the release
-    tl.atomic_add(count_ptr, 1, sem="release", scope="gpu")
-    while tl.atomic_add(count_ptr, 0, sem="acquire", scope="gpu") - target < 0:
-        pass
-    cta_barrier(INTERPRET)          # no warp loads before the acquire

@@ -130,18 +130,24 @@ def _loop_constants(plan, marks):
     return constants
 
 
-def _fill_sent(sent, h, marks, first, T, plan):
-    """What ``forward_grid`` expects in ``sent``: h (D, B, H) as the programs would have sent it, then nothing yet."""
-    h = torch.where(h == h, h, torch.nan)       # "nothing yet" is a NaN too, which h may not be
+def clear(sent, plan):
+    """Fill a memory for h (steps, ..., rows, units): nothing has been sent yet, but zeros before the first step."""
+    sent.view(torch.int16 if sent.element_size() == 2 else torch.int32).fill_(-1)
+    sent[0] = 0
+    if plan.owners > plan.programs:
+        sent[..., plan.programs * plan.block_h:] = 0        # where no program sends
+
+
+def _clear_after(h, sent, marks, first, T, plan):
+    """``clear``, with h (D, B, H) before the first step as the programs would have sent it."""
     if plan.precision == "tf32":
         h = _round_tf32(h)
     if marks is not None:
-        h = h.masked_fill(_has(torch.stack([marks[d, _span(d, first, 1, T)[0]] for d in range(plan.directions)]),
-                               cell.FRESH), 0)
-    sent[0].zero_()
-    sent[0, :, :h.shape[1], :h.shape[2]] = h
-    sent[1:].view(torch.int16 if sent.element_size() == 2 else torch.int32).fill_(-1)
-    sent[1:, :, :, plan.programs * plan.block_h:] = 0
+        now = torch.stack([marks[d, _span(d, first, 1, T)[0]] for d in range(plan.directions)])
+        h = h.masked_fill(_has(now, cell.FRESH), 0)
+    clear(sent, plan)
+    # "nothing yet" is a NaN too, which h may not be
+    sent[0, :, :h.shape[1], :h.shape[2]] = torch.where(h == h, h, torch.nan)
 
 
 def _span(d, first, steps, T):
@@ -192,7 +198,7 @@ def forward(x, w, r, b, h0, c0, marks, plan, save, run=None):
             run(forward_gluon if plan.gluon else forward_resident, plan, (plan.groups, D), *head, *shape, waits=False,
                 **constants)
         else:
-            _fill_sent(sent[:S], h.view(B, D, H).transpose(0, 1), marks, first, T, plan)
+            _clear_after(h.view(B, D, H).transpose(0, 1), sent[:S], marks, first, T, plan)
             run(forward_grid, plan, (plan.programs, plan.groups, D), *head, sent, *shape, plan.tiles, waits=True,
                 **constants)
     last = y[T - 1, :, :H]
@@ -289,7 +295,8 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, ru
                 run(backward_gluon if plan.gluon else backward_resident, plan, (plan.groups, D), *head,
                     T, S, B, first, *strides, waits=False, **constants)
             else:
-                run(backward_grid, plan, (plan.programs, plan.groups, D), *head, share, T, S, B, first, plan.tiles, *strides, waits=True, PROGRAMS=plan.programs, **constants)
+                run(backward_grid, plan, (plan.programs, plan.groups, D), *head, share, T, S, B, first, plan.tiles,
+                    *strides, waits=True, PROGRAMS=plan.programs, **constants)
             with matmul_precision(plan):
                 for d in range(D):
                     if dw is not None:

@@ -12,7 +12,7 @@ from bench import floors, instrument, providers, sweep
 from bench.rows import BASELINES, CUDNN_GRAPH, OURS
 from bench.workloads import Case
 from problems import BUDGET, Problem, error, floor
-from triton_lstm.plan import Limits
+from triton_lstm.plan import Limits, make_plan
 
 pytestmark = [pytest.mark.gpu,
               pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")]
@@ -314,5 +314,6 @@ def test_benchmark(mode, sequences):
 
 def test_floors():
     measured = floors.Floors(instrument.Gpu())
-    assert 0.5 < measured.launch_us() < 50 and 0.1 < measured.flag_us() < 10
-    assert measured.flag_us() / 2 < measured.barrier_us(2, 1) < measured.barrier_us(64, 1) * 1.5 < 50
+    few, many = (make_plan(16, 16 * n, torch.bfloat16, schedule="grid") for n in (2, 64))
+    assert 0.5 < measured.launch_us() < 50
+    assert 0.1 < measured.exchange_us(few, "bf16") < measured.exchange_us(many, "bf16") * 1.5 < 50

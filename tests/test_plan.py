@@ -96,8 +96,8 @@ def test_prints():
     assert "256 KiB of R in the registers and shared memory of each" in str(make_plan(1, 512, torch.float32,
                                                                                        limits=CLUSTERS))
     text = str(make_plan(64, 512, torch.bfloat16, 2, limits=PORTABLE))
-    assert text.startswith("grid: H=512 B=64 x 2 direction(s), native; 64 KiB of R in the registers of each program")
-    assert "32 programs share R and exchange h through L2" in text
+    assert text.startswith("grid: H=512 B=64 x 2 direction(s), native; 128 KiB of R in the registers of each program")
+    assert "16 programs share R and exchange h through L2" in text
 
 
 def test_encoding_round_trip():

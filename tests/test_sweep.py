@@ -23,6 +23,7 @@ from bench.rows import BASELINES, CUDNN, OURS, PACKED, RESET_LOOP, Environment, 
 from bench.workloads import Case
 from problems import PORTABLE
 from triton_lstm import make_plan
+from triton_lstm.kernels import launch
 
 HERE = Environment("a GPU", "2.0", "9", "3.6.0", "abc1234", "2026-01-02T03:04")
 CASES = [Case("grid", mode, dtype, 3, 4, hidden, hidden) for mode in ("forward", "train") for dtype in ("fp16", "fp32")
@@ -546,19 +547,21 @@ def test_step_floor():
         wide.streamed_bytes / 64 / 1000)
 
 
-@pytest.mark.parametrize("kernel, grid, size", [("barriers", (3, 2), 64), ("flags", (2, 1), 64)])
-def test_microbenchmarks_end_where_all_have_met(kernel, grid, size):
-    """The compiled kernels in the emulator, programs in random order, weak memory."""
-    source = getattr(floors, kernel)
-    signature = {name: "*i32" if name.endswith("ptr") else "i32" if name == "steps" else "constexpr"
-                 for name in source.arg_names}
-    compiled = triton.compile(ASTSource(source, signature, {"INTERPRET": False} if kernel == "barriers" else {}),
+def test_exchanges_end_where_all_have_met():
+    """The compiled microbenchmark in the emulator, programs in random order, weak memory."""
+    plan = make_plan(32, 48, torch.bfloat16, schedule="grid", limits=PORTABLE)
+    assert (plan.programs, plan.owners, plan.groups) == (3, 4, 2)
+    signature = dict(sent_ptr="*bf16", steps="i32") | dict.fromkeys(floors.exchanges.arg_names[2:], "constexpr")
+    constants = dict(CHUNKS=plan.chunks, OWNERS=plan.owners, BLOCK_H=plan.block_h, BLOCK_B=plan.block_b,
+                     INTERPRET=False)
+    compiled = triton.compile(ASTSource(floors.exchanges, signature, constants),
                               target=GPUTarget("cuda", 90, 32), options=floors.LAUNCH)
     for seed in range(3):
-        counters = torch.zeros(size, dtype=torch.int32)
-        ptx_emulator.launch(compiled, (*grid, 1), counters, 5, seed=seed, memory="weak")
-        # each of three programs arrives at each of five barriers; the flags end at the last step
-        assert counters.view(2, 32)[:, 0].tolist() == ([15, 15] if kernel == "barriers" else [5, 5])
+        sent = torch.empty(8, 2, 16, 64, dtype=torch.bfloat16)
+        launch.clear(sent, plan)
+        ptx_emulator.launch(compiled, (3, 2, 1), sent, 5, seed=seed, memory="weak")
+        assert (sent[1:6, ..., :48] == 1).all() and sent[6:, ..., :48].isnan().all()
+        assert not sent[0].any() and not sent[..., 48:].any()
 
 
 def test_floors_measure_once_and_subtract_the_start():
@@ -575,16 +578,16 @@ def test_floors_measure_once_and_subtract_the_start():
 
     class Kernel:
         def __getitem__(self, grid):
-            return lambda counters, steps, *_, **__: launched.append(steps)
+            return lambda sent, steps, *_, **__: launched.append(steps)
 
     gpu = Clock()
-    with mock.patch.object(floors, "barriers", Kernel()), mock.patch.object(floors, "flags", Kernel()):
+    with mock.patch.object(floors, "exchanges", Kernel()):
         measured = floors.Floors(gpu)
-        assert measured.barrier_us(4, 2) == pytest.approx(2) and measured.flag_us() == pytest.approx(1)
-        calls = gpu.calls
-        assert measured.barrier_us(4, 2) == pytest.approx(2) and gpu.calls == calls
         case = Case("grid", "forward", "bf16", 64, 10, 512, 512)
         plan = make_plan(64, 512, torch.bfloat16, limits=PORTABLE)
+        assert measured.exchange_us(plan, "bf16") == pytest.approx(2)
+        calls = gpu.calls
+        assert measured.exchange_us(plan, "bf16") == pytest.approx(2) and gpu.calls == calls
         measured.gemm_tflops = lambda dtype: 700
         floor, exchange = measured.step_us(plan, case, 1000)
         assert exchange == pytest.approx(2)

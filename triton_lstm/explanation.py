@@ -4,7 +4,7 @@ import torch
 from .functional import DTYPES
 from .layer import LSTM, _TorchLSTM
 from .op import tf32_allowed
-from .plan import H200, SCHEDULES, Limits, PlanError, _cycles, make_plan
+from .plan import H200, SCHEDULES, Limits, PlanError, make_plan
 
 
 def explain(layer, x, limits=None):
@@ -16,8 +16,9 @@ def explain(layer, x, limits=None):
     limits    of the device: those of x's CUDA device, or ``triton_lstm.plan.H200``, if None
 
     Nothing is launched. Bytes saved for backward are ``Plan.saved_bytes``, beside the least that an LSTM keeps which
-    stores i, f, g, o and c of every step: 5 H elements a row and step. Both keep x, y and weights too. Cycles of a step
-    are ``make_plan``'s bounds from machine code, not measurements.
+    stores i, f, g, o and c of every step: 5 H elements a row and step. Both keep x, y and weights too. Cycles are
+    predicted by ``Plan.step_cycles``, whose constants are read from machine code; ``python -m bench`` puts what it
+    predicts beside what it measures.
     Raises TypeError for another layer or an input that is no tensor, ValueError for one of another shape.
     """
     if not isinstance(layer, (LSTM, _TorchLSTM)):
@@ -46,6 +47,7 @@ def explain(layer, x, limits=None):
         consequence = "layer.plan cannot run" if own else "torch's own LSTM computes"
         return f"{title}\n{consequence}: {error}"
     forward, backward = (-(-T // max(steps, 1)) for steps in (plan.forward_steps(T, dtype.itemsize), plan.keep_every))
+    cycles = plan.step_cycles(limits.multiprocessors)
     lines = [
         title,
         f"{layer.num_layers} layer(s), each by {'layer.plan, ' if own else ''}{plan}",
@@ -53,6 +55,8 @@ def explain(layer, x, limits=None):
         f"  {plan.groups} group(s) of programs a direction share the rows, {plan.tiles} tile(s) of {plan.block_b} rows "
         "each",
         f"  launches of the time loop a layer: {forward} forward, {backward} backward",
+        f"  a step of a layer's time loop: {cycles:.0f} cycles predicted, {cycles / limits.mhz:.2f} us at "
+        f"{limits.mhz} MHz",
         f"  saved for backward a layer: {_size(plan.saved_bytes(T))}; storing i, f, g, o and c of every step takes "
         f"{_size(5 * T * B * D * H * dtype.itemsize)} at least"]
     lines += [f"  not {schedule}: {_why_not(schedule, plan, dtype, limits)}" for schedule in SCHEDULES
@@ -69,13 +73,14 @@ def _why_not(schedule, taken, dtype, limits):
         reasons = str(error).split("; ")
         of_it = [reason.removeprefix(f"{schedule}: ") for reason in reasons if reason.startswith(f"{schedule}: ")]
         return "; ".join(dict.fromkeys(of_it or reasons))
+    cycles = lambda plan: f"{plan.step_cycles(limits.multiprocessors):.0f}"
     if schedule == "resident":
         return "possible, and chosen where no plan is given: its programs wait for nobody"
     text = (f"possible, with {other.programs} programs for an R, {other.tiles} tile(s) of rows each and "
             f"{_size(other.streamed_bytes)} of R read from L2 by a program at every step")
     if taken.schedule == "resident":
         return f"{text}; resident is taken wherever it fits"
-    return f"{text}: {_cycles(other, limits):.0f} cycles by the cost model, {_cycles(taken, limits):.0f} as planned"
+    return f"{text}: {cycles(other)} cycles predicted, {cycles(taken)} as planned"
 
 
 def _size(count):

@@ -21,11 +21,13 @@ BLOCK_BYTES = 1 << 14                   # of R that a streamed plan reads at a t
 GLUON_BYTES = 128                       # along a row of R, of one product of the Gluon kernels
 BACKWARD_ELEMENTS = 1 << 21             # units x rows x steps that backward recomputes at a time, if it can choose
 FORWARD_BYTES = 1 << 28                 # of pre-activations that forward holds at a time, if it can choose
-# Cycles of a step, read from machine code, not measured: what a group waits for once, and what it waits for again at
-# each of its tiles; then the multiply-adds a cycle, elementwise cycles a unit, and bytes a cycle from L2.
-L2_EXCHANGE, TILE_LATENCIES = 2000, 2000
-CLUSTER_STEP = 1000                     # the same in a cluster, all in all
-MULTIPLY_ADDS, UNIT_CYCLES, L2_BYTES = 1280, 8, 32
+# The cost model, fitted to bounds that ``bench.residency`` reads from machine code, not to measurements. Cycles of a
+# step beyond its work: of the Gluon kernels, of portable resident ones, and of each tile of grid and streamed plans;
+# what an exchange adds in a cluster, and through L2. Then the work: multiply-adds a cycle, cycles an element of the
+# cell, bytes a cycle from L2.
+GLUON_STEP, RESIDENT_STEP, TILE_STEP = 650, 2400, 1400
+CLUSTER_EXCHANGE, L2_EXCHANGE = 400, 1000
+MULTIPLY_ADDS, CELL_CYCLES, L2_BYTES = {"native": 1280, "tf32": 640, "tf32x3": 640 / 3}, 0.5, 32
 
 
 class PlanError(ValueError):
@@ -35,17 +37,19 @@ class PlanError(ValueError):
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """What a plan must fit: multiprocessors, shared memory of one program in bytes, and how many programs a cluster may
-    have at most, 0 where the Gluon kernels do not run."""
+    have at most, 0 where the Gluon kernels do not run. The highest clock in MHz turns predicted cycles into time."""
     multiprocessors: int
     shared_memory: int
     cluster: int = 0
+    mhz: int = 1980
 
     @staticmethod
     def of(device):
         """The limits of a CUDA device."""
         p = torch.cuda.get_device_properties(device)
         return Limits(p.multi_processor_count, p.shared_memory_per_block_optin,
-                      _cluster((p.major, p.minor), p.multi_processor_count))
+                      _cluster((p.major, p.minor), p.multi_processor_count),
+                      getattr(p, "clock_rate", 1000 * Limits.mhz) // 1000)      # older versions of torch tell none
 
 
 def _cluster(capability, multiprocessors):
@@ -59,8 +63,8 @@ def _cluster(capability, multiprocessors):
 
 
 H200 = H100 = Limits(132, 232448, _cluster((9, 0), 132))
-A100 = Limits(108, 166912, _cluster((8, 0), 108))
-RTX_4090 = Limits(128, 101376, _cluster((8, 9), 128))
+A100 = Limits(108, 166912, _cluster((8, 0), 108), 1410)
+RTX_4090 = Limits(128, 101376, _cluster((8, 9), 128), 2520)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +168,23 @@ class Plan:
     def launched(self):
         """Programs of one launch."""
         return self.programs * self.groups * self.directions
+
+    def step_cycles(self, multiprocessors):
+        """Cycles that the time loop is predicted to take for a step of all rows, forward and backward alike.
+
+        Programs that wait for none outside their cluster run in waves. Those of grid and streamed plans run all at
+        once, and take their tiles in turn: while h of one travels, the others are computed.
+        """
+        units = self.hidden_size if self.schedule == "resident" else self.block_h
+        work = self.block_b * units * (4 * self.hidden_size / MULTIPLY_ADDS[self.precision] + CELL_CYCLES)
+        if self.schedule in ("resident", "cluster"):
+            waves = -(-self.groups * self.directions // max(multiprocessors // self.programs, 1))
+            if not self.gluon:
+                return waves * (RESIDENT_STEP + work / 2)
+            return waves * (GLUON_STEP + work / 4 + (CLUSTER_EXCHANGE if self.programs > 1 else 0))
+        h = self.block_b * self.hidden_size * (2 if self.precision == "native" else 4)
+        tile = TILE_STEP + work + (h + self.streamed_bytes) / L2_BYTES
+        return self.tiles * tile + max(L2_EXCHANGE - (self.tiles - 1) * tile, 0)
 
     def saved_bytes(self, T):
         """Bytes kept for backward beyond x, y and the weights: c in fp32 before every keep_every-th step but step 0."""
@@ -320,15 +341,6 @@ def _gluon(ctas, batch_tiles, common, limits):
     return plan
 
 
-def _cycles(plan, limits):
-    """Cycles that a step of all batch rows takes. Clusters wait for nobody else: more of them run in waves."""
-    tile = plan.block_b * plan.block_h * (4 * plan.hidden_size / MULTIPLY_ADDS + UNIT_CYCLES / 16)
-    if plan.schedule == "cluster":
-        side_by_side = limits.multiprocessors // plan.programs
-        return -(-plan.groups * plan.directions // side_by_side) * (CLUSTER_STEP + tile)
-    return L2_EXCHANGE + plan.tiles * (TILE_LATENCIES + tile + plan.streamed_bytes / L2_BYTES)
-
-
 def _resident(hidden_size, precision, batch_tiles, common, limits):
     if limits is not None and limits.cluster and precision != "tf32x3":
         return _gluon(1, batch_tiles, common, limits)
@@ -415,4 +427,4 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
         plans.append(plan)
     if not plans:
         raise PlanError("; ".join(reasons))
-    return min(plans, key=lambda plan: _cycles(plan, limits))
+    return min(plans, key=lambda plan: plan.step_cycles(limits.multiprocessors) if limits else 0)

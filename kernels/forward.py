@@ -143,8 +143,8 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, sent_pt
     A group takes ``tiles`` batch tiles through a step; while h of one is on its way, the others are computed. h travels
     through sent (S, D, groups, tiles, BLOCK_B, OWNERS BLOCK_H), of y's type, rounded for TF32: at launch h before step
     0, then all bits set, but zero for owners that are no programs; see ``exchange``. c lives in c_ptr, so that a
-    program needs no registers for more than one tile. CHUNKS cut the HELD first input units, whose part of R stays on chip; the
-    rest is read each step, BLOCK_K units at a time.
+    program needs no registers for more than one tile. CHUNKS cut the HELD first input units, whose part of R stays on
+    chip; the rest is read each step, BLOCK_K units at a time.
     """
     p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = y_ptr.dtype.element_ty

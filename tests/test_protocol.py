@@ -70,14 +70,14 @@ def not_flagged(ptr, shares, flag, INTERPRET: tl.constexpr):
     send(ptr, low.to(tl.uint32, bitcast=True).to(tl.int64) | (high.to(tl.int64) << 32), INTERPRET)
 
 
-@pytest.mark.parametrize("name, function, at_least", [("any_missing", nothing_is_missing, 5),
+@pytest.mark.parametrize("name, function, at_least", [("any_missing", nothing_is_missing, 4),
                                                       ("any_missing", half_is_enough, 1), ("flag_of", always_one, 2)])
 def test_interleaving_catches_a_missing_wait(name, function, at_least):
     """No wait is wrong in most orders, half a wait where the last program is overtaken, and a flag that does not
     change where a program meets shares of four steps before."""
     problem = Problem(5, 3, 2, 33)
     exact, wrong = problem.exact(), 0
-    for seed in range(10):
+    for seed in range(8):
         with harness.interleaved(seed), broken(name, function):
             results = problem.ours(plan=plan(problem))
         wrong += any(not error(results[name], exact[name]) < 1e-5 for name in exact)
@@ -90,7 +90,7 @@ def sends_nothing(ptr, h, INTERPRET: tl.constexpr):
 
 @pytest.mark.parametrize("name, function", [("send_h", sends_nothing), ("send_shares", not_flagged)])
 def test_interleaving_catches_what_never_arrives(name, function):
-    with harness.interleaved(0), broken(name, function), pytest.raises(
+    with harness.interleaved(0, patience=200), broken(name, function), pytest.raises(
             triton.runtime.errors.InterpreterError, match="wait for ever"):
         PROBLEM.ours(plan=plan(PROBLEM))
 

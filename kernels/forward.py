@@ -2,7 +2,7 @@
 import triton
 import triton.language as tl
 
-from .cell import FRESH, LIVE, START, cell, group_barrier, load_r, narrow, operand, product, round_tf32
+from .cell import FRESH, LIVE, START, cell, group_barrier, load_r, narrow, operand, product, round_tf32, zoneout
 
 
 @triton.jit
@@ -24,12 +24,14 @@ def load_marks(marks_ptr, time, row, B):
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every"])
 def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, S, B, first, keep_every,
                      H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr,
-                     MARKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+                     MARKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+                     ZONEOUT: tl.constexpr = None, seed_ptr=None, rate_h=None, rate_c=None):
     """Steps ``first`` to ``first + S`` of a layer, every program alone with all of R and BLOCK_B rows.
 
     x (D, S, B, 4H) pre-activations, r (D, 4H, H) as ``load_r`` has it, h (B, D H) before the first step, c (D, B, H)
     fp32 in and out, y (T, B, D H), kept (-, D, B, H): c before step n keep_every, n = 1, 2, ... CHUNKS cut H into
-    (start, width). MARKED: marks (D, T, B) tell which steps are live and which begin from a zero state.
+    (start, width). MARKED: marks (D, T, B) tell which steps are live and which begin from a zero state. ZONEOUT: see
+    ``cell.zoneout``; the seed is one int64.
     """
     tile, d = tl.program_id(0), tl.program_id(1)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -45,13 +47,19 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, 
         goes_on = alive & ((mark & FRESH) == 0)
     # state and R, by chunks of hidden units; r[j][k] holds the four gates of output units j and input units k
     r, c, h, x = (), (), (), ()
+    own = ()        # with zoneout, h once more: as the cell has it, not as products read it
+    seed = 0
+    if ZONEOUT == "drawn":
+        seed = tl.load(seed_ptr)
     for j in tl.static_range(len(CHUNKS)):
         unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
         mask = alive & (unit[None, :] < H)
         held = goes_on & (unit[None, :] < H)
         c += (tl.load(c_ptr + (d * B + row[:, None]).to(tl.int64) * H + unit[None, :], mask=held, other=0.),)
-        h += (operand(tl.load(h_ptr + row[:, None] * (DIRECTIONS * H) + d * H + unit[None, :], mask=held, other=0.),
-                      PRECISION, INTERPRET),)
+        h_j = tl.load(h_ptr + row[:, None] * (DIRECTIONS * H) + d * H + unit[None, :], mask=held, other=0.)
+        h += (operand(h_j, PRECISION, INTERPRET),)
+        if ZONEOUT is not None:
+            own += (h_j,)
         local = tl.where(d == 0, 0, S - 1).to(tl.int64)
         x += (load_gates(x_ptr + local * B * (4 * H), row[:, None] * (4 * H) + unit[None, :], mask, H),)
         row_of_r = ()
@@ -80,7 +88,7 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, 
             next_mark = load_marks(marks_ptr, time + tl.where(s == S - 1, 0, tl.where(d == 0, 1, -1)), row[:, None], B)
             live = (mark & LIVE) != 0
             goes_on = ((next_mark & FRESH) == 0) | (s == S - 1)
-        new_c, new_h, new_x = (), (), ()
+        new_c, new_h, new_x, new_own = (), (), (), ()
         for j in tl.static_range(len(CHUNKS)):
             unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
             mask = alive & (unit[None, :] < H)
@@ -93,6 +101,10 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, 
                 o = product(h[k], r[j][k][3], o, PRECISION)
             new_x += (load_gates(x_ptr + ahead * B * (4 * H), row[:, None] * (4 * H) + unit[None, :], mask, H),)
             y, c_j = cell(i, f, g, o, c[j])
+            if ZONEOUT is not None:
+                keep_h, keep_c = zoneout(seed, rate_h, rate_c, d, time, row[:, None], unit[None, :], ZONEOUT)
+                y = keep_h * own[j].to(tl.float32) + (1 - keep_h) * y
+                c_j = keep_c * c[j] + (1 - keep_c) * c_j
             y = narrow(y, dtype, INTERPRET)
             h_j = y
             if MARKED:
@@ -105,7 +117,9 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, 
             tl.store(y_ptr + (time * B + row[:, None]) * (DIRECTIONS * H) + d * H + unit[None, :], y, mask=mask)
             new_c += (c_j,)
             new_h += (operand(h_j, PRECISION, INTERPRET),)
-        c, h, x, mark = new_c, new_h, new_x, next_mark
+            if ZONEOUT is not None:
+                new_own += (h_j,)
+        c, h, x, own, mark = new_c, new_h, new_x, new_own, next_mark
         s += 1
     for j in tl.static_range(len(CHUNKS)):
         unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
@@ -143,14 +157,15 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, rounded
                  T, S, B, first, keep_every, tiles,
                  H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,
                  HELD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, MARKED: tl.constexpr,
-                 PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+                 PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+                 ZONEOUT: tl.constexpr = None, seed_ptr=None, rate_h=None, rate_c=None, h0_ptr=None):
     """As ``forward_resident``, but a group of programs shares R: each holds the rows of BLOCK_H hidden units.
 
     A group takes ``tiles`` batch tiles through a step, then waits for itself once. h travels through y; for TF32
     through rounded (2, B, D H), of which steps take turns: rounded once, not by all who read it (and so is h_ptr).
     c lives in c_ptr, so that a program needs no registers for more than one tile. CHUNKS cut the HELD first input
     units, whose part of R stays on chip; the rest is read each step, BLOCK_K units at a time. count (D, groups, 32)
-    int32, zero at launch: the arrivals of each group, one cache line apart.
+    int32, zero at launch: the arrivals of each group, one cache line apart. ZONEOUT: h0 (D, B, H) is never rounded.
     """
     p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     programs = tl.num_programs(0)
@@ -165,6 +180,9 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, rounded
     gate = n // (2 * BLOCK_H) * 2 + n % 2
     n_unit = p * BLOCK_H + n // 2 % BLOCK_H
     at_r = (gate * H + n_unit) * H
+    seed = 0
+    if ZONEOUT == "drawn":
+        seed = tl.load(seed_ptr)
     r = ()
     for k in tl.static_range(len(CHUNKS)):
         r += (load_columns(r_ptr, at_r, n_unit, CHUNKS[k][0], CHUNKS[k][1], H, DIRECTIONS, PRECISION, INTERPRET),)
@@ -200,6 +218,14 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, rounded
             h += (load_h(h_row, goes_on, CHUNKS[k][0], CHUNKS[k][1], H),)
         at_c = (d * B + row).to(tl.int64) * H + unit
         c_prev = tl.load(c_ptr + at_c, mask=goes_on & (unit < H), other=0.)
+        if ZONEOUT is not None:
+            # the units' own earlier h: y has it as it is, rounded only products may
+            begins = first + s == 0
+            if MARKED:
+                begins = begins | ((mark & START) != 0)
+            y_prev = y_ptr + (time + tl.where(d == 0, -1, 1)) * B * (DIRECTIONS * H) + d * H
+            own = tl.load(tl.where(begins, h0_ptr + at_c, y_prev + row * (DIRECTIONS * H) + unit),
+                          mask=goes_on & (unit < H), other=0., cache_modifier=".cg").to(tl.float32)
         a = tl.full((BLOCK_B, 4 * BLOCK_H), 0., tl.float32)
         for k in tl.static_range(len(CHUNKS)):
             a = product(loaded(h[k], PRECISION, INTERPRET), r[k], a, PRECISION)
@@ -215,6 +241,10 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, rounded
         i, f = low.split()
         g, o = high.split()
         y, c = cell(i + x_i, f + x_f, g + x_g, o + x_o, c_prev)
+        if ZONEOUT is not None:
+            keep_h, keep_c = zoneout(seed, rate_h, rate_c, d, time, row, unit, ZONEOUT)
+            y = keep_h * own + (1 - keep_h) * y
+            c = keep_c * c_prev + (1 - keep_c) * c
         if MARKED:
             y = tl.where(live, y, 0.)
             c = tl.where(live, c, c_prev)

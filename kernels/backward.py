@@ -19,7 +19,7 @@ from .cell import BEFORE, CUT, END, FRESH, LIVE, group_barrier, load_r, narrow, 
 from .forward import load_marks
 
 
-@triton.jit(do_not_specialize=["T", "S", "B", "first"])
+@triton.jit(do_not_specialize=["T", "S", "B", "first", "rate_h", "rate_c"])
 def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, marks_ptr, T, S, B, first, keep_every,
                  H: tl.constexpr, DIRECTIONS: tl.constexpr, MARKED: tl.constexpr, BLOCK: tl.constexpr,
                  ZONEOUT: tl.constexpr = None, seed_ptr=None, rate_h=None, rate_c=None):

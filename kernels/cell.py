@@ -39,7 +39,7 @@ def cell(i, f, g, o, c):
 def zoneout(seed, rate_h, rate_c, d, time, row, unit, ZONEOUT: tl.constexpr):
     """What share of their earlier h and c some units keep at a step: fp32, broadcast from row and unit.
 
-    ZONEOUT "expected": the rates. "drawn": 0 or 1, 1 for rate of 2^24 values. The random bits are two words of
+    ZONEOUT "expected": the rates. "drawn": 0 or 1, with rates as integers, 1 for so many of 2^24 values. The random bits are two words of
     Philox-4x32 (Salmon et al. 2011; 7 rounds, the fewest that pass their tests) of the 64-bit ``seed`` at counter
     (unit, row, time, direction): whoever asks, and how the steps are cut, a unit gets the same. ``reference`` has the
     same in torch.
@@ -56,8 +56,7 @@ def zoneout(seed, rate_h, rate_c, d, time, row, unit, ZONEOUT: tl.constexpr):
             n0, n1, n2, n3 = high2 ^ n1 ^ key, low2, high0 ^ n3 ^ other_key, low0
             key += PHILOX_W0
             other_key += PHILOX_W1
-        return (((n0 >> 8).to(tl.int32) < rate_h.to(tl.int32)).to(tl.float32),
-                ((n1 >> 8).to(tl.int32) < rate_c.to(tl.int32)).to(tl.float32))
+        return ((n0 >> 8).to(tl.int32) < rate_h).to(tl.float32), ((n1 >> 8).to(tl.int32) < rate_c).to(tl.float32)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ def load_marks(marks_ptr, time, row, B):
     return tl.load(marks_ptr + time * B + row, mask=row < B, other=0)
 
 
-@triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every"])
+@triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "rate_h", "rate_c"])
 def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, S, B, first, keep_every,
                      H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr,
                      MARKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
@@ -152,7 +152,7 @@ def loaded(h, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
         return operand(h, PRECISION, INTERPRET)
 
 
-@triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles"])
+@triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles", "rate_h", "rate_c"])
 def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, rounded_ptr, count_ptr,
                  T, S, B, first, keep_every, tiles,
                  H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,

@@ -136,7 +136,7 @@ def _zoneout_constants(zoneout):
         return {}
     seed, *rates = zoneout
     if seed is not None:
-        rates = [float(round(rate * 2 ** 24)) for rate in rates]
+        rates = [round(rate * 2 ** 24) for rate in rates]
     return dict(ZONEOUT="expected" if seed is None else "drawn", seed_ptr=seed, rate_h=rates[0], rate_c=rates[1])
 
 

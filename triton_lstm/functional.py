@@ -23,6 +23,11 @@ def zoneout_rates(zoneout):
     return rates
 
 
+def draw_seed(device):
+    """The seed of one call's masks, from torch's generator of the device, where it stays: what CUDA graphs draw anew."""
+    return torch.randint(-2 ** 63, 2 ** 63 - 1, (1,), device=device)
+
+
 def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=None, zoneout=0., training=True, plan=None,
          keep_every=None):
     """One LSTM layer over a padded batch, in one direction or both.
@@ -92,7 +97,7 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
     lengths, reset = _checked(lengths, (B,), "lengths", x.device), _checked(reset, (T, B), "reset", x.device)
     rates, seed = zoneout_rates(zoneout), None
     if training and any(rates):
-        seed = torch.randint(-2 ** 63, 2 ** 63 - 1, (1,), device=x.device)
+        seed = draw_seed(x.device)
     if not runs_kernels(x, x.dtype):
         keep = zoneout_shares((seed, *rates), T, B, D, H, x) if any(rates) else None
         return _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, keep)

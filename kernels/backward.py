@@ -124,8 +124,9 @@ def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr
                       INTERPRET: tl.constexpr, COUNT: tl.constexpr = 6):
     """Steps ``first + S`` back to ``first``, every program alone with all of R and BLOCK_B rows.
 
-    dy (T, B, D H) by strides, the first two in units of DY_UNIT; coef (D, S, B, COUNT H); r (D, 4H, H); da (D, S, B, 4H);
-    dh, dc (D, B, H) fp32: gradients after the last of these steps in, before the first out.
+    dy (T, B, D H) by strides, the first two in units of DY_UNIT; coef (D, S, B, COUNT H), COUNT 6, or 8 with zoneout; r
+    (D, 4H, H); da (D, S, B, 4H); dh, dc (D, B, H) fp32: gradients after the last of these steps in, before the first
+    out.
     """
     tile, d = tl.program_id(0), tl.program_id(1)
     r_ptr += d * (4 * H * H)

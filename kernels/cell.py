@@ -39,10 +39,10 @@ def cell(i, f, g, o, c):
 def zoneout(seed, rate_h, rate_c, d, time, row, unit, ZONEOUT: tl.constexpr):
     """What share of their earlier h and c some units keep at a step: fp32, broadcast from row and unit.
 
-    ZONEOUT "expected": the rates. "drawn": 0 or 1, with rates as integers, 1 for so many of 2^24 values. The random bits are two words of
-    Philox-4x32 (Salmon et al. 2011; 7 rounds, the fewest that pass their tests) of the 64-bit ``seed`` at counter
-    (unit, row, time, direction): whoever asks, and how the steps are cut, a unit gets the same. ``reference`` has the
-    same in torch.
+    ZONEOUT "expected": the rates. "drawn": 0 or 1, and 1 for rate of 2^24 values, rates being integers here. The bits
+    are two words of Philox-4x32 (Salmon et al. 2011; 7 rounds, the fewest that pass their tests) of the 64-bit ``seed``
+    at counter (unit, row, time, direction): whoever asks and however the steps are cut, a unit gets the same. The
+    package's reference has the same in torch.
     """
     if ZONEOUT == "expected":
         return rate_h, rate_c

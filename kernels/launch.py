@@ -131,7 +131,7 @@ def _loop_constants(plan, marks):
 
 
 def _zoneout_constants(zoneout):
-    """``zoneout`` of ``forward`` as ``cell.zoneout`` takes it; nothing for None, so that the kernels stay as they are."""
+    """``zoneout`` of ``forward`` as ``cell.zoneout`` takes it. Nothing for None: the kernels stay what they are."""
     if zoneout is None:
         return {}
     seed, *rates = zoneout
@@ -155,8 +155,8 @@ def _rows(x, lo, hi):
 
 def forward(x, w, r, b, h0, c0, marks, plan, save, zoneout=None, run=None):
     """The layer over all steps. See ``triton_lstm.lstm``; x (T, B, I), w (D, 4H, I), r (D, 4H, H), b (D, 4H) or None,
-    marks (D, T, B) or None; zoneout (seed, rate_h, rate_c) or None, the seed an int64 tensor of one element, or None for
-    the expectation.
+    marks (D, T, B) or None; zoneout (seed, rate_h, rate_c) or None, the seed an int64 tensor of one element, or None
+    for the expectation.
 
     Returns y (T, B, D H), h_n and c_n (D, B, H), and what backward needs of c (-, D, B, H) fp32, empty without
     ``save``. ``run`` stands in for ``launch_kernel``, to compile or emulate instead.

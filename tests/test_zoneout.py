@@ -62,8 +62,9 @@ def check(problem, path, plan=None, rates=RATES, training=True, **options):
 def test_philox_is_the_published_one():
     """The known answers of its authors' library: zeros, ones, and the digits of pi, for 7 and for 10 rounds."""
     def words(counter, key, rounds):
-        key = torch.tensor([key[1] << 32 | key[0]]) if key[1] < 1 << 31 else torch.tensor([(key[1] << 32 | key[0]) - 2**64])
-        return [f"{word.item():08x}" for word in philox(key, *(torch.tensor([n]) for n in counter), rounds)]
+        seed = key[1] << 32 | key[0]
+        seed = torch.tensor([seed - (seed >> 63 << 64)])
+        return [f"{word.item():08x}" for word in philox(seed, *(torch.tensor([n]) for n in counter), rounds)]
     ones, pi = 0xFFFFFFFF, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
     assert words((0,) * 4, (0, 0), 7) == ["5f6fb709", "0d893f64", "4f121f81", "4f730a48"]
     assert words((0,) * 4, (0, 0), 10) == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
@@ -213,8 +214,8 @@ def test_what_is_kept_over_marks(reset_at):
 
 
 def test_eval_is_the_expectation_of_a_step():
-    """One step from one state in 2,000 rows: a unit's mean over rows is eval's result up to 5 standard deviations of it,
-    (r (1 - r) / rows)^1/2 times what there is between the states kept and new."""
+    """One step from one state in 2,000 rows: a unit's mean over rows is eval's result up to 5 of its standard
+    deviations, which are (r (1 - r) / rows)^1/2 times what there is between the states kept and new."""
     rows, H = 2000, 9
     x, w, r, b, h0, c0 = Problem(1, 1, 3, H).tensors()[0]
     call = lambda rows, **options: triton_lstm.lstm(x.expand(1, rows, 3), w, r, b, tuple(
@@ -259,8 +260,9 @@ def test_nothing_of_the_masks_is_kept():
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["drawn", "expected"])
-@pytest.mark.parametrize("problem", [Problem(5, 3, 4, 7, 2), Problem(4, 2, 3, 5, 1, bias=False, ragged=True, resets=True),
-                                     Problem(4, 2, 3, 5, 2, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("problem", [
+    Problem(5, 3, 4, 7, 2), Problem(4, 2, 3, 5, 1, bias=False, ragged=True, resets=True),
+    Problem(4, 2, 3, 5, 2, torch.bfloat16)], ids=str)
 def test_double_backward(problem, training):
     """Second derivatives with the masks of the first, within the budget of the equations in the same type."""
     function = reference(problem, (seed_of(3) if training else None, *RATES))
@@ -484,7 +486,7 @@ def test_operator_passes_torchs_own_checks(drawn):
 
 
 def test_functional_transforms():
-    """Gradients and Jacobians by torch.func are autograd's; ensembles need vmap's word on randomness, as dropout does."""
+    """Gradients and Jacobians by torch.func are autograd's; ensembles need vmap's randomness named, as for dropout."""
     x, w, r, b, h0, c0 = Problem(3, 2, 4, 5).tensors()[0]
     call = lambda x, w=w: triton_lstm.lstm(x, w, r, b, (h0, c0), zoneout=0.5)[0]
     with harness.interpreter():

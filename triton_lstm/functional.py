@@ -24,7 +24,7 @@ def zoneout_rates(zoneout):
 
 
 def draw_seed(device):
-    """The seed of one call's masks, from torch's generator of the device, where it stays: what CUDA graphs draw anew."""
+    """The seed of one call's masks, from torch's generator of the device, where it stays: CUDA graphs draw it anew."""
     return torch.randint(-2 ** 63, 2 ** 63 - 1, (1,), device=device)
 
 
@@ -43,10 +43,10 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
     reset        (T, B) bool: before such a step h and c are zero, and no gradient passes. So a row is cut into pieces;
                  the reverse direction is cut at the same places
     zoneout      the rate for h and c, or a pair of rates (Krueger et al. 2017): with that probability a unit of a row
-                 keeps its earlier h at a step, and likewise its earlier c. h is made of the new c, kept or not:
-                 h_t = m_h h + (1 - m_h) o tanh(f c + i g), c_t = m_c c + (1 - m_c) (f c + i g). After a reset what is
-                 kept is zero. Drawn from torch's generator of the device, one seed a call; backward draws the same
-                 masks again and keeps none
+                 keeps its earlier h at a step, and likewise its earlier c. As in the paper h is made of the new c even
+                 where that is not taken: h_t = m_h h + (1 - m_h) o tanh(f c + i g) and c_t = m_c c + (1 - m_c)
+                 (f c + i g). After a reset what is kept is zero. Drawn from torch's generator of the device, one seed a
+                 call; backward draws the same masks again and keeps none
     training     False: m_h and m_c are the rates, their expectation, and nothing is drawn
     plan         a ``Plan`` to use instead of the automatic one
     keep_every   c is kept for backward every so many steps, and so many steps are recomputed at a time: memory against
@@ -58,8 +58,8 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
     float64 torch's own LSTM computes.
 
     Neither lengths nor reset costs a synchronisation with the host; lengths that lie outside 0 to T count as the
-    nearest. Where torch's own LSTM computes, they go step by step in torch operators, and so does zoneout. The kernels
-    of thread-block clusters have no zoneout, others take their place.
+    nearest. Where torch's own LSTM computes, they go step by step in torch operators, and so does zoneout. The Gluon
+    kernels have no zoneout, the portable ones take their place.
 
     Differentiable any number of times, also by ``torch.func``'s grad, vjp and jacrev; forward mode (jvp) raises. First
     derivatives are kernels. Higher ones run the equations step by step in torch and keep every activation: right, but

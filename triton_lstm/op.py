@@ -15,7 +15,6 @@ from .kernels import launch
 from .plan import Limits, Plan, PlanError, make_plan
 from .reference import lstm_reference, zoneout_shares
 
-
 NO_GLUON = "the Gluon kernels have no zoneout: make the plan with limits whose cluster is 0"
 
 

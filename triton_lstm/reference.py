@@ -6,8 +6,9 @@ def lstm_reference(x, w, r, b, h0, c0, lengths=None, reset=None, multiply=torch.
     """One layer: x (T, B, I), w (D, 4H, I), r (D, 4H, H), b (D, 4H) or None, h0 and c0 (D, B, H); gates i, f, g, o.
 
     lengths (B,) and reset (T, B) as in ``lstm``. Returns y (T, B, D H), h_n, c_n (D, B, H). ``multiply`` takes the
-    place of the matrix product. keep: with zoneout the shares that ``zoneout_shares`` gives. Hochreiter and Schmidhuber 1997 with the forget gate of Gers et al. 2000, as
-    torch.nn.LSTM computes it.
+    place of the matrix product. keep: for zoneout, what ``zoneout_shares`` gives. Hochreiter and Schmidhuber 1997 with
+    the forget gate of Gers et al. 2000, as torch.nn.LSTM computes it; zoneout as Krueger et al. 2017 write it for
+    the LSTM: h is made of the new f c + i g even where c keeps the earlier one.
     """
     outputs, h_n, c_n = [], [], []
     for d in range(r.shape[0]):

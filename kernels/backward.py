@@ -330,6 +330,5 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, sh
         if MARKED:
             mark = load_marks(marks_ptr, d * T + tl.where(d == 0, first, T - 1 - first).to(tl.int64), row, B)
             dh = tl.where((mark & FRESH) == 0, dh, 0.)
-            if COUNT == 6:
-                mask = mask & ((mark & LIVE) != 0)
+            mask = mask & ((mark & LIVE) != 0)
         tl.store(dh_ptr + (d * B + row).to(tl.int64) * H + unit[None, :], dh, mask=mask)

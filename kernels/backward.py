@@ -8,24 +8,33 @@ With the gates known, everything in the gradient of a step that does not depend 
 and the loop, from the last step to the first, is left with products:
 
     dh += dy;  da_o = dh ko;  dc += dh kh;  da_{i,f,g} = dc k_{i,f,g};  dc *= f;  dh = da R
+
+Zoneout, where a unit keeps the shares m_h and m_c of its earlier state, has two coefficients more: they pass m_h dh
+and m_c dc on, and leave the step (1 - m_h) dh, which is in ko and kh, and (1 - m_c) dc.
 """
 import triton
 import triton.language as tl
 
-from .cell import BEFORE, CUT, END, FRESH, LIVE, load_r, narrow, operand, product, sigmoid, tanh
+from .cell import BEFORE, CUT, END, FRESH, LIVE, load_r, narrow, operand, product, sigmoid, tanh, zoneout
 from .exchange import add_shares, flag_of, send_shares
 from .forward import load_marks
 
 
-@triton.jit(do_not_specialize=["T", "S", "B", "first"])
+@triton.jit(do_not_specialize=["T", "S", "B", "first", "rate_h", "rate_c"])
 def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, marks_ptr, T, S, B, first, keep_every,
-                 H: tl.constexpr, DIRECTIONS: tl.constexpr, MARKED: tl.constexpr, BLOCK: tl.constexpr):
+                 H: tl.constexpr, DIRECTIONS: tl.constexpr, MARKED: tl.constexpr, BLOCK: tl.constexpr,
+                 ZONEOUT: tl.constexpr = None, seed_ptr=None, rate_h=None, rate_c=None):
     """Roll c through steps ``first`` to ``first + S`` and write each step's coefficients.
 
     a (D, S, B, 4H) pre-activations in local time order, coef (D, S, B, 6H): ko, kh, ki, kf, kg, f. c starts from c0
     (D, B, H) or, past the first step, from what the forward loop kept. A step that is not live passes dc on and has no
-    da; before a fresh one dc ends.
+    da; before a fresh one dc ends. With ZONEOUT (see ``cell.zoneout``) coef is (D, S, B, 8H): m_h and m_c follow, and
+    what ends before a fresh step is left to the loop.
     """
+    COUNT: tl.constexpr = 6 if ZONEOUT is None else 8
+    seed = 0
+    if ZONEOUT == "drawn":
+        seed = tl.load(seed_ptr)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     d = tl.program_id(1)
     row, unit = (n // H).to(tl.int64), n % H
@@ -44,16 +53,25 @@ def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, marks_ptr, T, S, B, first, k
         f = sigmoid(tl.load(a + H, mask=mask, other=0.).to(tl.float32))
         g = tanh(tl.load(a + 2 * H, mask=mask, other=0.).to(tl.float32))
         o = sigmoid(tl.load(a + 3 * H, mask=mask, other=0.).to(tl.float32))
-        k = coef_ptr + at * (6 * H) + unit
+        k = coef_ptr + at * (COUNT * H) + unit
         c_prev = c
+        time = tl.where(d == 0, first + s, T - 1 - first - s)
         if MARKED:
-            time = tl.where(d == 0, first + s, T - 1 - first - s)
             mark = load_marks(marks_ptr, (d * T + time).to(tl.int64), row, B)
             c_prev = tl.where((mark & FRESH) == 0, c, 0.)
         c = f * c_prev + i * g
         tanh_c = tanh(c)
         ko, kh = tanh_c * o * (1 - o), o * (1 - tanh_c * tanh_c)
         ki, kf, kg = g * i * (1 - i), c_prev * f * (1 - f), i * (1 - g * g)
+        if ZONEOUT is not None:
+            keep_h, keep_c = zoneout(seed, rate_h, rate_c, d, time, row, unit, ZONEOUT)
+            ko, kh = (1 - keep_h) * ko, (1 - keep_h) * kh
+            c = keep_c * c_prev + (1 - keep_c) * c
+            if MARKED:
+                live = (mark & LIVE) != 0
+                keep_h, keep_c = tl.where(live, keep_h, 1.), tl.where(live, keep_c, 1.)
+            tl.store(k + 6 * H, keep_h, mask=mask)
+            tl.store(k + 7 * H, keep_c, mask=mask)
         if MARKED:
             live = (mark & LIVE) != 0
             ko, kh, ki = tl.where(live, ko, 0.), tl.where(live, kh, 0.), tl.where(live, ki, 0.)
@@ -70,10 +88,10 @@ def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, marks_ptr, T, S, B, first, k
 
 
 @triton.jit
-def load_coefficients(k, mask, H: tl.constexpr):
-    """ko, kh, ki, kf, kg and f of some units."""
+def load_coefficients(k, mask, H: tl.constexpr, COUNT: tl.constexpr):
+    """ko, kh, ki, kf, kg and f of some units, and of 8 m_h and m_c."""
     k_all = ()
-    for n in tl.static_range(6):
+    for n in tl.static_range(COUNT):
         k_all += (tl.load(k + n * H, mask=mask, other=0.),)
     return k_all
 
@@ -82,7 +100,10 @@ def load_coefficients(k, mask, H: tl.constexpr):
 def gate_gradients(k, da, dh, dc, mask, H: tl.constexpr, INTERPRET: tl.constexpr):
     """One reverse step of some units with coefficients k: stores da, returns it by gate and the earlier dc."""
     dtype: tl.constexpr = da.dtype.element_ty
-    ko, kh, ki, kf, kg, f = k
+    ko, kh, ki, kf, kg, f = k[0], k[1], k[2], k[3], k[4], k[5]
+    if len(k) == 8:
+        passed = k[7] * dc
+        dc -= passed
     dc += dh * kh
     da_i, da_f = narrow(dc * ki, dtype, INTERPRET), narrow(dc * kf, dtype, INTERPRET)
     da_g, da_o = narrow(dc * kg, dtype, INTERPRET), narrow(dh * ko, dtype, INTERPRET)
@@ -90,7 +111,10 @@ def gate_gradients(k, da, dh, dc, mask, H: tl.constexpr, INTERPRET: tl.constexpr
     tl.store(da + H, da_f, mask=mask)
     tl.store(da + 2 * H, da_g, mask=mask)
     tl.store(da + 3 * H, da_o, mask=mask)
-    return da_i, da_f, da_g, da_o, dc * f
+    dc *= f
+    if len(k) == 8:
+        dc += passed
+    return da_i, da_f, da_g, da_o, dc
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "stride_dyt", "stride_dyb"])
@@ -98,11 +122,12 @@ def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr
                       stride_dyt, stride_dyb, stride_dyh,
                       H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr,
                       HAS_DY: tl.constexpr, DY_UNIT: tl.constexpr, MARKED: tl.constexpr, PRECISION: tl.constexpr,
-                      INTERPRET: tl.constexpr):
+                      INTERPRET: tl.constexpr, COUNT: tl.constexpr = 6):
     """Steps ``first + S`` back to ``first``, every program alone with all of R and BLOCK_B rows.
 
-    dy (T, B, D H) by strides, the first two in units of DY_UNIT; coef (D, S, B, 6H); r (D, 4H, H); da (D, S, B, 4H);
-    dh, dc (D, B, H) fp32: gradients after the last of these steps in, before the first out.
+    dy (T, B, D H) by strides, the first two in units of DY_UNIT; coef (D, S, B, COUNT H), COUNT 6, or 8 with zoneout; r
+    (D, 4H, H); da (D, S, B, 4H); dh, dc (D, B, H) fp32: gradients after the last of these steps in, before the first
+    out.
     """
     tile, d = tl.program_id(0), tl.program_id(1)
     r_ptr += d * (4 * H * H)
@@ -135,7 +160,7 @@ def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr
         if MARKED:
             mark = load_marks(marks_ptr, d * T + time, row[:, None], B)
             live = (mark & LIVE) != 0
-        da, new_dc, new_dh = (), (), ()
+        da, new_dc, new_dh, passed = (), (), (), ()
         for k in tl.static_range(len(CHUNKS)):
             unit = CHUNKS[k][0] + tl.arange(0, CHUNKS[k][1])
             mask = alive & (unit[None, :] < H)
@@ -143,14 +168,21 @@ def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr
             if HAS_DY:
                 dy = dy_ptr + time * stride_dyt * DY_UNIT + row[:, None].to(tl.int64) * stride_dyb * DY_UNIT
                 dh_k += tl.load(dy + (d * H + unit[None, :]) * stride_dyh, mask=mask & live, other=0.).to(tl.float32)
-            i, f, g, o, dc_k = gate_gradients(load_coefficients(coef_ptr + at * (6 * H) + unit[None, :], mask, H),
-                                              da_ptr + at * (4 * H) + unit[None, :], dh_k, dc[k], mask, H, INTERPRET)
+            k_all = load_coefficients(coef_ptr + at * (COUNT * H) + unit[None, :], mask, H, COUNT)
+            i, f, g, o, dc_k = gate_gradients(k_all, da_ptr + at * (4 * H) + unit[None, :], dh_k, dc[k], mask, H,
+                                              INTERPRET)
+            if COUNT == 8:
+                passed += (k_all[6] * dh_k,)
+                if MARKED:
+                    dc_k = tl.where((mark & FRESH) == 0, dc_k, 0.)
             da += ((operand(i, PRECISION, INTERPRET), operand(f, PRECISION, INTERPRET),
                     operand(g, PRECISION, INTERPRET), operand(o, PRECISION, INTERPRET)),)
             new_dc += (dc_k,)
         for j in tl.static_range(len(CHUNKS)):
             dh_j = tl.full((BLOCK_B, CHUNKS[j][1]), 0., tl.float32)
-            if MARKED:
+            if COUNT == 8:
+                dh_j = passed[j]
+            elif MARKED:
                 dh_j = tl.where(live, 0., dh[j])        # passes a step that is not live
             for k in tl.static_range(len(CHUNKS)):
                 for gate in tl.static_range(4):
@@ -200,14 +232,15 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, sh
                   H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,
                   PROGRAMS: tl.constexpr, OWNERS: tl.constexpr, HELD: tl.constexpr, BLOCK_K: tl.constexpr,
                   BLOCK_B: tl.constexpr, HAS_DY: tl.constexpr, DY_UNIT: tl.constexpr, MARKED: tl.constexpr,
-                  PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+                  PRECISION: tl.constexpr, INTERPRET: tl.constexpr, COUNT: tl.constexpr = 6):
     """As ``backward_resident``, but a group of programs shares R as in ``forward_grid``.
 
     A program multiplies its own da by its own rows of R, which gives a share of every unit's dh; the shares meet in
     share (2, D, groups, tiles, OWNERS to, PROGRAMS from, BLOCK_B, BLOCK_H) fp32, where each owner adds its own up.
     The halves take turns by step, and a share's last bit by turns of its half (see ``exchange``): all zero at first,
     then ones. A program overwrites what it sent two steps before once it has a share of the step between from the
-    reader, who computed that from what it had read. Over steps that are not live, dh waits in dh_ptr.
+    reader, who computed that from what it had read. Over steps that are not live, dh waits in dh_ptr; with zoneout
+    the part of every dh that the step passes on does.
     """
     p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     AREA: tl.constexpr = BLOCK_B * BLOCK_H
@@ -233,7 +266,7 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, sh
             mark = load_marks(marks_ptr, d * T + time, row, B)
             live = (mark & LIVE) != 0
         # loads that wait for nobody come first, to be on their way together with the shares
-        k = load_coefficients(coef_ptr + at * (6 * H) + unit[None, :], mask, H)
+        k = load_coefficients(coef_ptr + at * (COUNT * H) + unit[None, :], mask, H, COUNT)
         dc = tl.load(dc_ptr + at_state, mask=mask, other=0.)
         if HAS_DY:
             dy_t = dy_ptr + time * stride_dyt * DY_UNIT + row.to(tl.int64) * stride_dyb * DY_UNIT
@@ -245,13 +278,21 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, sh
         else:
             dh = add_shares(tile + (turn - 1) % 2 * half + p * (PROGRAMS * AREA), flag_of(turn - 1), PROGRAMS, AREA,
                             BLOCK_B, BLOCK_H)
-            if MARKED:
+            if COUNT == 8:
+                dh += tl.load(dh_ptr + at_state, mask=mask, other=0.)
+                if MARKED:
+                    dh = tl.where((mark & CUT) == 0, dh, 0.)
+            elif MARKED:
                 dh = tl.where((mark & CUT) == 0, dh, 0.)
                 dh += tl.load(dh_ptr + at_state, mask=mask & ((mark & END) != 0), other=0.)
                 tl.store(dh_ptr + at_state, dh, mask=mask & ((mark & BEFORE) != 0))
         if HAS_DY:
             dh += dy
         i, f, g, o, dc = gate_gradients(k, da_ptr + at * (4 * H) + unit[None, :], dh, dc, mask, H, INTERPRET)
+        if COUNT == 8:
+            tl.store(dh_ptr + at_state, k[6] * dh, mask=mask)
+            if MARKED:
+                dc = tl.where((mark & FRESH) == 0, dc, 0.)
         tl.store(dc_ptr + at_state, dc, mask=mask)
         da = (operand(i, PRECISION, INTERPRET), operand(f, PRECISION, INTERPRET),
               operand(g, PRECISION, INTERPRET), operand(o, PRECISION, INTERPRET))
@@ -272,6 +313,8 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, sh
         turn = T - 1 - first
         tile = share_ptr + m * (OWNERS * PROGRAMS * AREA)
         dh = add_shares(tile + turn % 2 * half + p * (PROGRAMS * AREA), flag_of(turn), PROGRAMS, AREA, BLOCK_B, BLOCK_H)
+        if COUNT == 8:
+            dh += tl.load(dh_ptr + (d * B + row).to(tl.int64) * H + unit[None, :], mask=mask, other=0.)
         if MARKED:
             mark = load_marks(marks_ptr, d * T + tl.where(d == 0, first, T - 1 - first).to(tl.int64), row, B)
             dh = tl.where((mark & FRESH) == 0, dh, 0.)

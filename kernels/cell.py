@@ -5,6 +5,8 @@ import triton.language as tl
 TANH_SMALL = tl.constexpr(0.625)
 # Marks of a row at a step, where rows have lengths of their own or states are reset; see ``launch.marks``
 LIVE, FRESH, START, END, BEFORE, CUT = (tl.constexpr(1 << n) for n in range(6))
+# Factors and key steps of Philox-4x32
+PHILOX_M0, PHILOX_M1, PHILOX_W0, PHILOX_W1 = map(tl.constexpr, (0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85))
 
 
 @triton.jit
@@ -31,6 +33,30 @@ def cell(i, f, g, o, c):
     """One LSTM step from pre-activations and the state c, all fp32: the new (h, c)."""
     c = sigmoid(f) * c + sigmoid(i) * tanh(g)
     return sigmoid(o) * tanh(c), c
+
+
+@triton.jit
+def zoneout(seed, rate_h, rate_c, d, time, row, unit, ZONEOUT: tl.constexpr):
+    """What share of their earlier h and c some units keep at a step: fp32, broadcast from row and unit.
+
+    ZONEOUT "expected": the rates. "drawn": 0 or 1, and 1 for rate of 2^24 values, rates being integers here. The bits
+    are two words of Philox-4x32 (Salmon et al. 2011; 7 rounds, the fewest that pass their tests) of the 64-bit ``seed``
+    at counter (unit, row, time, direction): whoever asks and however the steps are cut, a unit gets the same. The
+    package's reference has the same in torch.
+    """
+    if ZONEOUT == "expected":
+        return rate_h, rate_c
+    else:
+        key, other_key = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+        n0, n1 = unit.to(tl.uint32), row.to(tl.uint32)
+        n2, n3 = time.to(tl.uint32), d.to(tl.uint32)
+        for _ in tl.static_range(7):
+            high0, low0 = tl.umulhi(n0, PHILOX_M0), n0 * PHILOX_M0
+            high2, low2 = tl.umulhi(n2, PHILOX_M1), n2 * PHILOX_M1
+            n0, n1, n2, n3 = high2 ^ n1 ^ key, low2, high0 ^ n3 ^ other_key, low0
+            key += PHILOX_W0
+            other_key += PHILOX_W1
+        return ((n0 >> 8).to(tl.int32) < rate_h).to(tl.float32), ((n1 >> 8).to(tl.int32) < rate_c).to(tl.float32)
 
 
 @triton.jit

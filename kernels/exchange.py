@@ -108,6 +108,29 @@ def receive(ptr, CHUNKS: tl.constexpr, UNITS: tl.constexpr, BLOCK_B: tl.constexp
 
 
 @triton.jit
+def wait_for(ptr, START: tl.constexpr, UNITS: tl.constexpr, BLOCK_B: tl.constexpr, INTERPRET: tl.constexpr):
+    """Wait until the units from START on are there, for ordinary loads to find: of a loop, which the compiler may turn
+    into asynchronous copies that fetch ahead."""
+    dtype: tl.constexpr = ptr.dtype.element_ty
+    PER_WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
+    WIDTH: tl.constexpr = 128
+    rows = tl.arange(0, BLOCK_B)[:, None] * (UNITS // PER_WORD)
+    waiting = True
+    while waiting:
+        found = tl.full((BLOCK_B, WIDTH), 0, tl.int32)
+        for start in tl.static_range(START // PER_WORD, UNITS // PER_WORD, WIDTH):
+            at = start + tl.arange(0, WIDTH)[None, :]
+            words = tl.load(ptr.to(tl.pointer_type(tl.int32)) + rows + at, mask=at < UNITS // PER_WORD, other=0,
+                            volatile=True)
+            found |= missing(words, dtype)
+        waiting = is_missing(any_bit(found), dtype)
+    if not INTERPRET:
+        # what a thread has seen, all threads of the program may read from here on
+        tl.inline_asm_elementwise("fence.acq_rel.gpu; bar.sync 0; mov.b32 $0, 0;", "=r,r,~{memory}", [tl.program_id(0)],
+                                  dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def flag_of(turn):
     """The last bit of shares sent at the ``turn``-th step of all, for which two halves of the memory take turns."""
     return 1 - turn // 2 % 2

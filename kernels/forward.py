@@ -2,8 +2,8 @@
 import triton
 import triton.language as tl
 
-from .cell import FRESH, LIVE, cell, load_r, narrow, operand, product, round_tf32
-from .exchange import any_bit, is_missing, look, missing, receive, send_h, values
+from .cell import FRESH, LIVE, START, cell, load_r, narrow, operand, product, round_tf32, zoneout
+from .exchange import receive, send_h, values, wait_for
 
 
 @triton.jit
@@ -22,15 +22,17 @@ def load_marks(marks_ptr, time, row, B):
     return tl.load(marks_ptr + time * B + row, mask=row < B, other=0)
 
 
-@triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every"])
+@triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "rate_h", "rate_c"])
 def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, S, B, first, keep_every,
                      H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr,
-                     MARKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+                     MARKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+                     ZONEOUT: tl.constexpr = None, seed_ptr=None, rate_h=None, rate_c=None):
     """Steps ``first`` to ``first + S`` of a layer, every program alone with all of R and BLOCK_B rows.
 
     x (D, S, B, 4H) pre-activations, r (D, 4H, H) as ``load_r`` has it, h (B, D H) before the first step, c (D, B, H)
     fp32 in and out, y (T, B, D H), kept (-, D, B, H): c before step n keep_every, n = 1, 2, ... CHUNKS cut H into
-    (start, width). MARKED: marks (D, T, B) tell which steps are live and which begin from a zero state.
+    (start, width). MARKED: marks (D, T, B) tell which steps are live and which begin from a zero state. ZONEOUT: see
+    ``cell.zoneout``; the seed is one int64.
     """
     tile, d = tl.program_id(0), tl.program_id(1)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -46,13 +48,19 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, 
         goes_on = alive & ((mark & FRESH) == 0)
     # state and R, by chunks of hidden units; r[j][k] holds the four gates of output units j and input units k
     r, c, h, x = (), (), (), ()
+    own = ()        # with zoneout, h once more: as the cell has it, not as products read it
+    seed = 0
+    if ZONEOUT == "drawn":
+        seed = tl.load(seed_ptr)
     for j in tl.static_range(len(CHUNKS)):
         unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
         mask = alive & (unit[None, :] < H)
         held = goes_on & (unit[None, :] < H)
         c += (tl.load(c_ptr + (d * B + row[:, None]).to(tl.int64) * H + unit[None, :], mask=held, other=0.),)
-        h += (operand(tl.load(h_ptr + row[:, None] * (DIRECTIONS * H) + d * H + unit[None, :], mask=held, other=0.),
-                      PRECISION, INTERPRET),)
+        h_j = tl.load(h_ptr + row[:, None] * (DIRECTIONS * H) + d * H + unit[None, :], mask=held, other=0.)
+        h += (operand(h_j, PRECISION, INTERPRET),)
+        if ZONEOUT is not None:
+            own += (h_j,)
         local = tl.where(d == 0, 0, S - 1).to(tl.int64)
         x += (load_gates(x_ptr + local * B * (4 * H), row[:, None] * (4 * H) + unit[None, :], mask, H),)
         row_of_r = ()
@@ -81,7 +89,7 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, 
             next_mark = load_marks(marks_ptr, time + tl.where(s == S - 1, 0, tl.where(d == 0, 1, -1)), row[:, None], B)
             live = (mark & LIVE) != 0
             goes_on = ((next_mark & FRESH) == 0) | (s == S - 1)
-        new_c, new_h, new_x = (), (), ()
+        new_c, new_h, new_x, new_own = (), (), (), ()
         for j in tl.static_range(len(CHUNKS)):
             unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
             mask = alive & (unit[None, :] < H)
@@ -94,6 +102,10 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, 
                 o = product(h[k], r[j][k][3], o, PRECISION)
             new_x += (load_gates(x_ptr + ahead * B * (4 * H), row[:, None] * (4 * H) + unit[None, :], mask, H),)
             y, c_j = cell(i, f, g, o, c[j])
+            if ZONEOUT is not None:
+                keep_h, keep_c = zoneout(seed, rate_h, rate_c, d, time, row[:, None], unit[None, :], ZONEOUT)
+                y = keep_h * own[j].to(tl.float32) + (1 - keep_h) * y
+                c_j = keep_c * c[j] + (1 - keep_c) * c_j
             y = narrow(y, dtype, INTERPRET)
             h_j = y
             if MARKED:
@@ -106,7 +118,9 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, 
             tl.store(y_ptr + (time * B + row[:, None]) * (DIRECTIONS * H) + d * H + unit[None, :], y, mask=mask)
             new_c += (c_j,)
             new_h += (operand(h_j, PRECISION, INTERPRET),)
-        c, h, x, mark = new_c, new_h, new_x, next_mark
+            if ZONEOUT is not None:
+                new_own += (h_j,)
+        c, h, x, own, mark = new_c, new_h, new_x, new_own, next_mark
         s += 1
     for j in tl.static_range(len(CHUNKS)):
         unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
@@ -123,28 +137,28 @@ def load_columns(r_ptr, at_r, n_unit, start, WIDTH: tl.constexpr, H: tl.constexp
 
 
 @triton.jit
-def first_factor(words, dtype: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """What ``look`` found as ``product`` wants it; what travels for TF32 is rounded already."""
-    h = values(words, dtype)
+def first_factor(h, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """h that has travelled as ``product`` wants it; what travels for TF32 is rounded already."""
     if PRECISION == "tf32":
         return (h,)
     else:
         return operand(h, PRECISION, INTERPRET)
 
 
-@triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles"])
+@triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles", "rate_h", "rate_c"])
 def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, sent_ptr,
                  T, S, B, first, keep_every, tiles,
                  H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,
                  OWNERS: tl.constexpr, HELD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
-                 MARKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+                 MARKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
+                 ZONEOUT: tl.constexpr = None, seed_ptr=None, rate_h=None, rate_c=None, h0_ptr=None):
     """As ``forward_resident``, but a group of programs shares R: each holds the rows of BLOCK_H hidden units.
 
     A group takes ``tiles`` batch tiles through a step; while h of one is on its way, the others are computed. h travels
     through sent (S, D, groups, tiles, BLOCK_B, OWNERS BLOCK_H), of y's type, rounded for TF32: at launch h before step
     0, then all bits set, but zero for owners that are no programs; see ``exchange``. c lives in c_ptr, so that a
     program needs no registers for more than one tile. CHUNKS cut the HELD first input units, whose part of R stays on
-    chip; the rest is read each step, BLOCK_K units at a time.
+    chip; the rest is read each step, BLOCK_K units at a time. ZONEOUT: h0 (D, B, H) is never rounded.
     """
     p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -161,6 +175,9 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, sent_pt
     gate = n // (2 * BLOCK_H) * 2 + n % 2
     n_unit = p * BLOCK_H + n // 2 % BLOCK_H
     at_r = (gate * H + n_unit) * H
+    seed = 0
+    if ZONEOUT == "drawn":
+        seed = tl.load(seed_ptr)
     r = ()
     for k in tl.static_range(len(CHUNKS)):
         r += (load_columns(r_ptr, at_r, n_unit, CHUNKS[k][0], CHUNKS[k][1], H, DIRECTIONS, PRECISION, INTERPRET),)
@@ -186,26 +203,35 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, sent_pt
         # All loads first: the compiler keeps them in this order with the products' barriers, and each would be waited
         # for alone.
         h = receive(tile, CHUNKS, UNITS, BLOCK_B)
+        if ZONEOUT is not None:
+            # The units' own earlier h: y has it as it is, rounded only products may. Another thread may have stored it,
+            # and ``receive`` has a barrier.
+            begins = first + s == 0
+            if MARKED:
+                begins = begins | ((mark & START) != 0)
+            y_prev = y_ptr + (time + tl.where(d == 0, -1, 1)) * B * (DIRECTIONS * H) + d * H
+            own = tl.load(tl.where(begins, h0_ptr + at_c, y_prev + row * (DIRECTIONS * H) + unit), mask=mask, other=0.,
+                          cache_modifier=".cg").to(tl.float32)
+            if MARKED:
+                own = tl.where((mark & FRESH) == 0, own, 0.)
         a = tl.full((BLOCK_B, 4 * BLOCK_H), 0., tl.float32)
         for k in tl.static_range(len(CHUNKS)):
-            a = product(first_factor(h[k], dtype, PRECISION, INTERPRET), r[k], a, PRECISION)
+            a = product(first_factor(values(h[k], dtype), PRECISION, INTERPRET), r[k], a, PRECISION)
         if HELD < H:
-            held = a
-            again = True
-            while again:
-                a = held
-                found = tl.full((BLOCK_B, BLOCK_K * dtype.primitive_bitwidth // 32), 0, tl.int32)
-                for start in range(HELD, H, BLOCK_K):
-                    words = look(tile, start, BLOCK_K, UNITS, BLOCK_B)
-                    found |= missing(words, dtype)
-                    a = product(first_factor(words, dtype, PRECISION, INTERPRET),
-                                load_columns(r_ptr, at_r, n_unit, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET),
-                                a, PRECISION)
-                again = is_missing(any_bit(found), dtype)
+            wait_for(tile, HELD, UNITS, BLOCK_B, INTERPRET)
+            for start in range(HELD, H, BLOCK_K):
+                h_part = tl.load(tile + rows * UNITS + start + tl.arange(0, BLOCK_K)[None, :], cache_modifier=".cg")
+                a = product(first_factor(h_part, PRECISION, INTERPRET),
+                            load_columns(r_ptr, at_r, n_unit, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET), a,
+                            PRECISION)
         low, high = a.reshape(BLOCK_B, 2, BLOCK_H, 2).permute(0, 2, 3, 1).split()
         i, f = low.split()
         g, o = high.split()
         y, c = cell(i + x_i, f + x_f, g + x_g, o + x_o, c_prev)
+        if ZONEOUT is not None:
+            keep_h, keep_c = zoneout(seed, rate_h, rate_c, d, time, row, unit, ZONEOUT)
+            y = keep_h * own + (1 - keep_h) * y
+            c = keep_c * c_prev + (1 - keep_c) * c
         h_next = y
         if MARKED:
             # a row that has yet to begin still waits with its first h

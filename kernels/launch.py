@@ -130,6 +130,16 @@ def _loop_constants(plan, marks):
     return constants
 
 
+def _zoneout_constants(zoneout):
+    """``zoneout`` of ``forward`` as ``cell.zoneout`` takes it. Nothing for None: the kernels stay what they are."""
+    if zoneout is None:
+        return {}
+    seed, *rates = zoneout
+    if seed is not None:
+        rates = [round(rate * 2 ** 24) for rate in rates]
+    return dict(ZONEOUT="expected" if seed is None else "drawn", seed_ptr=seed, rate_h=rates[0], rate_c=rates[1])
+
+
 def clear(sent, plan):
     """Fill a memory for h (steps, ..., rows, units): nothing has been sent yet, but zeros before the first step."""
     sent.view(torch.int16 if sent.element_size() == 2 else torch.int32).fill_(-1)
@@ -159,9 +169,10 @@ def _rows(x, lo, hi):
     return x[lo:hi].reshape(-1, x.shape[-1])
 
 
-def forward(x, w, r, b, h0, c0, marks, plan, save, run=None):
+def forward(x, w, r, b, h0, c0, marks, plan, save, zoneout=None, run=None):
     """The layer over all steps. See ``triton_lstm.lstm``; x (T, B, I), w (D, 4H, I), r (D, 4H, H), b (D, 4H) or None,
-    marks (D, T, B) or None.
+    marks (D, T, B) or None; zoneout (seed, rate_h, rate_c) or None, the seed an int64 tensor of one element, or None
+    for the expectation.
 
     Returns y (T, B, D H), h_n and c_n (D, B, H), and what backward needs of c (-, D, B, H) fp32, empty without
     ``save``. ``run`` stands in for ``launch_kernel``, to compile or emulate instead.
@@ -174,6 +185,7 @@ def forward(x, w, r, b, h0, c0, marks, plan, save, run=None):
     kept = c.new_empty(max(-(-T // plan.keep_every), 1) - 1 if save else 0, D, B, H)
     if T == 0 or B == 0:
         return y, h0.clone(), c0.clone(), kept
+    zoneout_constants = _zoneout_constants(zoneout)
     r = prepare_r(r, plan)
     h = h0.transpose(0, 1).reshape(B, D * H).contiguous()      # of H = 1, reshape alone makes a transposed view
     keep_every = plan.keep_every if save else T
@@ -193,11 +205,13 @@ def forward(x, w, r, b, h0, c0, marks, plan, save, run=None):
             if marks is not None and D == 2:
                 h[:, H:] = torch.where(_has(marks[1, T - first], cell.LIVE), h[:, H:], h0[1])   # or has yet to begin
         head, shape = (a, r, h, c, y, kept, kept if marks is None else marks), (T, S, B, first, keep_every)
-        constants = _loop_constants(plan, marks)
+        constants = {**_loop_constants(plan, marks), **zoneout_constants}
         if plan.gluon or plan.schedule == "resident":
             run(forward_gluon if plan.gluon else forward_resident, plan, (plan.groups, D), *head, *shape, waits=False,
                 **constants)
         else:
+            if zoneout is not None:
+                constants["h0_ptr"] = h0.contiguous()
             _clear_after(h.view(B, D, H).transpose(0, 1), sent[:S], marks, first, T, plan)
             run(forward_grid, plan, (plan.programs, plan.groups, D), *head, sent, *shape, plan.tiles, waits=True,
                 **constants)
@@ -251,7 +265,7 @@ def _add_product(total, a, b):
         total.addmm_(a.t().float(), b.float())
 
 
-def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, run=None):
+def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, zoneout=None, run=None):
     """Gradients of ``forward``: (dx, dw, dr, db, dh0, dc0), None where ``needs`` says False.
 
     dy, dh_n and dc_n may be None. Goes over chunks of ``plan.keep_every`` steps from the last: recomputes the gates by
@@ -272,7 +286,8 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, ru
         dy_unit = D * H if has_dy and all(n % (D * H) == 0 for n in dy.stride()[:2]) else 1
         strides = [n // dy_unit for n in dy.stride()[:2]] + [dy.stride(2)] if has_dy else [0, 0, 1]
         chunk = min(K, T) * D * B * H
-        a_buffer, coef = x.new_empty(4 * chunk), dh.new_empty(6 * chunk)
+        count = 6 if zoneout is None else 8
+        a_buffer, coef = x.new_empty(4 * chunk), dh.new_empty(count * chunk)
         if plan.schedule in ("grid", "streamed"):
             share = dh.new_zeros(2 * D * plan.groups * plan.tiles * plan.owners * plan.programs * plan.block_b
                                  * plan.block_h)
@@ -287,10 +302,12 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, ru
                         a[d, rows].addmm_(h, r[d].t())
             marks_or_none = kept if marks is None else marks
             run(coefficients, plan, (triton.cdiv(B * H, 256), D), a, c0, kept, coef, marks_or_none, T, S, B, first, K,
-                waits=False, MARKED=marks is not None, BLOCK=256)
+                waits=False, MARKED=marks is not None, BLOCK=256, **_zoneout_constants(zoneout))
             # from here on a holds da
             head = (dy if has_dy else a, coef, prepared, a, dh, dc, marks_or_none)
             constants = dict(HAS_DY=has_dy, DY_UNIT=dy_unit, **_loop_constants(plan, marks))
+            if zoneout is not None:
+                constants["COUNT"] = count
             if plan.gluon or plan.schedule == "resident":
                 run(backward_gluon if plan.gluon else backward_resident, plan, (plan.groups, D), *head,
                     T, S, B, first, *strides, waits=False, **constants)

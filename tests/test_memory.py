@@ -12,7 +12,7 @@ from triton_lstm.kernels import launch
 from triton_lstm.plan import H200
 
 
-def saved(T, B, I, H, D, dtype, keep_every):
+def saved(T, B, I, H, D, dtype, keep_every, **options):
     """Bytes saved for backward in storages that are neither an argument's nor y's."""
     generator = torch.Generator().manual_seed(0)
     tensor = lambda *shape: torch.randn(shape, generator=generator).to(dtype).requires_grad_()
@@ -20,7 +20,7 @@ def saved(T, B, I, H, D, dtype, keep_every):
     state = tensor(D, B, H), tensor(D, B, H)
     kept = []
     with harness.interpreter(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y, _ = triton_lstm.lstm(*arguments, state, keep_every=keep_every)
+        y, _ = triton_lstm.lstm(*arguments, state, keep_every=keep_every, **options)
     own = {t.untyped_storage().data_ptr() for t in (*arguments, *state, y)}
     others = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     return sum(size for place, size in others.items() if place not in own)
@@ -64,7 +64,7 @@ class Peak(TorchDispatchMode):
         self.alive -= size
 
 
-def backward_peak(plan, T, I, contiguous=True):
+def backward_peak(plan, T, I, contiguous=True, zoneout=None):
     """Bytes that backward allocates at once beside dx, its kernels left out: they allocate nothing."""
     D, B, H = plan.directions, plan.batch, plan.hidden_size
     x = torch.randn(T, B, I) if contiguous else torch.randn(B, T, I).transpose(0, 1)
@@ -73,7 +73,7 @@ def backward_peak(plan, T, I, contiguous=True):
     dy = torch.randn(T, B, D * H)
     old = [x, w, r, b, state, y, kept, dy]
     with Peak(old) as peak:
-        launch.backward(dy, state, state, x, w, r, b, state, state, None, y, kept, plan, [True] * 6,
+        launch.backward(dy, state, state, x, w, r, b, state, state, None, y, kept, plan, [True] * 6, zoneout,
                         run=lambda *args, **kwargs: None)
     return peak.most - x.numel() * 4
 

@@ -12,8 +12,13 @@ class LSTMCell(torch.nn.LSTMCell):
 
     ``cell(input, (h, c))`` with input (B, I), h and c (B, H), or all without B, returns the new (h, c). The kernels
     compute where they do for ``triton_lstm.LSTM``, torch's own cell elsewhere. A loop over cells loads R at every step:
-    where the inputs of several steps are known, ``LSTM`` is the one to use.
+    where the inputs of several steps are known, ``LSTM`` is the one to use. ``LSTM.step`` is a step with zoneout.
     """
+
+    def __init__(self, *args, **kwargs):
+        if "zoneout" in kwargs:
+            raise NotImplementedError("LSTMCell has no zoneout: use LSTM(..., zoneout=...) and its method step")
+        super().__init__(*args, **kwargs)
 
     def forward(self, input, hx=None):
         if not self._natively(input, hx):

@@ -35,12 +35,14 @@ def convert(model):
 def to_torch(model):
     """Make every ``triton_lstm.LSTM`` inside ``model`` a ``torch.nn.LSTM``: undoes ``convert``, returns as it does.
 
-    A layer's ``plan`` is dropped. Subclasses of triton_lstm.LSTM are left.
+    A layer's ``plan`` is dropped. Subclasses of triton_lstm.LSTM are left, and layers with zoneout, which nn.LSTM has
+    not.
     """
     result = _swap(model, LSTM, _TorchLSTM)
     for name in result.swapped:
         module = model.get_submodule(name)
-        module.__dict__.pop("plan", None)
+        for name in ("plan", "zoneout"):
+            module.__dict__.pop(name, None)
         module._init_flat_weights()         # which ours does without
     return result
 
@@ -56,6 +58,8 @@ def _swap(model, source, target):
             result.left[name] = f"{type(module).__name__} is a subclass of {source.__module__}.{source.__name__}"
         elif "forward" in vars(module):
             result.left[name] = "its forward was replaced on the instance"
+        elif source is LSTM and module._zoned():
+            result.left[name] = f"zoneout={module.zoneout}: torch's own LSTM has none"
         elif module.proj_size and target is LSTM:
             result.left[name] = "proj_size: torch's own LSTM would compute it"
         else:

@@ -1,9 +1,9 @@
 """``explain``: in words, how a layer will run on an input and why so."""
 import torch
 
-from .functional import DTYPES
+from .functional import DTYPES, zoneout_rates
 from .layer import LSTM, _TorchLSTM
-from .op import tf32_allowed
+from .op import NO_GLUON, portable, tf32_allowed
 from .plan import H200, SCHEDULES, Limits, PlanError, make_plan
 
 
@@ -35,16 +35,22 @@ def explain(layer, x, limits=None):
         limits, whose = (Limits.of(x.device), f"{x.device}") if x.is_cuda else (H200, "an H200")
     title = (f"LSTM({layer.extra_repr()}) on T={T}, B={B} in {str(dtype).removeprefix('torch.')}, planned for {whose}: "
              f"{limits.multiprocessors} multiprocessors, {_size(limits.shared_memory)} of shared memory a program")
+    zoned = any(zoneout_rates(getattr(layer, "zoneout", 0.)))
     if layer.proj_size or dtype not in DTYPES:
-        return f"{title}\ntorch's own LSTM computes: {'proj_size' if layer.proj_size else dtype}"
+        instead = "torch operators compute step by step" if zoned else "torch's own LSTM computes"
+        return f"{title}\n{instead}: {'proj_size' if layer.proj_size else dtype}"
     if own and (own.batch, own.hidden_size, own.directions, own.precision == "native") != (
             B, H, D, dtype != torch.float32):
         return f"{title}\nlayer.plan cannot run, it is for another input: {own}"
+    if zoned and own and own.gluon:
+        return f"{title}\nlayer.plan cannot run: {NO_GLUON}"
+    limits = portable(limits) if zoned else limits
     try:
         plan = own or make_plan(B, H, dtype, D, limits=limits, tf32=tf32_allowed())
         plan.check(limits)
     except PlanError as error:
-        consequence = "layer.plan cannot run" if own else "torch's own LSTM computes"
+        consequence = ("layer.plan cannot run" if own else
+                       "no plan for the kernels with zoneout" if zoned else "torch's own LSTM computes")
         return f"{title}\n{consequence}: {error}"
     forward, backward = (-(-T // max(steps, 1)) for steps in (plan.forward_steps(T, dtype.itemsize), plan.keep_every))
     cycles = plan.step_cycles(limits.multiprocessors)
@@ -59,8 +65,9 @@ def explain(layer, x, limits=None):
         f"{limits.mhz} MHz",
         f"  saved for backward a layer: {_size(plan.saved_bytes(T))}; storing i, f, g, o and c of every step takes "
         f"{_size(5 * T * B * D * H * dtype.itemsize)} at least"]
-    lines += [f"  not {schedule}: {_why_not(schedule, plan, dtype, limits)}" for schedule in SCHEDULES
-              if schedule != plan.schedule]
+    lines += [f"  not {schedule}: " + (NO_GLUON if zoned and schedule == "cluster" else
+                                       _why_not(schedule, plan, dtype, limits))
+              for schedule in SCHEDULES if schedule != plan.schedule]
     return "\n".join(lines)
 
 

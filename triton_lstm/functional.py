@@ -5,7 +5,7 @@ from torch.autograd import forward_ad
 from .kernels import launch
 from .op import differentiable, lstm_op, transformed
 from .plan import BACKWARD_ELEMENTS, Plan, keep_every_for
-from .reference import lstm_reference
+from .reference import lstm_reference, zoneout_shares
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -15,7 +15,21 @@ def runs_kernels(x, dtype):
     return dtype in DTYPES and (x.is_cuda or launch.INTERPRET and x.device.type == "cpu")
 
 
-def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=None, plan=None, keep_every=None):
+def zoneout_rates(zoneout):
+    """(rate_h, rate_c) of ``zoneout``, one rate for both or a pair. ValueError unless both are probabilities."""
+    rates = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
+    if len(rates) != 2 or not all(0 <= rate <= 1 for rate in rates):
+        raise ValueError(f"zoneout must be a probability or a pair of them, for h and c, got {zoneout}")
+    return rates
+
+
+def draw_seed(device):
+    """The seed of one call's masks, from torch's generator of the device, where it stays: CUDA graphs draw it anew."""
+    return torch.randint(-2 ** 63, 2 ** 63 - 1, (1,), device=device)
+
+
+def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=None, zoneout=0., training=True, plan=None,
+         keep_every=None):
     """One LSTM layer over a padded batch, in one direction or both.
 
     x            (T, B, I), any strides
@@ -28,6 +42,12 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
                  direction, which begins with it, after the first), h0 and c0 where none does
     reset        (T, B) bool: before such a step h and c are zero, and no gradient passes. So a row is cut into pieces;
                  the reverse direction is cut at the same places
+    zoneout      the rate for h and c, or a pair of rates (Krueger et al. 2017): with that probability a unit of a row
+                 keeps its earlier h at a step, and likewise its earlier c. As in the paper h is made of the new c even
+                 where that is not taken: h_t = m_h h + (1 - m_h) o tanh(f c + i g) and c_t = m_c c + (1 - m_c)
+                 (f c + i g). After a reset what is kept is zero. Drawn from torch's generator of the device, one seed a
+                 call; backward draws the same masks again and keeps none
+    training     False: m_h and m_c are the rates, their expectation, and nothing is drawn
     plan         a ``Plan`` to use instead of the automatic one
     keep_every   c is kept for backward every so many steps, and so many steps are recomputed at a time: memory against
                  launches; chosen from B and H if None
@@ -38,14 +58,16 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
     float64 torch's own LSTM computes.
 
     Neither lengths nor reset costs a synchronisation with the host; lengths that lie outside 0 to T count as the
-    nearest. Where torch's own LSTM computes, they go step by step in torch operators.
+    nearest. Where torch's own LSTM computes, they go step by step in torch operators, and so does zoneout. The Gluon
+    kernels have no zoneout, the portable ones take their place.
 
     Differentiable any number of times, also by ``torch.func``'s grad, vjp and jacrev; forward mode (jvp) raises. First
     derivatives are kernels. Higher ones run the equations step by step in torch and keep every activation: right, but
-    slow. ``torch.func.vmap`` and ``is_grads_batched`` call the kernels once for each member.
+    slow. ``torch.func.vmap`` and ``is_grads_batched`` call the kernels once for each member; zoneout in training needs
+    vmap's randomness="same" or "different", as dropout does.
 
-    Raises ValueError for shapes, types or a plan that do not fit together, RuntimeError for mixed devices, PlanError (a
-    ValueError) where no schedule fits the device. T = 0 gives an empty y and the initial state.
+    Raises ValueError for shapes, types, rates or a plan that do not fit together, RuntimeError for mixed devices,
+    PlanError (a ValueError) where no schedule fits the device. T = 0 gives an empty y and the initial state.
     """
     if weight_ih.dim() == 2:
         weight_ih, weight_hh = weight_ih.unsqueeze(0), weight_hh.unsqueeze(0)
@@ -73,8 +95,12 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
     if keep_every is not None and keep_every < 1:
         raise ValueError(f"keep_every must be at least 1, got {keep_every}")
     lengths, reset = _checked(lengths, (B,), "lengths", x.device), _checked(reset, (T, B), "reset", x.device)
+    rates, seed = zoneout_rates(zoneout), None
+    if training and any(rates):
+        seed = draw_seed(x.device)
     if not runs_kernels(x, x.dtype):
-        return _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset)
+        keep = zoneout_shares((seed, *rates), T, B, D, H, x) if any(rates) else None
+        return _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, keep)
     inputs = x, weight_ih, weight_hh, bias, h0, c0
     if not torch.compiler.is_compiling() and any(t is not None and forward_ad.unpack_dual(t).tangent is not None
                                                  for t in inputs):
@@ -87,7 +113,8 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
         keep_every = _symbolic_keep_every(B, H, D) if torch.compiler.is_compiling() else keep_every_for(B, H, D)
     # vmap hides whether what it wraps requires grad
     save = torch.is_grad_enabled() and (transformed() or any(t is not None and t.requires_grad for t in inputs))
-    y, h_n, c_n, _ = differentiable(lstm_op)(*inputs, marks, plan.encode() if plan else "", keep_every, save)
+    y, h_n, c_n, _ = differentiable(lstm_op)(*inputs, marks, plan.encode() if plan else "", keep_every, save, seed,
+                                             *map(float, rates))
     return y, (h_n, c_n)
 
 
@@ -109,9 +136,9 @@ def _checked(mask, shape, name, device):
     return mask.to(device, non_blocking=True)
 
 
-def _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset):
-    if lengths is not None or reset is not None:
-        y, h_n, c_n = lstm_reference(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset)
+def _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, keep):
+    if x.shape[0] and not (lengths is reset is keep is None):
+        y, h_n, c_n = lstm_reference(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, keep=keep)
         return y, (h_n, c_n)
     if x.shape[0] == 0:
         return x.new_empty(0, x.shape[1], weight_hh.shape[0] * weight_hh.shape[2]), (h0.clone(), c0.clone())

@@ -3,7 +3,7 @@ import typing
 
 import torch
 
-from .functional import lstm
+from .functional import lstm, zoneout_rates
 from .layer import LSTM, _TorchLSTM
 
 
@@ -12,7 +12,7 @@ class Gates(typing.NamedTuple):
 
     i, f, o    input, forget and output gate, in (0, 1)
     g          candidate, in (-1, 1)
-    c          cell state after the step; h = o tanh(c)
+    c          cell state after the step; h = o tanh(c), if there is no zoneout
     """
     i: torch.Tensor
     f: torch.Tensor
@@ -30,7 +30,7 @@ def gates(layer, x, hx=None):
 
     Returns a tuple of ``Gates``, in the order of h_n: layer by layer, and forward before reverse. They are (T, B, H)
     whatever ``batch_first``, with B = 1 for (T, I); fp32, or float64 for a float64 layer. Without gradient and as in
-    eval mode: inter-layer dropout is off, hooks do not run.
+    eval mode: inter-layer dropout is off, zoneout is its expectation, hooks do not run.
 
     The layer computes y; then every h is known and i, f, g, o of all steps are two GEMMs, x Wᵀ + h_prev Rᵀ + b, and
     c = f c_prev + i g is rolled step by step. The result is 5 T B H elements for each layer and direction.
@@ -48,21 +48,22 @@ def gates(layer, x, hx=None):
     elif layer.batch_first:
         x = x.transpose(0, 1)
     D, results = 2 if layer.bidirectional else 1, []
+    zoneout = zoneout_rates(getattr(layer, "zoneout", 0.))
     with torch.autocast(x.device.type, enabled=False):
         for k in range(layer.num_layers):
             weights = [getattr(layer, name) for name in layer._flat_weights_names]
             weights = LSTM._stacked(layer, weights, k, layer.weight_hh_l0.dtype)
             h0, c0 = (s[k * D:(k + 1) * D] for s in hx or (x.new_zeros(layer.num_layers * D, x.shape[1],
                                                                        layer.hidden_size),) * 2)
-            y, _ = lstm(x, *weights, (h0, c0), plan=getattr(layer, "plan", None))
+            y, _ = lstm(x, *weights, (h0, c0), plan=getattr(layer, "plan", None), zoneout=zoneout, training=False)
             for d, h in enumerate(y.chunk(D, -1)):
                 of_direction = (None if weight is None else weight[d] for weight in weights)
-                results.append(_recompute(x, h, *of_direction, h0[d], c0[d], reverse=d == 1))
+                results.append(_recompute(x, h, *of_direction, h0[d], c0[d], zoneout[1], reverse=d == 1))
             x = y
     return tuple(results)
 
 
-def _recompute(x, h, w, r, b, h0, c0, reverse):
+def _recompute(x, h, w, r, b, h0, c0, rate_c, reverse):
     """Gates of one direction from all of its h (T, B, H)."""
     x, h, w, r, h0, c = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, h, w, r, h0, c0))
     previous = torch.cat([h[1:], h0[None]] if reverse else [h0[None], h[:-1]])[:len(h)]
@@ -73,7 +74,7 @@ def _recompute(x, h, w, r, b, h0, c0, reverse):
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
     cells = torch.empty_like(i)
     for t in (reversed(range(len(x))) if reverse else range(len(x))):
-        c = cells[t] = f[t] * c + i[t] * g[t]
+        c = cells[t] = rate_c * c + (1 - rate_c) * (f[t] * c + i[t] * g[t])
     return Gates(i, f, g, o, cells)
 
 

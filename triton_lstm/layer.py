@@ -5,7 +5,7 @@ import torch
 from torch.nn.modules.rnn import LSTM as _TorchLSTM  # stays torch's where a program puts ours in torch.nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .functional import DTYPES, lstm, runs_kernels
+from .functional import DTYPES, lstm, runs_kernels, zoneout_rates
 from .op import automatic_plan
 from .plan import PlanError
 from .step import step
@@ -30,14 +30,32 @@ class LSTM(torch.nn.RNNBase):
 
     It is an ``nn.RNNBase`` but not an ``nn.LSTM``: torch.compile refuses full graphs with instances of that one.
     The attribute ``plan`` (None: automatic) may hold a ``Plan`` to use for every layer.
+
+    ``zoneout``, a rate or a pair (rate_h, rate_c), is what torch's has not: every layer in training mode keeps earlier
+    h and c at random, with masks of its own, and in eval mode takes their expectation, as ``triton_lstm.lstm`` says.
+    Where the kernels do not compute, such a layer goes step by step in torch operators. ValueError for a rate outside
+    [0, 1] and with ``proj_size``. The attribute may be changed.
     """
 
     plan = None
+    zoneout = 0.        # of layers that ``convert`` made, or that were saved before there was one
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, zoneout=0., **kwargs):
         if "mode" in kwargs:
             raise TypeError(f"LSTM got an unexpected argument mode={kwargs['mode']!r}")
         super().__init__("LSTM", *args, **kwargs)
+        self.zoneout = zoneout
+        self._zoned()
+
+    def _zoned(self):
+        """Whether there is zoneout, by rates that are valid."""
+        zoned = any(zoneout_rates(self.zoneout))
+        if zoned and self.proj_size:
+            raise ValueError(f"zoneout with proj_size={self.proj_size} is not implemented")
+        return zoned
+
+    def extra_repr(self):
+        return super().extra_repr() + (f", zoneout={self.zoneout}" if self._zoned() else "")
 
     @property
     def _flat_weights(self):
@@ -64,7 +82,7 @@ class LSTM(torch.nn.RNNBase):
             raise ValueError(f"lengths and reset are for padded input without projection, got {type(input).__name__} "
                              f"and proj_size={self.proj_size}")
         weights = [getattr(self, name) for name in self._flat_weights_names]    # once: they may be parametrized
-        if not self._natively(input, hx, weights) and not masked:
+        if not self._natively(input, hx, weights) and not masked and not self._zoned():
             return _TorchLSTM.forward(self, input, hx)
         if isinstance(input, PackedSequence):
             return self._packed(input, hx, weights)
@@ -110,7 +128,8 @@ class LSTM(torch.nn.RNNBase):
                 x = torch.nn.functional.dropout(x, self.dropout, self.training)
             w, r, b = self._stacked(weights, layer, dtype)
             state = slice(layer * D, (layer + 1) * D)
-            x, (h, c) = lstm(x, w, r, b, (h0[state], c0[state]), lengths=lengths, reset=reset, plan=self.plan)
+            x, (h, c) = lstm(x, w, r, b, (h0[state], c0[state]), lengths=lengths, reset=reset, plan=self.plan,
+                             zoneout=self.zoneout, training=self.training)
             h_n.append(h)
             c_n.append(c)
         h_n, c_n = (torch.cat(s) if len(s) > 1 else s[0] for s in (h_n, c_n))
@@ -162,7 +181,7 @@ class LSTM(torch.nn.RNNBase):
                     not isinstance(s, torch.Tensor) or tuple(s.shape) != shape or s.device != x.device
                     or not accepted(s) for s in hx):
                 return False
-        if self.plan is None and not torch.compiler.is_compiling():
+        if self.plan is None and not self._zoned() and not torch.compiler.is_compiling():
             try:
                 automatic_plan(B, self.hidden_size, dtype, 2 if self.bidirectional else 1, x.device)
             except PlanError as error:

@@ -6,13 +6,16 @@ for the automatic one, which is then chosen when the shapes are known.
 First derivatives are kernels. The derivatives of those are computed by differentiating the equations in
 ``reference.py`` twice: right to any order, but step by step and with every activation kept.
 """
+import dataclasses
 import functools
 
 import torch
 
 from .kernels import launch
-from .plan import Limits, Plan, make_plan
-from .reference import lstm_reference
+from .plan import Limits, Plan, PlanError, make_plan
+from .reference import lstm_reference, zoneout_shares
+
+NO_GLUON = "the Gluon kernels have no zoneout: make the plan with limits whose cluster is 0"
 
 
 @functools.lru_cache
@@ -34,36 +37,53 @@ def _automatic(batch, hidden_size, dtype, directions, limits, tf32, keep_every):
     return make_plan(batch, hidden_size, dtype, directions, limits=limits, tf32=tf32, keep_every=keep_every)
 
 
-def automatic_plan(batch, hidden_size, dtype, directions, device, keep_every=None):
-    """The plan of a call that names none."""
-    return _automatic(batch, hidden_size, dtype, directions, limits_of(device), tf32_allowed(), keep_every)
+def portable(limits):
+    """``limits`` of a device on which no Gluon kernel runs: those have no zoneout."""
+    return None if limits is None else dataclasses.replace(limits, cluster=0)
 
 
-def plan_for(x, r, text, keep_every):
+def automatic_plan(batch, hidden_size, dtype, directions, device, keep_every=None, zoned=False):
+    """The plan of a call that names none; ``zoned`` tells whether it has zoneout."""
+    limits = limits_of(device)
+    return _automatic(batch, hidden_size, dtype, directions, portable(limits) if zoned else limits, tf32_allowed(),
+                      keep_every)
+
+
+def plan_for(x, r, text, keep_every, zoned):
     """The plan that runs x (T, B, I) with r (D, 4H, H): the decoded ``text``, or the automatic one."""
     directions, batch, hidden_size = r.shape[0], x.shape[1], r.shape[2]
     if not text:
-        return automatic_plan(batch, hidden_size, x.dtype, directions, x.device, keep_every)
+        return automatic_plan(batch, hidden_size, x.dtype, directions, x.device, keep_every, zoned)
     plan = Plan.decode(text)
     if (plan.batch, plan.hidden_size, plan.directions) != (batch, hidden_size, directions):
         raise ValueError(f"the plan is for batch {plan.batch}, hidden_size {plan.hidden_size}, {plan.directions} "
                          f"direction(s), the call has {batch}, {hidden_size}, {directions}")
     if (plan.precision == "native") != (x.dtype != torch.float32):
         raise ValueError(f"the plan computes in {plan.precision}, the input is {x.dtype}")
+    if zoned and plan.gluon:
+        raise PlanError(NO_GLUON)
     plan.check(limits_of(x.device))
     return plan
 
 
+def _zoneout(seed, rate_h, rate_c):
+    """``zoneout`` as the launcher and ``reference`` take it: None for none."""
+    return (seed, rate_h, rate_c) if rate_h or rate_c else None
+
+
 @torch.library.custom_op("triton_lstm::lstm", mutates_args=())
 def lstm_op(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor,
-            c0: torch.Tensor, marks: torch.Tensor | None, plan: str, keep_every: int, save: bool
+            c0: torch.Tensor, marks: torch.Tensor | None, plan: str, keep_every: int, save: bool,
+            seed: torch.Tensor | None = None, rate_h: float = 0., rate_c: float = 0.
             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.autocast(x.device.type, enabled=False):      # the types are chosen already
-        return launch.forward(x, w, r, b, h0, c0, marks, plan_for(x, r, plan, keep_every), save)
+        zoneout = _zoneout(seed, rate_h, rate_c)
+        plan = plan_for(x, r, plan, keep_every, zoneout is not None)
+        return launch.forward(x, w, r, b, h0, c0, marks, plan, save, zoneout)
 
 
 @lstm_op.register_fake
-def _(x, w, r, b, h0, c0, marks, plan, keep_every, save):
+def _(x, w, r, b, h0, c0, marks, plan, keep_every, save, seed=None, rate_h=0., rate_c=0.):
     T, B, _ = x.shape
     D, _, H = r.shape
     kept = torch.sym_max(T - 1, 0) // keep_every if save else 0
@@ -75,45 +95,50 @@ def _(x, w, r, b, h0, c0, marks, plan, keep_every, save):
 def lstm_backward_op(dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: torch.Tensor | None, x: torch.Tensor,
                      w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor,
                      marks: torch.Tensor | None, y: torch.Tensor, kept: torch.Tensor, plan: str, keep_every: int,
-                     needs: list[bool]
+                     needs: list[bool], seed: torch.Tensor | None = None, rate_h: float = 0., rate_c: float = 0.
                      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    plan = plan_for(x, r, plan, keep_every)
+    zoneout = _zoneout(seed, rate_h, rate_c)
+    plan = plan_for(x, r, plan, keep_every, zoneout is not None)
     with torch.autocast(x.device.type, enabled=False):
-        gradients = launch.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs)
+        gradients = launch.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, zoneout)
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 
 @lstm_backward_op.register_fake
-def _(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, keep_every, needs):
+def _(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, keep_every, needs, seed=None, rate_h=0., rate_c=0.):
     shapes = [x.shape, w.shape, r.shape, w.shape[:2], h0.shape, c0.shape]
     return tuple(x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs))
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.plan, ctx.keep_every, _ = inputs
+    *tensors, ctx.plan, ctx.keep_every, _, seed, rate_h, rate_c = inputs
+    ctx.rates = rate_h, rate_c
     y, _, _, kept = output
-    ctx.save_for_backward(*tensors, y, kept)
+    ctx.save_for_backward(*tensors, y, kept, seed)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, dh_n, dc_n, _):
     needs = list(ctx.needs_input_grad[:6])
     if dy is None and dh_n is None and dc_n is None:
-        return (None,) * 10
-    gradients = differentiable(lstm_backward_op)(dy, dh_n, dc_n, *ctx.saved_tensors, ctx.plan, ctx.keep_every, needs)
-    return (*(g if need else None for g, need in zip(gradients, needs)), None, None, None, None)
+        return (None,) * 13
+    *saved, seed = ctx.saved_tensors
+    gradients = differentiable(lstm_backward_op)(dy, dh_n, dc_n, *saved, ctx.plan, ctx.keep_every, needs, seed,
+                                                 *ctx.rates)
+    return (*(g if need else None for g, need in zip(gradients, needs)), *(None,) * 7)
 
 
-def reference_backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks=None):
+def reference_backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks=None, keep=None):
     """The gradients of ``lstm_reference`` in its inputs, as torch operations that can be differentiated."""
     inputs = (x, w, r, h0, c0) if b is None else (x, w, r, h0, c0, b)
     masks = () if marks is None else launch.unmark(marks)
-    _, vjp = torch.func.vjp(lambda x, w, r, h0, c0, b=None: lstm_reference(x, w, r, b, h0, c0, *masks), *inputs)
+    _, vjp = torch.func.vjp(lambda x, w, r, h0, c0, b=None: lstm_reference(x, w, r, b, h0, c0, *masks, keep=keep),
+                            *inputs)
     dx, dw, dr, dh0, dc0, *db = vjp((dy, dh_n, dc_n))
     return dx, dw, dr, *(db or [None]), dh0, dc0
 
 
-def reference_double_backward(cotangents, inputs, marks=None):
+def reference_double_backward(cotangents, inputs, marks=None, zoneout=None):
     """Gradients of <cotangents, reference_backward(inputs)> in the nine inputs; None for those that are None.
 
     Computed in fp32 at least. In TF32 only where ``torch.backends.cuda.matmul`` says so.
@@ -122,12 +147,13 @@ def reference_double_backward(cotangents, inputs, marks=None):
     T, B, _ = x.shape
     D, _, H = h0.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
+    keep = zoneout and zoneout_shares(zoneout, T, B, D, H, x.new_empty(0, dtype=dtype))
     present = [i for i, t in enumerate(inputs) if t is not None]
     missing = {i: x.new_zeros(shape, dtype=dtype) for i, shape in enumerate([(T, B, D * H), h0.shape, h0.shape])}
 
     def backward(*tensors):
         given = dict(zip(present, tensors))
-        gradients = reference_backward(*(given.get(i, missing.get(i)) for i in range(9)), marks)
+        gradients = reference_backward(*(given.get(i, missing.get(i)) for i in range(9)), marks, keep)
         return tuple(g for g, v in zip(gradients, cotangents) if v is not None)
 
     with torch.autocast(x.device.type, enabled=False):
@@ -137,15 +163,17 @@ def reference_double_backward(cotangents, inputs, marks=None):
 
 
 def _setup_double_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:10])         # y and kept are functions of these
+    *_, seed, rate_h, rate_c = inputs
+    ctx.rates = rate_h, rate_c
+    ctx.save_for_backward(*inputs[:10], seed)           # y and kept are functions of these
     ctx.set_materialize_grads(False)
 
 
 def _double_backward(ctx, *cotangents):
     if all(v is None for v in cotangents):
-        return (None,) * 15
-    *inputs, marks = ctx.saved_tensors
-    return (*reference_double_backward(cotangents, inputs, marks), *(None,) * 6)
+        return (None,) * 18
+    *inputs, marks, seed = ctx.saved_tensors
+    return (*reference_double_backward(cotangents, inputs, marks, _zoneout(seed, *ctx.rates)), *(None,) * 9)
 
 
 def _for_each(op):

@@ -190,16 +190,17 @@ class Plan:
         """Bytes kept for backward beyond x, y and the weights: c in fp32 before every keep_every-th step but step 0."""
         return 4 * (max(-(-T // self.keep_every), 1) - 1) * self.directions * self.batch * self.hidden_size
 
-    def backward_bytes(self, T, input_size, element):
+    def backward_bytes(self, T, input_size, element, zoneout=False):
         """Bound on what backward needs beside dx for inputs of ``element`` bytes; constant from T = keep_every on.
 
-        Per unit, row and step of a chunk: pre-activations, later da, in the input's type, and six fp32 coefficients; a
-        copy of the chunk of x, should it not be contiguous. Then the shares of dh that a group's programs exchange, R
-        as the kernels read it, dh and dc, and dW, dR, db in fp32 and in the input's type. A call with lengths or resets
-        takes up to three copies of the chunk's h on top.
+        Per unit, row and step of a chunk: pre-activations, later da, in the input's type, and six fp32 coefficients,
+        eight with zoneout; a copy of the chunk of x, should it not be contiguous. Then the shares of dh that a group's
+        programs exchange, R as the kernels read it, dh and dc, and dW, dR, db in fp32 and in the input's type. A call
+        with lengths or resets takes up to three copies of the chunk's h on top.
         """
         chunk = min(T, self.keep_every) * self.batch
-        work = chunk * (self.directions * self.hidden_size * (4 * element + 6 * 4) + input_size * element)
+        unit = 4 * element + (8 if zoneout else 6) * 4
+        work = chunk * (self.directions * self.hidden_size * unit + input_size * element)
         if self.schedule in ("grid", "streamed"):
             rows = self.directions * self.groups * self.tiles * self.block_b
             work += 2 * 4 * rows * self.owners * self.programs * self.block_h

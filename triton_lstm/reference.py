@@ -2,12 +2,13 @@
 import torch
 
 
-def lstm_reference(x, w, r, b, h0, c0, lengths=None, reset=None, multiply=torch.matmul):
+def lstm_reference(x, w, r, b, h0, c0, lengths=None, reset=None, multiply=torch.matmul, keep=None):
     """One layer: x (T, B, I), w (D, 4H, I), r (D, 4H, H), b (D, 4H) or None, h0 and c0 (D, B, H); gates i, f, g, o.
 
     lengths (B,) and reset (T, B) as in ``lstm``. Returns y (T, B, D H), h_n, c_n (D, B, H). ``multiply`` takes the
-    place of the matrix product. Hochreiter and Schmidhuber 1997 with the forget gate of Gers et al. 2000, as
-    torch.nn.LSTM computes it.
+    place of the matrix product. keep: for zoneout, what ``zoneout_shares`` gives. Hochreiter and Schmidhuber 1997 with
+    the forget gate of Gers et al. 2000, as torch.nn.LSTM computes it; zoneout as Krueger et al. 2017 write it for
+    the LSTM: h is made of the new f c + i g even where c keeps the earlier one.
     """
     outputs, h_n, c_n = [], [], []
     for d in range(r.shape[0]):
@@ -22,8 +23,12 @@ def lstm_reference(x, w, r, b, h0, c0, lengths=None, reset=None, multiply=torch.
                 h, c = (s.masked_fill(begins[:, None], 0) for s in (h, c))
             a = multiply(x_t, w[d].t()) + multiply(h, r[d].t()) + (0 if b is None else b[d])
             i, f, g, o = a.chunk(4, 1)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * c.tanh()
+            new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            new_h = o.sigmoid() * new_c.tanh()
+            if keep is not None:
+                keep_h, keep_c = (share[d, t] for share in keep)
+                new_h, new_c = keep_h * h + (1 - keep_h) * new_h, keep_c * c + (1 - keep_c) * new_c
+            h, c = new_h, new_c
             steps.append(h if live is None else torch.where(live, h, 0))
             if live is not None:
                 h, c = (torch.where(live, s, before) for s, before in zip((h, c), earlier))
@@ -32,3 +37,34 @@ def lstm_reference(x, w, r, b, h0, c0, lengths=None, reset=None, multiply=torch.
         h_n.append(h)
         c_n.append(c)
     return torch.cat(outputs, -1), torch.stack(h_n), torch.stack(c_n)
+
+
+def zoneout_shares(zoneout, T, B, D, H, like):
+    """What share of their earlier h and c units keep at each step: two tensors (D, T, B, H) of the type of ``like``.
+
+    zoneout (seed, rate_h, rate_c), seed an int64 tensor of one element: 0 or 1, of the same bits as in the kernels, see
+    ``cell.zoneout``. The seed None: the rates, their expectation.
+    """
+    seed, *rates = zoneout
+    if seed is None:
+        return [like.new_full((1, 1, 1, 1), rate).expand(D, T, B, H) for rate in rates]
+    count = lambda n, *shape: torch.arange(n, device=seed.device).view(shape)
+    words = philox(seed, count(H, 1, 1, 1, H), count(B, 1, 1, B, 1), count(T, 1, T, 1, 1), count(D, D, 1, 1, 1))
+    return [((word >> 8) < round(rate * 2 ** 24)).to(like.dtype) for word, rate in zip(words, rates)]
+
+
+def philox(seed, n0, n1, n2, n3, rounds=7):
+    """Philox-4x32 of Salmon et al. 2011 at counter (n0, n1, n2, n3), four words of 32 bits; all of it in int64."""
+    low = 0xFFFFFFFF
+    key0, key1 = seed & low, seed >> 32 & low
+
+    def product(n, factor):
+        """High and low word; n times half the factor still fits."""
+        right = n * (factor & 0xFFFF)
+        left = n * (factor >> 16)
+        return left + (right >> 16) >> 16, right + ((left & 0xFFFF) << 16) & low
+    for _ in range(rounds):
+        (high0, low0), (high2, low2) = product(n0, 0xD2511F53), product(n2, 0xCD9E8D57)
+        n0, n1, n2, n3 = high2 ^ n1 ^ key0, low2, high0 ^ n3 ^ key1, low0
+        key0, key1 = key0 + 0x9E3779B9 & low, key1 + 0xBB67AE85 & low
+    return n0, n1, n2, n3

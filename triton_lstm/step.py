@@ -10,8 +10,8 @@ def step(layer, x, state=None, *, inplace=False):
              from replay to replay. For inference: under torch.no_grad()
 
     Returns y (B, H), the last layer's new h, and the new state. The host waits for nothing. The layer is called as
-    always, hooks included; inter-layer dropout draws anew at every step in training mode. With ``proj_size`` y and h
-    are as wide as that.
+    always, hooks included; inter-layer dropout and zoneout draw anew at every step in training mode. With ``proj_size``
+    y and h are as wide as that.
 
     Raises ValueError for a bidirectional layer, whose reverse direction begins at the end of the sequence; for x that
     is not (B, I); for ``inplace`` without a state or with gradients, which the next step's write would make wrong; and

@@ -67,23 +67,23 @@ def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, marks_ptr, T, S, B, first, k
             keep_h, keep_c = zoneout(seed, rate_h, rate_c, d, time, row, unit, ZONEOUT)
             ko, kh = (1 - keep_h) * ko, (1 - keep_h) * kh
             c = keep_c * c_prev + (1 - keep_c) * c
-            if MARKED:
-                live = (mark & LIVE) != 0
-                keep_h, keep_c = tl.where(live, keep_h, 1.), tl.where(live, keep_c, 1.)
-            tl.store(k + 6 * H, keep_h, mask=mask)
-            tl.store(k + 7 * H, keep_c, mask=mask)
         if MARKED:
             live = (mark & LIVE) != 0
             ko, kh, ki = tl.where(live, ko, 0.), tl.where(live, kh, 0.), tl.where(live, ki, 0.)
             kf, kg = tl.where(live, kf, 0.), tl.where(live, kg, 0.)
             f = tl.where(live, tl.where((mark & FRESH) == 0, f, 0.), 1.)
             c = tl.where(live, c, c_prev)
+            if ZONEOUT is not None:
+                keep_h, keep_c = tl.where(live, keep_h, 1.), tl.where(live, keep_c, 1.)
         tl.store(k, ko, mask=mask)
         tl.store(k + H, kh, mask=mask)
         tl.store(k + 2 * H, ki, mask=mask)
         tl.store(k + 3 * H, kf, mask=mask)
         tl.store(k + 4 * H, kg, mask=mask)
         tl.store(k + 5 * H, f, mask=mask)
+        if ZONEOUT is not None:
+            tl.store(k + 6 * H, keep_h, mask=mask)
+            tl.store(k + 7 * H, keep_c, mask=mask)
         s += 1
 
 

@@ -38,14 +38,15 @@ class LSTM(torch.nn.RNNBase):
     """
 
     plan = None
-    zoneout = 0.        # of layers that ``convert`` made, or that were saved before there was one
+    zoneout = 0.
 
     def __init__(self, *args, zoneout=0., **kwargs):
         if "mode" in kwargs:
             raise TypeError(f"LSTM got an unexpected argument mode={kwargs['mode']!r}")
         super().__init__("LSTM", *args, **kwargs)
-        self.zoneout = zoneout
-        self._zoned()
+        if any(zoneout_rates(zoneout)):     # otherwise the layer has what torch's has and nothing else
+            self.zoneout = zoneout
+            self._zoned()
 
     def _zoned(self):
         """Whether there is zoneout, by rates that are valid."""

@@ -146,21 +146,36 @@ def send_shares(ptr, shares, flag, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def add_batch(shares_ptr, total, found, flag, COUNT: tl.constexpr, AREA: tl.constexpr):
+    """``total`` and COUNT shares more, and what is not yet there of them. All are on their way at the same time; the
+    compiler may wait for each alone where loads and sums alternate."""
+    shares = ()
+    for q in tl.static_range(COUNT):
+        shares += (tl.load(shares_ptr + q * AREA, volatile=True),)
+    for q in tl.static_range(COUNT):
+        total += (shares[q] & -2).to(tl.float32, bitcast=True)
+        found |= shares[q] ^ flag
+    return total, found
+
+
+@triton.jit
 def look_at_shares(ptr, flag, PROGRAMS: tl.constexpr, AREA: tl.constexpr, BLOCK_B: tl.constexpr,
                    BLOCK_H: tl.constexpr):
     """The sum of PROGRAMS tiles of (BLOCK_B, BLOCK_H), one after another, always in the same order; and whether any
     of their shares has not arrived, so that it is worth nothing."""
-    at = tl.arange(0, BLOCK_B)[:, None] * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    BATCH: tl.constexpr = min(max(16384 // AREA, 1), PROGRAMS)      # 64 registers of each of 256 threads
+    shares = ptr.to(tl.pointer_type(tl.int32)) + (tl.arange(0, BLOCK_B)[:, None] * BLOCK_H
+                                                  + tl.arange(0, BLOCK_H)[None, :])
     total = tl.full((BLOCK_B, BLOCK_H), 0., tl.float32)
     found = tl.full((BLOCK_B, BLOCK_H), 0, tl.int32)
-    for first in tl.static_range(0, PROGRAMS, 16):
-        # 16 at a time on their way; the compiler may wait for each alone where loads and sums alternate
-        shares = ()
-        for q in tl.static_range(first, min(first + 16, PROGRAMS)):
-            shares += (tl.load(ptr.to(tl.pointer_type(tl.int32)) + q * AREA + at, volatile=True),)
-        for q in tl.static_range(len(shares)):
-            total += (shares[q] & -2).to(tl.float32, bitcast=True)
-            found |= shares[q] ^ flag
+    if BATCH == PROGRAMS:
+        total, found = add_batch(shares, total, found, flag, PROGRAMS, AREA)
+    else:
+        for _ in range(PROGRAMS // BATCH):
+            total, found = add_batch(shares, total, found, flag, BATCH, AREA)
+            shares += BATCH * AREA
+        if PROGRAMS % BATCH:
+            total, found = add_batch(shares, total, found, flag, PROGRAMS % BATCH, AREA)
     return total, (any_bit(found) & 1) != 0
 
 

@@ -2,7 +2,21 @@
 import triton
 import triton.language as tl
 
-from .cell import FRESH, LIVE, START, cell, group_barrier, load_r, narrow, operand, product, round_tf32
+from .cell import (
+    FRESH,
+    LIVE,
+    START,
+    cell,
+    chunk_shift,
+    first_row,
+    group_barrier,
+    load_r,
+    narrow,
+    operand,
+    product,
+    round_tf32,
+    rows_at,
+)
 
 
 @triton.jit
@@ -22,38 +36,40 @@ def load_marks(marks_ptr, time, row, B):
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every"])
-def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, S, B, first, keep_every,
+def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offsets_ptr, T, S, B, first, keep_every,
                      H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr,
                      MARKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """Steps ``first`` to ``first + S`` of a layer, every program alone with all of R and BLOCK_B rows.
 
     x (D, S, B, 4H) pre-activations, r (D, 4H, H) as ``load_r`` has it, h (B, D H) before the first step, c (D, B, H)
     fp32 in and out, y (T, B, D H), kept (-, D, B, H): c before step n keep_every, n = 1, 2, ... CHUNKS cut H into
-    (start, width). MARKED: marks (D, T, B) tell which steps are live and which begin from a zero state.
+    (start, width). MARKED: marks (D, T, B) tell which steps are live and which begin from a zero state. offsets: x and
+    y are packed, (rows, 4H) as ``chunk_shift`` tells and (rows, D H), and what is not live is not there.
     """
     tile, d = tl.program_id(0), tl.program_id(1)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     r_ptr += d * (4 * H * H)
-    x_ptr += d.to(tl.int64) * S * B * (4 * H)
+    x_ptr += chunk_shift(offsets_ptr, d, T, S, B, first) * (4 * H)
     row = tile * BLOCK_B + tl.arange(0, BLOCK_B)
     alive = row[:, None] < B
     mark = row[:, None]
     goes_on = alive
+    time = tl.where(d == 0, first, T - 1 - first)
+    base, count = rows_at(offsets_ptr, time, B)
     if MARKED:
         marks_ptr += d.to(tl.int64) * T * B
-        mark = load_marks(marks_ptr, tl.where(d == 0, first, T - 1 - first).to(tl.int64), row[:, None], B)
+        mark = load_marks(marks_ptr, time.to(tl.int64), row[:, None], B)
         goes_on = alive & ((mark & FRESH) == 0)
     # state and R, by chunks of hidden units; r[j][k] holds the four gates of output units j and input units k
     r, c, h, x = (), (), (), ()
     for j in tl.static_range(len(CHUNKS)):
         unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
-        mask = alive & (unit[None, :] < H)
         held = goes_on & (unit[None, :] < H)
         c += (tl.load(c_ptr + (d * B + row[:, None]).to(tl.int64) * H + unit[None, :], mask=held, other=0.),)
         h += (operand(tl.load(h_ptr + row[:, None] * (DIRECTIONS * H) + d * H + unit[None, :], mask=held, other=0.),
                       PRECISION, INTERPRET),)
-        local = tl.where(d == 0, 0, S - 1).to(tl.int64)
-        x += (load_gates(x_ptr + local * B * (4 * H), row[:, None] * (4 * H) + unit[None, :], mask, H),)
+        x += (load_gates(x_ptr + base * (4 * H), row[:, None] * (4 * H) + unit[None, :],
+                         (row[:, None] < count) & (unit[None, :] < H), H),)
         row_of_r = ()
         for k in tl.static_range(len(CHUNKS)):
             source = CHUNKS[k][0] + tl.arange(0, CHUNKS[k][1])
@@ -72,12 +88,12 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, 
                 unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
                 tl.store(kept_ptr + (at_kept * B + row[:, None]) * H + unit[None, :], c[j],
                          mask=alive & (unit[None, :] < H))
-        ahead = tl.minimum(s + 1, S - 1)
-        ahead = tl.where(d == 0, ahead, S - 1 - ahead).to(tl.int64)
-        time = tl.where(d == 0, first + s, T - 1 - first - s).to(tl.int64)
+        ahead = first + tl.minimum(s + 1, S - 1)
+        time = tl.where(d == 0, ahead, T - 1 - ahead)
+        next_base, next_count = rows_at(offsets_ptr, time, B)
         next_mark = mark
         if MARKED:
-            next_mark = load_marks(marks_ptr, time + tl.where(s == S - 1, 0, tl.where(d == 0, 1, -1)), row[:, None], B)
+            next_mark = load_marks(marks_ptr, time.to(tl.int64), row[:, None], B)
             live = (mark & LIVE) != 0
             goes_on = ((next_mark & FRESH) == 0) | (s == S - 1)
         new_c, new_h, new_x = (), (), ()
@@ -91,7 +107,8 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, 
                 f = product(h[k], r[j][k][1], f, PRECISION)
                 g = product(h[k], r[j][k][2], g, PRECISION)
                 o = product(h[k], r[j][k][3], o, PRECISION)
-            new_x += (load_gates(x_ptr + ahead * B * (4 * H), row[:, None] * (4 * H) + unit[None, :], mask, H),)
+            new_x += (load_gates(x_ptr + next_base * (4 * H), row[:, None] * (4 * H) + unit[None, :],
+                                 (row[:, None] < next_count) & (unit[None, :] < H), H),)
             y, c_j = cell(i, f, g, o, c[j])
             y = narrow(y, dtype, INTERPRET)
             h_j = y
@@ -102,10 +119,12 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, 
                 h_j = tl.where(goes_on, tl.where(live, y, waiting), 0.).to(dtype)
                 c_j = tl.where(goes_on, tl.where(live, c_j, c[j]), 0.)
                 y = tl.where(live, y, 0.).to(dtype)
-            tl.store(y_ptr + (time * B + row[:, None]) * (DIRECTIONS * H) + d * H + unit[None, :], y, mask=mask)
+            tl.store(y_ptr + (base + row[:, None]) * (DIRECTIONS * H) + d * H + unit[None, :], y,
+                     mask=(row[:, None] < count) & (unit[None, :] < H))
             new_c += (c_j,)
             new_h += (operand(h_j, PRECISION, INTERPRET),)
         c, h, x, mark = new_c, new_h, new_x, next_mark
+        base, count = next_base, next_count
         s += 1
     for j in tl.static_range(len(CHUNKS)):
         unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
@@ -139,7 +158,7 @@ def loaded(h, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles"])
-def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, rounded_ptr, count_ptr,
+def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offsets_ptr, rounded_ptr, count_ptr,
                  T, S, B, first, keep_every, tiles,
                  H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,
                  HELD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, MARKED: tl.constexpr,
@@ -157,7 +176,7 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, rounded
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     count_ptr += (d * tl.num_programs(1) + group) * 32
     r_ptr += d * (4 * H * H)
-    x_ptr += d.to(tl.int64) * S * B * (4 * H)
+    x_ptr += chunk_shift(offsets_ptr, d, T, S, B, first) * (4 * H)
     rows = tl.arange(0, BLOCK_B)[:, None]
     unit = p * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     # one product for the four gates; columns are (gate's high bit, unit, gate's low bit)
@@ -169,35 +188,37 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, rounded
     for k in tl.static_range(len(CHUNKS)):
         r += (load_columns(r_ptr, at_r, n_unit, CHUNKS[k][0], CHUNKS[k][1], H, DIRECTIONS, PRECISION, INTERPRET),)
     row = group * tiles * BLOCK_B + rows
-    local = tl.where(d == 0, 0, S - 1).to(tl.int64)
-    x_i, x_f, x_g, x_o = load_gates(x_ptr + local * B * (4 * H), row * (4 * H) + unit, (row < B) & (unit < H), H)
+    time = tl.where(d == 0, first, T - 1 - first)
+    base, count = rows_at(offsets_ptr, time, B)
+    x_i, x_f, x_g, x_o = load_gates(x_ptr + base * (4 * H), row * (4 * H) + unit, (row < count) & (unit < H), H)
     mark = row
     if MARKED:
         marks_ptr += d.to(tl.int64) * T * B
-        mark = load_marks(marks_ptr, tl.where(d == 0, first, T - 1 - first).to(tl.int64), row, B)
+        mark = load_marks(marks_ptr, time.to(tl.int64), row, B)
     s, m = 0, 0
     while s < S:
         row = (group * tiles + m) * BLOCK_B + rows
         alive = row < B
         mask = alive & (unit < H)
-        time = tl.where(d == 0, first + s, T - 1 - first - s).to(tl.int64)
         if s == 0:
             h_prev = h_ptr + d * H
         elif PRECISION == "tf32":
             h_prev = rounded_ptr + tl.where(s % 2 == 0, 0, B).to(tl.int64) * (DIRECTIONS * H) + d * H
         else:
-            h_prev = y_ptr + (time + tl.where(d == 0, -1, 1)) * B * (DIRECTIONS * H) + d * H
+            h_prev = y_ptr + first_row(offsets_ptr, time + tl.where(d == 0, -1, 1), B) * (DIRECTIONS * H) + d * H
         h_row = h_prev + row * (DIRECTIONS * H)
         goes_on = alive
+        reads = alive
         if MARKED:
             live = (mark & LIVE) != 0
             goes_on = alive & ((mark & FRESH) == 0)
+            reads = goes_on & live
             h_row = tl.where((mark & START) != 0, h_ptr + d * H + row * (DIRECTIONS * H), h_row)
         # All loads first: the compiler keeps them in this order with the products' barriers, and each would be waited
         # for alone.
         h = ()
         for k in tl.static_range(len(CHUNKS)):
-            h += (load_h(h_row, goes_on, CHUNKS[k][0], CHUNKS[k][1], H),)
+            h += (load_h(h_row, reads, CHUNKS[k][0], CHUNKS[k][1], H),)
         at_c = (d * B + row).to(tl.int64) * H + unit
         c_prev = tl.load(c_ptr + at_c, mask=goes_on & (unit < H), other=0.)
         a = tl.full((BLOCK_B, 4 * BLOCK_H), 0., tl.float32)
@@ -205,7 +226,7 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, rounded
             a = product(loaded(h[k], PRECISION, INTERPRET), r[k], a, PRECISION)
         if HELD < H:
             for start in range(HELD, H, BLOCK_K):
-                a = product(loaded(load_h(h_row, goes_on, start, BLOCK_K, H), PRECISION, INTERPRET),
+                a = product(loaded(load_h(h_row, reads, start, BLOCK_K, H), PRECISION, INTERPRET),
                             load_columns(r_ptr, at_r, n_unit, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET),
                             a, PRECISION)
         if ((first + s) % keep_every == 0) & (first + s > 0):
@@ -218,7 +239,8 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, rounded
         if MARKED:
             y = tl.where(live, y, 0.)
             c = tl.where(live, c, c_prev)
-        tl.store(y_ptr + (time * B + row) * (DIRECTIONS * H) + d * H + unit, narrow(y, dtype, INTERPRET), mask=mask)
+        tl.store(y_ptr + (base + row) * (DIRECTIONS * H) + d * H + unit, narrow(y, dtype, INTERPRET),
+                 mask=(row < count) & (unit < H))
         if PRECISION == "tf32":
             next_slot = tl.where(s % 2 == 0, B, 0).to(tl.int64) * (DIRECTIONS * H)
             tl.store(rounded_ptr + next_slot + row * (DIRECTIONS * H) + d * H + unit, round_tf32(y, INTERPRET),
@@ -228,12 +250,12 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, rounded
         last = m == tiles - 1
         m = tl.where(last, 0, m + 1)
         s = tl.where(last, s + 1, s)
-        local = tl.minimum(s, S - 1)
-        local = tl.where(d == 0, local, S - 1 - local).to(tl.int64)
+        ahead = first + tl.minimum(s, S - 1)
+        time = tl.where(d == 0, ahead, T - 1 - ahead)
+        base, count = rows_at(offsets_ptr, time, B)
         row = (group * tiles + m) * BLOCK_B + rows
-        x_i, x_f, x_g, x_o = load_gates(x_ptr + local * B * (4 * H), row * (4 * H) + unit, (row < B) & (unit < H), H)
+        x_i, x_f, x_g, x_o = load_gates(x_ptr + base * (4 * H), row * (4 * H) + unit, (row < count) & (unit < H), H)
         if MARKED:
-            time = first + tl.minimum(s, S - 1)
-            mark = load_marks(marks_ptr, tl.where(d == 0, time, T - 1 - time).to(tl.int64), row, B)
+            mark = load_marks(marks_ptr, time.to(tl.int64), row, B)
         if last:
             group_barrier(count_ptr, s * programs, INTERPRET)

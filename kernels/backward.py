@@ -160,7 +160,8 @@ def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr
             mask = (row[:, None] < count) & (unit[None, :] < H)
             dh_k = dh[k]
             if HAS_DY:
-                dy = dy_ptr + first_row(offsets_ptr, time, 1) * stride_dyt * DY_UNIT + row[:, None].to(tl.int64) * stride_dyb * DY_UNIT
+                dy_t = dy_ptr + first_row(offsets_ptr, time, 1) * stride_dyt * DY_UNIT
+                dy = dy_t + row[:, None].to(tl.int64) * stride_dyb * DY_UNIT
                 dh_k += tl.load(dy + (d * H + unit[None, :]) * stride_dyh, mask=mask & live, other=0.).to(tl.float32)
             i, f, g, o, dc_k = gate_gradients(load_coefficients(coef_ptr + at * (6 * H) + unit[None, :], mask, H),
                                               da_ptr + at * (4 * H) + unit[None, :], dh_k, dc[k], mask, H, INTERPRET)
@@ -275,7 +276,8 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, of
         k = load_coefficients(coef_ptr + at * (6 * H) + unit[None, :], here, H)
         dc = tl.load(dc_ptr + at_state, mask=mask, other=0.)
         if HAS_DY:
-            dy_t = dy_ptr + first_row(offsets_ptr, time, 1) * stride_dyt * DY_UNIT + row.to(tl.int64) * stride_dyb * DY_UNIT
+            dy_t = dy_ptr + first_row(offsets_ptr, time, 1) * stride_dyt * DY_UNIT
+            dy_t += row.to(tl.int64) * stride_dyb * DY_UNIT
             dy = tl.load(dy_t + (d * H + unit[None, :]) * stride_dyh, mask=here & live, other=0.).to(tl.float32)
         if s == S - 1:
             dh = tl.load(dh_ptr + at_state, mask=mask, other=0.)

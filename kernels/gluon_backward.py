@@ -101,8 +101,8 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
     dy_ptr += row.to(gl.int64) * stride_dyb * DY_UNIT + (d * H + unit) * stride_dyh
     marks_ptr += d.to(gl.int64) * T * B + row
     shift = chunk_shift(offsets_ptr, d, T, S, B, first)
-    coef_ptr += shift * (6 * H) + (row * (6 * H) + unit)
-    da_ptr += shift * (4 * H) + (row * (4 * H) + unit)
+    coef_ptr += row * (6 * H) + unit
+    da_ptr += row * (4 * H) + unit
     staged = gl.allocate_shared_memory(dtype, [CTAS, BLOCK_B, 4 * BLOCK_H],
                                        shared_layout(BITS, WIDTH, [2, 1, 0], 0, CTAS))
     if CTAS > 1:
@@ -112,8 +112,9 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
     s = S - 1
     time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
     base, count = rows_at(offsets_ptr, time, B)
-    inputs = load_inputs(dy_ptr + first_row(offsets_ptr, time, 1) * stride_dyt * DY_UNIT, coef_ptr + base * (6 * H),
-                         marks_ptr + time * B, there(offsets_ptr, row, count, inside), H, HAS_DY, MARKED)
+    inputs = load_inputs(dy_ptr + first_row(offsets_ptr, time, 1) * stride_dyt * DY_UNIT,
+                         coef_ptr + (shift + base) * (6 * H), marks_ptr + time * B,
+                         there(offsets_ptr, row, count, inside), H, HAS_DY, MARKED)
     while s >= 0:
         ko, kh, ki = inputs[0], inputs[1], inputs[2]
         kf, kg, f = inputs[3], inputs[4], inputs[5]
@@ -126,7 +127,7 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
         da_i, da_f, da_g, da_o = (dc * ki).to(dtype), (dc * kf).to(dtype), (dc * kg).to(dtype), (dh * ko).to(dtype)
         dc *= f
         stage(staged, da_i, da_f, da_g, da_o, PRECISION)
-        da, here = da_ptr + base * (4 * H), there(offsets_ptr, row, count, mask)
+        da, here = da_ptr + (shift + base) * (4 * H), there(offsets_ptr, row, count, mask)
         gl.store(da, da_i, mask=here)
         gl.store(da + H, da_f, mask=here)
         gl.store(da + 2 * H, da_g, mask=here)
@@ -138,7 +139,7 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
         base, count = rows_at(offsets_ptr, time, B)
         if CTAS == 1:
             inputs = load_inputs(dy_ptr + first_row(offsets_ptr, time, 1) * stride_dyt * DY_UNIT,
-                                 coef_ptr + base * (6 * H), marks_ptr + time * B,
+                                 coef_ptr + (shift + base) * (6 * H), marks_ptr + time * B,
                                  there(offsets_ptr, row, count, inside), H, HAS_DY, MARKED)
         sums = ()
         for n in gl.static_range(CHAINS):
@@ -158,7 +159,7 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
             n = S - 2 - s
             send_shares(share, shares.index(n % 2), bars.index(n % 2), BLOCK_H)
             inputs = load_inputs(dy_ptr + first_row(offsets_ptr, time, 1) * stride_dyt * DY_UNIT,
-                                 coef_ptr + base * (6 * H), marks_ptr + time * B,
+                                 coef_ptr + (shift + base) * (6 * H), marks_ptr + time * B,
                                  there(offsets_ptr, row, count, inside), H, HAS_DY, MARKED)
             mbarrier.wait(bars.index(n % 2), n // 2 % 2)
             dh = add_shares(shares.index(n % 2), BLOCK_H)

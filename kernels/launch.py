@@ -334,9 +334,9 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, si
                     for chosen, h in _previous(y, h0, marks, rows, d, spans[d]):
                         a[d][chosen].addmm_(h, r[d].t())
             marks_or_none = kept if marks is None else marks
-            run(coefficients, plan, (triton.cdiv(B * H, 256), D), buffer, c0, kept, coef, marks_or_none, rows.offsets, T, S,
-                B, first, K, waits=False, MARKED=marks is not None, BLOCK=256)
-            # from here on a holds da
+            run(coefficients, plan, (triton.cdiv(B * H, 256), D), buffer, c0, kept, coef, marks_or_none, rows.offsets,
+                T, S, B, first, K, waits=False, MARKED=marks is not None, BLOCK=256)
+            # from here on a and its buffer hold da
             head = (dy if has_dy else buffer, coef, prepared, buffer, dh, dc, marks_or_none, rows.offsets)
             constants = dict(HAS_DY=has_dy, DY_UNIT=dy_unit, **_loop_constants(plan, marks))
             if plan.gluon or plan.schedule == "resident":

@@ -15,10 +15,11 @@ def runs_kernels(x, dtype):
     return dtype in DTYPES and (x.is_cuda or launch.INTERPRET and x.device.type == "cpu")
 
 
-def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=None, plan=None, keep_every=None):
-    """One LSTM layer over a padded batch, in one direction or both.
+def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=None, batch_sizes=None, plan=None,
+         keep_every=None):
+    """One LSTM layer over a padded or packed batch, in one direction or both.
 
-    x            (T, B, I), any strides
+    x            (T, B, I), any strides; with ``batch_sizes`` (N, I), the rows of all times one time after another
     weight_ih    (D, 4H, I) for D = 1 or 2 directions, or (4H, I) for one; gates in torch's order i, f, g, o
     weight_hh    (D, 4H, H) or (4H, H)
     bias         (D, 4H) or (4H,): the sum of nn.LSTM's two biases; None for none
@@ -28,11 +29,13 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
                  direction, which begins with it, after the first), h0 and c0 where none does
     reset        (T, B) bool: before such a step h and c are zero, and no gradient passes. So a row is cut into pieces;
                  the reverse direction is cut at the same places
+    batch_sizes  (T,) integers on the CPU, falling, as a ``PackedSequence`` has them: x holds at each time only the first
+                 so many rows of the batch, and so does y (N, D H). Nothing is padded. Not with lengths or reset
     plan         a ``Plan`` to use instead of the automatic one
     keep_every   c is kept for backward every so many steps, and so many steps are recomputed at a time: memory against
                  launches; chosen from B and H if None
 
-    Returns ``y, (h_n, c_n)`` as nn.LSTM: y (T, B, D H), h_n and c_n (D, B, H). All tensors have one dtype, float16,
+    Returns ``y, (h_n, c_n)`` as nn.LSTM: y (T, B, D H) or (N, D H), h_n and c_n (D, B, H). All tensors have one dtype, float16,
     bfloat16 or float32, and one device; c and sums are kept in fp32. fp32 products follow
     ``torch.backends.cudnn.rnn.fp32_precision`` (or ``cudnn.allow_tf32``), as nn.LSTM's do. On other devices and in
     float64 torch's own LSTM computes.
@@ -50,10 +53,17 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
     if weight_ih.dim() == 2:
         weight_ih, weight_hh = weight_ih.unsqueeze(0), weight_hh.unsqueeze(0)
         bias = None if bias is None else bias.unsqueeze(0)
-    if x.dim() != 3:
-        raise ValueError(f"x must have the shape (T, B, I), got {tuple(x.shape)}")
-    T, B, I = x.shape
-    D, H = weight_hh.shape[0], weight_hh.shape[-1]
+    packed = batch_sizes is not None
+    if x.dim() != (2 if packed else 3):
+        raise ValueError(f"x must have the shape {'(N, I)' if packed else '(T, B, I)'}, got {tuple(x.shape)}")
+    D, H, I = weight_hh.shape[0], weight_hh.shape[-1], x.shape[-1]
+    if packed:
+        if lengths is not None or reset is not None:
+            raise ValueError("lengths and reset are for padded input, batch_sizes for packed")
+        batch_sizes = _checked(batch_sizes, (len(batch_sizes),), "batch_sizes", "cpu")
+        T, B = len(batch_sizes), hx[0].shape[1] if hx is not None else int(batch_sizes[0])
+    else:
+        T, B = x.shape[:2]
     h0, c0 = hx if hx is not None else (x.new_zeros(D, B, H),) * 2
     tensors = dict(weight_ih=(weight_ih, (D, 4 * H, I)), weight_hh=(weight_hh, (D, 4 * H, H)), bias=(bias, (D, 4 * H)),
                    h0=(h0, (D, B, H)), c0=(c0, (D, B, H)))
@@ -74,12 +84,15 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
         raise ValueError(f"keep_every must be at least 1, got {keep_every}")
     lengths, reset = _checked(lengths, (B,), "lengths", x.device), _checked(reset, (T, B), "reset", x.device)
     if not runs_kernels(x, x.dtype):
-        return _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset)
+        return _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, batch_sizes)
     inputs = x, weight_ih, weight_hh, bias, h0, c0
     if not torch.compiler.is_compiling() and any(t is not None and forward_ad.unpack_dual(t).tangent is not None
                                                  for t in inputs):
         # an operator without a formula for tangents would drop them where nothing requires grad
         raise NotImplementedError("triton_lstm has no forward AD (jvp): use torch.func.jacrev or vjp")
+    if packed:
+        sizes = batch_sizes.to(x.device, non_blocking=True)
+        lengths = (torch.arange(B, device=x.device) < sizes[:, None]).sum(0)
     marks = None if lengths is None and reset is None else launch.marks(T, B, D, lengths, reset, x.device)
     if plan is not None:
         keep_every = plan.keep_every
@@ -87,7 +100,8 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
         keep_every = _symbolic_keep_every(B, H, D) if torch.compiler.is_compiling() else keep_every_for(B, H, D)
     # vmap hides whether what it wraps requires grad
     save = torch.is_grad_enabled() and (transformed() or any(t is not None and t.requires_grad for t in inputs))
-    y, h_n, c_n, _ = differentiable(lstm_op)(*inputs, marks, plan.encode() if plan else "", keep_every, save)
+    plan = plan.encode() if plan else ""
+    y, h_n, c_n, _ = differentiable(lstm_op)(*inputs, marks, batch_sizes, plan, keep_every, save)
     return y, (h_n, c_n)
 
 
@@ -97,7 +111,7 @@ def _symbolic_keep_every(B, H, D):
 
 
 def _checked(mask, shape, name, device):
-    """``lengths`` or ``reset`` on the device, if they have their shape and type."""
+    """``lengths``, ``reset`` or ``batch_sizes`` on the device, if they have their shape and type."""
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor):
@@ -109,7 +123,7 @@ def _checked(mask, shape, name, device):
     return mask.to(device, non_blocking=True)
 
 
-def _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset):
+def _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, batch_sizes):
     if lengths is not None or reset is not None:
         y, h_n, c_n = lstm_reference(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset)
         return y, (h_n, c_n)
@@ -120,5 +134,9 @@ def _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset):
         weights += [weight_ih[d], weight_hh[d]]
         if bias is not None:
             weights += [bias[d], torch.zeros_like(bias[d])]
-    y, h_n, c_n = torch._VF.lstm(x, (h0, c0), weights, bias is not None, 1, 0.0, False, weight_hh.shape[0] == 2, False)
+    options = weights, bias is not None, 1, 0.0, False, weight_hh.shape[0] == 2
+    if batch_sizes is None:
+        y, h_n, c_n = torch._VF.lstm(x, (h0, c0), *options, False)
+    else:
+        y, h_n, c_n = torch._VF.lstm(x, batch_sizes, (h0, c0), *options)
     return y, (h_n, c_n)

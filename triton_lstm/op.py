@@ -39,9 +39,9 @@ def automatic_plan(batch, hidden_size, dtype, directions, device, keep_every=Non
     return _automatic(batch, hidden_size, dtype, directions, limits_of(device), tf32_allowed(), keep_every)
 
 
-def plan_for(x, r, text, keep_every):
-    """The plan that runs x (T, B, I) with r (D, 4H, H): the decoded ``text``, or the automatic one."""
-    directions, batch, hidden_size = r.shape[0], x.shape[1], r.shape[2]
+def plan_for(x, h0, text, keep_every):
+    """The plan that runs x from h0 (D, B, H): the decoded ``text``, or the automatic one."""
+    directions, batch, hidden_size = h0.shape
     if not text:
         return automatic_plan(batch, hidden_size, x.dtype, directions, x.device, keep_every)
     plan = Plan.decode(text)
@@ -56,35 +56,35 @@ def plan_for(x, r, text, keep_every):
 
 @torch.library.custom_op("triton_lstm::lstm", mutates_args=())
 def lstm_op(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor,
-            c0: torch.Tensor, marks: torch.Tensor | None, plan: str, keep_every: int, save: bool
-            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+            c0: torch.Tensor, marks: torch.Tensor | None, sizes: torch.Tensor | None, plan: str, keep_every: int,
+            save: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.autocast(x.device.type, enabled=False):      # the types are chosen already
-        return launch.forward(x, w, r, b, h0, c0, marks, plan_for(x, r, plan, keep_every), save)
+        return launch.forward(x, w, r, b, h0, c0, marks, plan_for(x, h0, plan, keep_every), save, sizes)
 
 
 @lstm_op.register_fake
-def _(x, w, r, b, h0, c0, marks, plan, keep_every, save):
-    T, B, _ = x.shape
-    D, _, H = r.shape
+def _(x, w, r, b, h0, c0, marks, sizes, plan, keep_every, save):
+    T = (x if sizes is None else sizes).shape[0]
+    D, B, H = h0.shape
     kept = torch.sym_max(T - 1, 0) // keep_every if save else 0
-    return (x.new_empty(T, B, D * H), x.new_empty(D, B, H), x.new_empty(D, B, H),
+    return (x.new_empty(*x.shape[:-1], D * H), x.new_empty(D, B, H), x.new_empty(D, B, H),
             x.new_empty(kept, D, B, H, dtype=torch.float32))
 
 
 @torch.library.custom_op("triton_lstm::lstm_backward", mutates_args=())
 def lstm_backward_op(dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: torch.Tensor | None, x: torch.Tensor,
                      w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor,
-                     marks: torch.Tensor | None, y: torch.Tensor, kept: torch.Tensor, plan: str, keep_every: int,
-                     needs: list[bool]
+                     marks: torch.Tensor | None, sizes: torch.Tensor | None, y: torch.Tensor, kept: torch.Tensor,
+                     plan: str, keep_every: int, needs: list[bool]
                      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    plan = plan_for(x, r, plan, keep_every)
+    plan = plan_for(x, h0, plan, keep_every)
     with torch.autocast(x.device.type, enabled=False):
-        gradients = launch.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs)
+        gradients = launch.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, sizes)
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 
 @lstm_backward_op.register_fake
-def _(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, keep_every, needs):
+def _(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, sizes, y, kept, plan, keep_every, needs):
     shapes = [x.shape, w.shape, r.shape, w.shape[:2], h0.shape, c0.shape]
     return tuple(x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs))
 
@@ -99,35 +99,49 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, dh_n, dc_n, _):
     needs = list(ctx.needs_input_grad[:6])
     if dy is None and dh_n is None and dc_n is None:
-        return (None,) * 10
+        return (None,) * 11
     gradients = differentiable(lstm_backward_op)(dy, dh_n, dc_n, *ctx.saved_tensors, ctx.plan, ctx.keep_every, needs)
-    return (*(g if need else None for g, need in zip(gradients, needs)), None, None, None, None)
+    return (*(g if need else None for g, need in zip(gradients, needs)), *(None,) * 5)
 
 
-def reference_backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks=None):
+def packed_reference(x, w, r, b, h0, c0, sizes):
+    """``lstm_reference`` of packed x (rows, I), padded for it; y is packed too."""
+    B = h0.shape[1]
+    live = torch.arange(B) < sizes[:, None]
+    places, lengths = (t.to(x.device, non_blocking=True) for t in (live.flatten().nonzero()[:, 0], live.sum(0)))
+    padded = x.new_zeros(live.numel(), x.shape[1]).index_copy(0, places, x).view(*live.shape, -1)
+    y, h_n, c_n = lstm_reference(padded, w, r, b, h0, c0, lengths)
+    return y.flatten(0, 1).index_select(0, places), h_n, c_n
+
+
+def reference_backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks=None, sizes=None):
     """The gradients of ``lstm_reference`` in its inputs, as torch operations that can be differentiated."""
     inputs = (x, w, r, h0, c0) if b is None else (x, w, r, h0, c0, b)
-    masks = () if marks is None else launch.unmark(marks)
-    _, vjp = torch.func.vjp(lambda x, w, r, h0, c0, b=None: lstm_reference(x, w, r, b, h0, c0, *masks), *inputs)
+    if sizes is not None:
+        reference = functools.partial(packed_reference, sizes=sizes)
+    else:
+        lengths, reset = (None, None) if marks is None else launch.unmark(marks)
+        reference = functools.partial(lstm_reference, lengths=lengths, reset=reset)
+    _, vjp = torch.func.vjp(lambda x, w, r, h0, c0, b=None: reference(x, w, r, b, h0, c0), *inputs)
     dx, dw, dr, dh0, dc0, *db = vjp((dy, dh_n, dc_n))
     return dx, dw, dr, *(db or [None]), dh0, dc0
 
 
-def reference_double_backward(cotangents, inputs, marks=None):
+def reference_double_backward(cotangents, inputs, marks=None, sizes=None):
     """Gradients of <cotangents, reference_backward(inputs)> in the nine inputs; None for those that are None.
 
     Computed in fp32 at least. In TF32 only where ``torch.backends.cuda.matmul`` says so.
     """
     x, h0 = inputs[3], inputs[7]
-    T, B, _ = x.shape
     D, _, H = h0.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
     present = [i for i, t in enumerate(inputs) if t is not None]
-    missing = {i: x.new_zeros(shape, dtype=dtype) for i, shape in enumerate([(T, B, D * H), h0.shape, h0.shape])}
+    shapes = (*x.shape[:-1], D * H), h0.shape, h0.shape
+    missing = {i: x.new_zeros(shape, dtype=dtype) for i, shape in enumerate(shapes)}
 
     def backward(*tensors):
         given = dict(zip(present, tensors))
-        gradients = reference_backward(*(given.get(i, missing.get(i)) for i in range(9)), marks)
+        gradients = reference_backward(*(given.get(i, missing.get(i)) for i in range(9)), marks, sizes)
         return tuple(g for g, v in zip(gradients, cotangents) if v is not None)
 
     with torch.autocast(x.device.type, enabled=False):
@@ -137,15 +151,15 @@ def reference_double_backward(cotangents, inputs, marks=None):
 
 
 def _setup_double_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:10])         # y and kept are functions of these
+    ctx.save_for_backward(*inputs[:11])         # y and kept are functions of these
     ctx.set_materialize_grads(False)
 
 
 def _double_backward(ctx, *cotangents):
     if all(v is None for v in cotangents):
-        return (None,) * 15
-    *inputs, marks = ctx.saved_tensors
-    return (*reference_double_backward(cotangents, inputs, marks), *(None,) * 6)
+        return (None,) * 16
+    *inputs, marks, sizes = ctx.saved_tensors
+    return (*reference_double_backward(cotangents, inputs, marks, sizes), *(None,) * 7)
 
 
 def _for_each(op):

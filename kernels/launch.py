@@ -317,7 +317,8 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, si
     if T and B:
         prepared, c0, h0 = prepare_r(r, plan), c0.float().contiguous(), h0.contiguous()
         has_dy = dy is not None
-        strides = [dy.stride(0), dy.stride(-2), dy.stride(-1)] if has_dy else [0, 0, 1]     # packed, the first two agree
+        # packed, the first two are one
+        strides = [dy.stride(0), dy.stride(-2), dy.stride(-1)] if has_dy else [0, 0, 1]
         dy_unit = D * H if has_dy and all(n % (D * H) == 0 for n in strides[:2]) else 1
         strides[:2] = (n // dy_unit for n in strides[:2])
         most = rows.most(D, min(K, T))

@@ -29,14 +29,14 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
                  direction, which begins with it, after the first), h0 and c0 where none does
     reset        (T, B) bool: before such a step h and c are zero, and no gradient passes. So a row is cut into pieces;
                  the reverse direction is cut at the same places
-    batch_sizes  (T,) integers on the CPU, falling, as a ``PackedSequence`` has them: x holds at each time only the first
-                 so many rows of the batch, and so does y (N, D H). Nothing is padded. Not with lengths or reset
+    batch_sizes  (T,) integers on the CPU, falling, as a ``PackedSequence`` has them: at each time x holds only the
+                 first so many rows of the batch, and so does y (N, D H). Nothing is padded. Not with lengths or reset
     plan         a ``Plan`` to use instead of the automatic one
     keep_every   c is kept for backward every so many steps, and so many steps are recomputed at a time: memory against
                  launches; chosen from B and H if None
 
-    Returns ``y, (h_n, c_n)`` as nn.LSTM: y (T, B, D H) or (N, D H), h_n and c_n (D, B, H). All tensors have one dtype, float16,
-    bfloat16 or float32, and one device; c and sums are kept in fp32. fp32 products follow
+    Returns ``y, (h_n, c_n)`` as nn.LSTM: y (T, B, D H) or (N, D H), h_n and c_n (D, B, H). All tensors have one dtype,
+    float16, bfloat16 or float32, and one device; c and sums are kept in fp32. fp32 products follow
     ``torch.backends.cudnn.rnn.fp32_precision`` (or ``cudnn.allow_tf32``), as nn.LSTM's do. On other devices and in
     float64 torch's own LSTM computes.
 
@@ -60,7 +60,14 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
     if packed:
         if lengths is not None or reset is not None:
             raise ValueError("lengths and reset are for padded input, batch_sizes for packed")
-        batch_sizes = _checked(batch_sizes, (len(batch_sizes),), "batch_sizes", "cpu")
+        if not isinstance(batch_sizes, torch.Tensor):
+            raise TypeError(f"batch_sizes must be a tensor, got {type(batch_sizes).__name__}")
+        if batch_sizes.dim() != 1:
+            raise ValueError(f"batch_sizes must have the shape (T,), got {tuple(batch_sizes.shape)}")
+        if batch_sizes.is_floating_point() or batch_sizes.is_complex():
+            raise ValueError(f"batch_sizes must be integers, got {batch_sizes.dtype}")
+        if batch_sizes.device.type != "cpu":        # the host would wait for it
+            raise ValueError(f"batch_sizes must be on the CPU, got {batch_sizes.device}")
         T, B = len(batch_sizes), hx[0].shape[1] if hx is not None else int(batch_sizes[0])
     else:
         T, B = x.shape[:2]
@@ -111,7 +118,7 @@ def _symbolic_keep_every(B, H, D):
 
 
 def _checked(mask, shape, name, device):
-    """``lengths``, ``reset`` or ``batch_sizes`` on the device, if they have their shape and type."""
+    """``lengths`` or ``reset`` on the device, if they have their shape and type."""
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor):

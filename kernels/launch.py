@@ -155,7 +155,7 @@ class _Rows:
         if self._before[-1] != len(x) or self._sizes[0] != B or self._sizes != sorted(self._sizes, reverse=True):
             raise ValueError(f"batch_sizes must fall from the {B} rows of the state and add up to the {len(x)} of x")
         last = [self._before[t] + n for t in reversed(range(self.T)) for n in range(self._sizes[t + 1], self._sizes[t])]
-        on_device = torch.tensor([*self._before, *range(B), *last]).to(x.device, non_blocking=True)
+        on_device = torch.tensor([*self._before, *range(B), *last], device="cpu").to(x.device, non_blocking=True)
         self.offsets, self.begins = on_device[:self.T + 1], on_device[self.T + 1:].view(2, B)
 
     def count(self, lo, hi):

@@ -107,7 +107,7 @@ def _backward(ctx, dy, dh_n, dc_n, _):
 def packed_reference(x, w, r, b, h0, c0, sizes):
     """``lstm_reference`` of packed x (rows, I), padded for it; y is packed too."""
     B = h0.shape[1]
-    live = torch.arange(B) < sizes[:, None]
+    live = torch.arange(B, device="cpu") < sizes[:, None]
     places, lengths = (t.to(x.device, non_blocking=True) for t in (live.flatten().nonzero()[:, 0], live.sum(0)))
     padded = x.new_zeros(live.numel(), x.shape[1]).index_copy(0, places, x).view(*live.shape, -1)
     y, h_n, c_n = lstm_reference(padded, w, r, b, h0, c0, lengths)

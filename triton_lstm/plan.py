@@ -166,7 +166,7 @@ class Plan:
         Per unit, row and step of a chunk: pre-activations, later da, in the input's type, and six fp32 coefficients; a
         copy of the chunk of x, should it not be contiguous. Then the shares of dh that a group's programs exchange, R
         as the kernels read it, dh and dc, and dW, dR, db in fp32 and in the input's type. A call with lengths or resets
-        takes up to three copies of the chunk's h on top.
+        takes up to three copies of the chunk's h on top, a packed one a copy and an index of its rows.
         """
         chunk = min(T, self.keep_every) * self.batch
         work = chunk * (self.directions * self.hidden_size * (4 * element + 6 * 4) + input_size * element)

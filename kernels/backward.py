@@ -19,11 +19,11 @@ from .cell import (
     FRESH,
     LIVE,
     chunk_shift,
-    first_row,
     group_barrier,
     load_r,
     narrow,
     operand,
+    place_of,
     product,
     rows_at,
     sigmoid,
@@ -160,7 +160,7 @@ def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr
             mask = (row[:, None] < count) & (unit[None, :] < H)
             dh_k = dh[k]
             if HAS_DY:
-                dy_t = dy_ptr + first_row(offsets_ptr, time, 1) * stride_dyt * DY_UNIT
+                dy_t = dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT
                 dy = dy_t + row[:, None].to(tl.int64) * stride_dyb * DY_UNIT
                 dh_k += tl.load(dy + (d * H + unit[None, :]) * stride_dyh, mask=mask & live, other=0.).to(tl.float32)
             i, f, g, o, dc_k = gate_gradients(load_coefficients(coef_ptr + at * (6 * H) + unit[None, :], mask, H),
@@ -276,7 +276,7 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, of
         k = load_coefficients(coef_ptr + at * (6 * H) + unit[None, :], here, H)
         dc = tl.load(dc_ptr + at_state, mask=mask, other=0.)
         if HAS_DY:
-            dy_t = dy_ptr + first_row(offsets_ptr, time, 1) * stride_dyt * DY_UNIT
+            dy_t = dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT
             dy_t += row.to(tl.int64) * stride_dyb * DY_UNIT
             dy = tl.load(dy_t + (d * H + unit[None, :]) * stride_dyh, mask=here & live, other=0.).to(tl.float32)
         if s == S - 1:

@@ -27,6 +27,15 @@ def rows_at(offsets_ptr, time, B):
 
 
 @triton.jit
+def place_of(offsets_ptr, time, base):
+    """What the first stride of a tensor (T, B, -) goes by, or packed, (rows, -), its only one."""
+    if offsets_ptr is None:
+        return time
+    else:
+        return base
+
+
+@triton.jit
 def chunk_shift(offsets_ptr, d, T, S, B, first):
     """From a row of x and y to its place in a chunk's buffers: the rows of direction 0's times ``first`` to
     ``first + S``, then those of the times that direction 1 takes meanwhile, each in order of time."""

@@ -4,7 +4,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .cell import FRESH, LIVE, chunk_shift, first_row, round_tf32, rows_at
+from .cell import FRESH, LIVE, chunk_shift, place_of, round_tf32, rows_at
 from .gluon_cell import chains, coalesced_layout, factor, load, shared_layout, shares_layout, there, unit_layout
 from .gluon_cluster import add_shares, allocate_mbarriers, send_shares
 
@@ -112,7 +112,7 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
     s = S - 1
     time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
     base, count = rows_at(offsets_ptr, time, B)
-    inputs = load_inputs(dy_ptr + first_row(offsets_ptr, time, 1) * stride_dyt * DY_UNIT,
+    inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
                          coef_ptr + (shift + base) * (6 * H), marks_ptr + time * B,
                          there(offsets_ptr, row, count, inside), H, HAS_DY, MARKED)
     while s >= 0:
@@ -138,7 +138,7 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
         time = gl.where(d == 0, first + ahead, T - 1 - first - ahead).to(gl.int64)
         base, count = rows_at(offsets_ptr, time, B)
         if CTAS == 1:
-            inputs = load_inputs(dy_ptr + first_row(offsets_ptr, time, 1) * stride_dyt * DY_UNIT,
+            inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
                                  coef_ptr + (shift + base) * (6 * H), marks_ptr + time * B,
                                  there(offsets_ptr, row, count, inside), H, HAS_DY, MARKED)
         sums = ()
@@ -158,7 +158,7 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
         else:
             n = S - 2 - s
             send_shares(share, shares.index(n % 2), bars.index(n % 2), BLOCK_H)
-            inputs = load_inputs(dy_ptr + first_row(offsets_ptr, time, 1) * stride_dyt * DY_UNIT,
+            inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
                                  coef_ptr + (shift + base) * (6 * H), marks_ptr + time * B,
                                  there(offsets_ptr, row, count, inside), H, HAS_DY, MARKED)
             mbarrier.wait(bars.index(n % 2), n // 2 % 2)

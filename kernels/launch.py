@@ -143,7 +143,8 @@ def _span(d, first, steps, T):
 class _Rows:
     """Where the rows of each time lie in x and y: B a time, or packed, ``sizes`` (T,) on the CPU a time.
 
-    ``offsets`` is what the kernels read of it: None, or how many rows come before each time and before the end.
+    ``offsets`` is what the kernels read of it: None, or how many rows come before each time and before the end. Packed,
+    ``begins`` (2, B) are the rows with which each direction begins a sequence: its first and its last.
     """
 
     def __init__(self, x, B, sizes):

@@ -27,12 +27,12 @@ def rows_at(offsets_ptr, time, B):
 
 
 @triton.jit
-def place_of(offsets_ptr, time, base):
-    """What the first stride of a tensor (T, B, -) goes by, or packed, (rows, -), its only one."""
+def place_of(offsets_ptr, padded, packed):
+    """The one or the other, as rows lie: where a tensor's first dimension is time, or rows."""
     if offsets_ptr is None:
-        return time
+        return padded
     else:
-        return base
+        return packed
 
 
 @triton.jit

@@ -112,8 +112,9 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
     s = S - 1
     time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
     base, count = rows_at(offsets_ptr, time, B)
+    at = place_of(offsets_ptr, (d * S + gl.where(d == 0, s, S - 1 - s)).to(gl.int64) * B, shift + base)
     inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
-                         coef_ptr + (shift + base) * (6 * H), marks_ptr + time * B,
+                         coef_ptr + at * (6 * H), marks_ptr + time * B,
                          there(offsets_ptr, row, count, inside), H, HAS_DY, MARKED)
     while s >= 0:
         ko, kh, ki = inputs[0], inputs[1], inputs[2]
@@ -127,7 +128,7 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
         da_i, da_f, da_g, da_o = (dc * ki).to(dtype), (dc * kf).to(dtype), (dc * kg).to(dtype), (dh * ko).to(dtype)
         dc *= f
         stage(staged, da_i, da_f, da_g, da_o, PRECISION)
-        da, here = da_ptr + (shift + base) * (4 * H), there(offsets_ptr, row, count, mask)
+        da, here = da_ptr + at * (4 * H), there(offsets_ptr, row, count, mask)
         gl.store(da, da_i, mask=here)
         gl.store(da + H, da_f, mask=here)
         gl.store(da + 2 * H, da_g, mask=here)
@@ -137,9 +138,10 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
         ahead = gl.maximum(s, 0)
         time = gl.where(d == 0, first + ahead, T - 1 - first - ahead).to(gl.int64)
         base, count = rows_at(offsets_ptr, time, B)
+        at = place_of(offsets_ptr, (d * S + gl.where(d == 0, ahead, S - 1 - ahead)).to(gl.int64) * B, shift + base)
         if CTAS == 1:
             inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
-                                 coef_ptr + (shift + base) * (6 * H), marks_ptr + time * B,
+                                 coef_ptr + at * (6 * H), marks_ptr + time * B,
                                  there(offsets_ptr, row, count, inside), H, HAS_DY, MARKED)
         sums = ()
         for n in gl.static_range(CHAINS):
@@ -159,7 +161,7 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
             n = S - 2 - s
             send_shares(share, shares.index(n % 2), bars.index(n % 2), BLOCK_H)
             inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
-                                 coef_ptr + (shift + base) * (6 * H), marks_ptr + time * B,
+                                 coef_ptr + at * (6 * H), marks_ptr + time * B,
                                  there(offsets_ptr, row, count, inside), H, HAS_DY, MARKED)
             mbarrier.wait(bars.index(n % 2), n // 2 % 2)
             dh = add_shares(shares.index(n % 2), BLOCK_H)

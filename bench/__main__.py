@@ -20,6 +20,7 @@ PROVIDERS = """\
 providers:
   triton_lstm            ours, by its automatic plan
   triton_lstm SCHEDULE   ours, by one schedule (not by default)
+  triton_lstm packed     ours on packed sequences, for ragged batches
   triton_lstm graph      ours, replayed from a CUDA graph
   cuDNN                  torch.nn.LSTM, weights flattened, TF32 as torch allows it
   cuDNN graph            the same from a CUDA graph

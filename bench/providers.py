@@ -91,7 +91,7 @@ class Wrapper(torch.nn.Module):
 
 
 class Packed(Wrapper):
-    """Padded in and out, packed between, as nn.LSTM wants sequences of different lengths."""
+    """Padded in and out, packed between, as nn.LSTM wants sequences of different lengths and ours takes them too."""
 
     def __init__(self, lstm, lengths):
         super().__init__(lstm)
@@ -243,9 +243,11 @@ class FlashRNN(Own):
         return states[0, :, :, 0].transpose(0, 1), (last[0, :, 0, 0][None], last[1, :, 0, 0][None])
 
 
-def _ours(schedule=None):
+def _ours(schedule=None, packed=False):
     def make(problem):
         case, x = problem.case, problem.x
+        if packed and case.sequences != "ragged":
+            raise Unavailable("for ragged sequences")
         layer = problem.layer(triton_lstm.LSTM)
         try:
             # where ours would leave x to torch's own LSTM there is nothing to time
@@ -256,6 +258,8 @@ def _ours(schedule=None):
         except triton_lstm.PlanError as error:
             raise Unavailable(str(error)) from error
         layer.plan = plan
+        if packed:
+            return Packed(layer, problem.lengths)
         return layer if case.sequences == "padded" else Masked(layer, problem)
     return make
 
@@ -309,6 +313,7 @@ PROVIDERS = {
     PACKED: _nn_lstm("ragged"),
     RESET_LOOP: _nn_lstm("resets"),
     CUDNN_GRAPH: _graph(_nn_lstm("padded")),
+    f"{OURS} packed": _ours(packed=True),
     f"{OURS} graph": _graph(_ours()),
     **{f"{OURS} {schedule}": _ours(schedule) for schedule in SCHEDULES},
     "compiled loop": _compiled_loop,

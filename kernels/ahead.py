@@ -48,10 +48,11 @@ def compile_launch(kernel, plan, args, waits, constants, arch):
     return compiled, [values[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
 
 
-def compile_plan(plan, dtype, arch=90, marked=False, zoneout=None):
+def compile_plan(plan, dtype, arch=90, marked=False, packed=False, zoneout=None):
     """The kernels that a layer of ``plan`` launches in ``dtype``, compiled: {name: what triton.compile returns}.
 
-    marked: those for rows with lengths of their own or resets. zoneout: those for it, "drawn" or "expected".
+    marked: those for rows with lengths of their own or resets; packed: those for packed sequences; zoneout: those for
+    it, "drawn" or "expected".
     """
     found = {}
 
@@ -61,9 +62,11 @@ def compile_plan(plan, dtype, arch=90, marked=False, zoneout=None):
     D, B, H = plan.directions, plan.batch, plan.hidden_size
     tensor = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
     x, w, r, b, state = tensor(2, B, 16), tensor(D, 4 * H, 16), tensor(D, 4 * H, H), tensor(D, 4 * H), tensor(D, B, H)
-    marks = torch.empty(D, 2, B, dtype=torch.uint8, device="meta") if marked else None
+    marks = torch.empty(D, 2, B, dtype=torch.uint8, device="meta") if marked or packed else None
+    sizes = torch.tensor([B, B]) if packed else None
+    x = x.flatten(0, 1) if packed else x
     seed = torch.empty(1, dtype=torch.int64, device="meta") if zoneout == "drawn" else None
-    zoneout = zoneout and (seed, 0.1, 0.1)
-    y, h_n, c_n, kept = launch.forward(x, w, r, b, state, state, marks, plan, True, zoneout, run=collect)
-    launch.backward(y, h_n, c_n, x, w, r, b, state, state, marks, y, kept, plan, [True] * 6, zoneout, run=collect)
+    more = sizes, zoneout and (seed, 0.1, 0.1)
+    y, h_n, c_n, kept = launch.forward(x, w, r, b, state, state, marks, plan, True, *more, run=collect)
+    launch.backward(y, h_n, c_n, x, w, r, b, state, state, marks, y, kept, plan, [True] * 6, *more, run=collect)
     return found

@@ -15,21 +15,37 @@ and m_c dc on, and leave the step (1 - m_h) dh, which is in ko and kh, and (1 - 
 import triton
 import triton.language as tl
 
-from .cell import BEFORE, CUT, END, FRESH, LIVE, load_r, narrow, operand, product, sigmoid, tanh, zoneout
+from .cell import (
+    BEFORE,
+    CUT,
+    END,
+    FRESH,
+    LIVE,
+    chunk_shift,
+    load_r,
+    narrow,
+    operand,
+    place_of,
+    product,
+    rows_at,
+    sigmoid,
+    tanh,
+    zoneout,
+)
 from .exchange import add_shares, flag_of, send_shares
 from .forward import load_marks
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "rate_h", "rate_c"])
-def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, marks_ptr, T, S, B, first, keep_every,
+def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, marks_ptr, offsets_ptr, T, S, B, first, keep_every,
                  H: tl.constexpr, DIRECTIONS: tl.constexpr, MARKED: tl.constexpr, BLOCK: tl.constexpr,
                  ZONEOUT: tl.constexpr = None, seed_ptr=None, rate_h=None, rate_c=None):
     """Roll c through steps ``first`` to ``first + S`` and write each step's coefficients.
 
     a (D, S, B, 4H) pre-activations in local time order, coef (D, S, B, 6H): ko, kh, ki, kf, kg, f. c starts from c0
     (D, B, H) or, past the first step, from what the forward loop kept. A step that is not live passes dc on and has no
-    da; before a fresh one dc ends. With ZONEOUT (see ``cell.zoneout``) coef is (D, S, B, 8H): m_h and m_c follow, and
-    what ends before a fresh step is left to the loop.
+    da; before a fresh one dc ends. offsets: a and coef are packed, as ``forward_resident`` has its x. With ZONEOUT (see
+    ``cell.zoneout``) coef is (D, S, B, 8H): m_h and m_c follow, and what ends before a fresh step is left to the loop.
     """
     COUNT: tl.constexpr = 6 if ZONEOUT is None else 8
     seed = 0
@@ -39,6 +55,7 @@ def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, marks_ptr, T, S, B, first, k
     d = tl.program_id(1)
     row, unit = (n // H).to(tl.int64), n % H
     mask = row < B
+    shift = chunk_shift(offsets_ptr, d, T, S, B, first)
     if first == 0:
         c = tl.load(c0_ptr + (d * B + row) * H + unit, mask=mask, other=0.)
     else:
@@ -46,16 +63,17 @@ def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, marks_ptr, T, S, B, first, k
         c = tl.load(kept_ptr + (at_kept * B + row) * H + unit, mask=mask, other=0.)
     s = 0
     while s < S:
-        local = tl.where(d == 0, s, S - 1 - s)
-        at = (d * S + local).to(tl.int64) * B + row
+        time = tl.where(d == 0, first + s, T - 1 - first - s)
+        base, count = rows_at(offsets_ptr, time, B)
+        at = shift + base + row
+        here = row < count
         a = a_ptr + at * (4 * H) + unit
-        i = sigmoid(tl.load(a, mask=mask, other=0.).to(tl.float32))
-        f = sigmoid(tl.load(a + H, mask=mask, other=0.).to(tl.float32))
-        g = tanh(tl.load(a + 2 * H, mask=mask, other=0.).to(tl.float32))
-        o = sigmoid(tl.load(a + 3 * H, mask=mask, other=0.).to(tl.float32))
+        i = sigmoid(tl.load(a, mask=here, other=0.).to(tl.float32))
+        f = sigmoid(tl.load(a + H, mask=here, other=0.).to(tl.float32))
+        g = tanh(tl.load(a + 2 * H, mask=here, other=0.).to(tl.float32))
+        o = sigmoid(tl.load(a + 3 * H, mask=here, other=0.).to(tl.float32))
         k = coef_ptr + at * (COUNT * H) + unit
         c_prev = c
-        time = tl.where(d == 0, first + s, T - 1 - first - s)
         if MARKED:
             mark = load_marks(marks_ptr, (d * T + time).to(tl.int64), row, B)
             c_prev = tl.where((mark & FRESH) == 0, c, 0.)
@@ -75,24 +93,24 @@ def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, marks_ptr, T, S, B, first, k
             c = tl.where(live, c, c_prev)
             if ZONEOUT is not None:
                 keep_h, keep_c = tl.where(live, keep_h, 1.), tl.where(live, keep_c, 1.)
-        tl.store(k, ko, mask=mask)
-        tl.store(k + H, kh, mask=mask)
-        tl.store(k + 2 * H, ki, mask=mask)
-        tl.store(k + 3 * H, kf, mask=mask)
-        tl.store(k + 4 * H, kg, mask=mask)
-        tl.store(k + 5 * H, f, mask=mask)
+        tl.store(k, ko, mask=here)
+        tl.store(k + H, kh, mask=here)
+        tl.store(k + 2 * H, ki, mask=here)
+        tl.store(k + 3 * H, kf, mask=here)
+        tl.store(k + 4 * H, kg, mask=here)
+        tl.store(k + 5 * H, f, mask=here)
         if ZONEOUT is not None:
-            tl.store(k + 6 * H, keep_h, mask=mask)
-            tl.store(k + 7 * H, keep_c, mask=mask)
+            tl.store(k + 6 * H, keep_h, mask=here)
+            tl.store(k + 7 * H, keep_c, mask=here)
         s += 1
 
 
 @triton.jit
 def load_coefficients(k, mask, H: tl.constexpr, COUNT: tl.constexpr):
-    """ko, kh, ki, kf, kg and f of some units, and of 8 m_h and m_c."""
+    """ko, kh, ki, kf, kg and f of some units, and of 8 m_h and m_c; where ``mask`` is off, those that pass state on."""
     k_all = ()
     for n in tl.static_range(COUNT):
-        k_all += (tl.load(k + n * H, mask=mask, other=0.),)
+        k_all += (tl.load(k + n * H, mask=mask, other=1. if n >= 5 else 0.),)
     return k_all
 
 
@@ -118,7 +136,7 @@ def gate_gradients(k, da, dh, dc, mask, H: tl.constexpr, INTERPRET: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "stride_dyt", "stride_dyb"])
-def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, T, S, B, first,
+def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, offsets_ptr, T, S, B, first,
                       stride_dyt, stride_dyb, stride_dyh,
                       H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr,
                       HAS_DY: tl.constexpr, DY_UNIT: tl.constexpr, MARKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -127,10 +145,11 @@ def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr
 
     dy (T, B, D H) by strides, the first two in units of DY_UNIT; coef (D, S, B, COUNT H), COUNT 6, or 8 with zoneout; r
     (D, 4H, H); da (D, S, B, 4H); dh, dc (D, B, H) fp32: gradients after the last of these steps in, before the first
-    out.
+    out. offsets: dy (rows, D H), coef and da are packed, as ``forward_resident`` has its y and x.
     """
     tile, d = tl.program_id(0), tl.program_id(1)
     r_ptr += d * (4 * H * H)
+    shift = chunk_shift(offsets_ptr, d, T, S, B, first)
     row = tile * BLOCK_B + tl.arange(0, BLOCK_B)
     alive = row[:, None] < B
     # r[k][j] holds the four gates of units k, seen from the units j of the earlier h
@@ -153,9 +172,9 @@ def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr
         r += (row_of_r,)
     s = S - 1
     while s >= 0:
-        local = tl.where(d == 0, s, S - 1 - s)
         time = tl.where(d == 0, first + s, T - 1 - first - s).to(tl.int64)
-        at = (d * S + local).to(tl.int64) * B + row[:, None]
+        base, count = rows_at(offsets_ptr, time, B)
+        at = shift + base + row[:, None]
         live = alive
         if MARKED:
             mark = load_marks(marks_ptr, d * T + time, row[:, None], B)
@@ -163,10 +182,11 @@ def backward_resident(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr
         da, new_dc, new_dh, passed = (), (), (), ()
         for k in tl.static_range(len(CHUNKS)):
             unit = CHUNKS[k][0] + tl.arange(0, CHUNKS[k][1])
-            mask = alive & (unit[None, :] < H)
+            mask = (row[:, None] < count) & (unit[None, :] < H)
             dh_k = dh[k]
             if HAS_DY:
-                dy = dy_ptr + time * stride_dyt * DY_UNIT + row[:, None].to(tl.int64) * stride_dyb * DY_UNIT
+                dy_t = dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT
+                dy = dy_t + row[:, None].to(tl.int64) * stride_dyb * DY_UNIT
                 dh_k += tl.load(dy + (d * H + unit[None, :]) * stride_dyh, mask=mask & live, other=0.).to(tl.float32)
             k_all = load_coefficients(coef_ptr + at * (COUNT * H) + unit[None, :], mask, H, COUNT)
             i, f, g, o, dc_k = gate_gradients(k_all, da_ptr + at * (4 * H) + unit[None, :], dh_k, dc[k], mask, H,
@@ -227,7 +247,8 @@ def multiply_and_send(slot, da, r, p, flag, start, WIDTH: tl.constexpr, PROGRAMS
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "tiles", "stride_dyt", "stride_dyb"])
-def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, share_ptr, T, S, B, first, tiles,
+def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, offsets_ptr, share_ptr,
+                  T, S, B, first, tiles,
                   stride_dyt, stride_dyb, stride_dyh,
                   H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,
                   PROGRAMS: tl.constexpr, OWNERS: tl.constexpr, HELD: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -247,6 +268,7 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, sh
     share_ptr += ((d * tl.num_programs(1) + group) * tiles).to(tl.int64) * (OWNERS * PROGRAMS * AREA)
     half = (tl.num_programs(2) * tl.num_programs(1) * tiles).to(tl.int64) * (OWNERS * PROGRAMS * AREA)
     r_ptr += d * (4 * H * H)
+    shift = chunk_shift(offsets_ptr, d, T, S, B, first)
     rows = tl.arange(0, BLOCK_B)[:, None]
     unit = p * BLOCK_H + tl.arange(0, BLOCK_H)
     r = ()
@@ -257,20 +279,22 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, sh
         row = (group * tiles + m) * BLOCK_B + rows
         alive = row < B
         mask = alive & (unit[None, :] < H)
-        local = tl.where(d == 0, s, S - 1 - s)
         time = tl.where(d == 0, first + s, T - 1 - first - s).to(tl.int64)
-        at = (d * S + local).to(tl.int64) * B + row
+        base, count = rows_at(offsets_ptr, time, B)
+        here = (row < count) & (unit[None, :] < H)
+        at = shift + base + row
         at_state = (d * B + row).to(tl.int64) * H + unit[None, :]
         live = alive
         if MARKED:
             mark = load_marks(marks_ptr, d * T + time, row, B)
             live = (mark & LIVE) != 0
         # loads that wait for nobody come first, to be on their way together with the shares
-        k = load_coefficients(coef_ptr + at * (COUNT * H) + unit[None, :], mask, H, COUNT)
+        k = load_coefficients(coef_ptr + at * (COUNT * H) + unit[None, :], here, H, COUNT)
         dc = tl.load(dc_ptr + at_state, mask=mask, other=0.)
         if HAS_DY:
-            dy_t = dy_ptr + time * stride_dyt * DY_UNIT + row.to(tl.int64) * stride_dyb * DY_UNIT
-            dy = tl.load(dy_t + (d * H + unit[None, :]) * stride_dyh, mask=mask & live, other=0.).to(tl.float32)
+            dy_t = dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT
+            dy_t += row.to(tl.int64) * stride_dyb * DY_UNIT
+            dy = tl.load(dy_t + (d * H + unit[None, :]) * stride_dyh, mask=here & live, other=0.).to(tl.float32)
         turn = T - 1 - first - s        # steps of all launches before this one
         tile = share_ptr + m * (OWNERS * PROGRAMS * AREA)
         if s == S - 1:
@@ -288,7 +312,7 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, sh
                 tl.store(dh_ptr + at_state, dh, mask=mask & ((mark & BEFORE) != 0))
         if HAS_DY:
             dh += dy
-        i, f, g, o, dc = gate_gradients(k, da_ptr + at * (4 * H) + unit[None, :], dh, dc, mask, H, INTERPRET)
+        i, f, g, o, dc = gate_gradients(k, da_ptr + at * (4 * H) + unit[None, :], dh, dc, here, H, INTERPRET)
         if COUNT == 8:
             tl.store(dh_ptr + at_state, k[6] * dh, mask=mask)
             if MARKED:

@@ -10,6 +10,42 @@ PHILOX_M0, PHILOX_M1, PHILOX_W0, PHILOX_W1 = map(tl.constexpr, (0xD2511F53, 0xCD
 
 
 @triton.jit
+def first_row(offsets_ptr, time, B):
+    """Where the rows of one time begin in x and y: B a time where padded, packed as offsets (T + 1,) int64 tell."""
+    if offsets_ptr is None:
+        return time.to(tl.int64) * B
+    else:
+        return tl.load(offsets_ptr + time)
+
+
+@triton.jit
+def rows_at(offsets_ptr, time, B):
+    """``first_row``, and how many rows there are at that time: always the first ones of the batch."""
+    start = first_row(offsets_ptr, time, B)
+    if offsets_ptr is None:
+        return start, B
+    else:
+        return start, (first_row(offsets_ptr, time + 1, B) - start).to(tl.int32)
+
+
+@triton.jit
+def place_of(offsets_ptr, padded, packed):
+    """The one or the other, as rows lie: where a tensor's first dimension is time, or rows."""
+    if offsets_ptr is None:
+        return padded
+    else:
+        return packed
+
+
+@triton.jit
+def chunk_shift(offsets_ptr, d, T, S, B, first):
+    """From a row of x and y to its place in a chunk's buffers: the rows of direction 0's times ``first`` to
+    ``first + S``, then those of the times that direction 1 takes meanwhile, each in order of time."""
+    others = first_row(offsets_ptr, first + S, B) - first_row(offsets_ptr, first, B)
+    return d * others - first_row(offsets_ptr, tl.where(d == 0, first, T - first - S), B)
+
+
+@triton.jit
 def sigmoid(x):
     # exp overflows to inf for x < -88 and the quotient is then 0: right at every finite and infinite x.
     return 1 / (1 + tl.exp(-x))

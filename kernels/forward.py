@@ -2,7 +2,21 @@
 import triton
 import triton.language as tl
 
-from .cell import FRESH, LIVE, START, cell, load_r, narrow, operand, product, round_tf32, zoneout
+from .cell import (
+    FRESH,
+    LIVE,
+    START,
+    cell,
+    chunk_shift,
+    first_row,
+    load_r,
+    narrow,
+    operand,
+    product,
+    round_tf32,
+    rows_at,
+    zoneout,
+)
 from .exchange import receive, send_h, values, wait_for
 
 
@@ -23,7 +37,7 @@ def load_marks(marks_ptr, time, row, B):
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "rate_h", "rate_c"])
-def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, S, B, first, keep_every,
+def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offsets_ptr, T, S, B, first, keep_every,
                      H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_B: tl.constexpr,
                      MARKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
                      ZONEOUT: tl.constexpr = None, seed_ptr=None, rate_h=None, rate_c=None):
@@ -31,20 +45,23 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, 
 
     x (D, S, B, 4H) pre-activations, r (D, 4H, H) as ``load_r`` has it, h (B, D H) before the first step, c (D, B, H)
     fp32 in and out, y (T, B, D H), kept (-, D, B, H): c before step n keep_every, n = 1, 2, ... CHUNKS cut H into
-    (start, width). MARKED: marks (D, T, B) tell which steps are live and which begin from a zero state. ZONEOUT: see
+    (start, width). MARKED: marks (D, T, B) tell which steps are live and which begin from a zero state. offsets: x and
+    y are packed, (rows, 4H) as ``chunk_shift`` tells and (rows, D H), and what is not live is not there. ZONEOUT: see
     ``cell.zoneout``; the seed is one int64.
     """
     tile, d = tl.program_id(0), tl.program_id(1)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     r_ptr += d * (4 * H * H)
-    x_ptr += d.to(tl.int64) * S * B * (4 * H)
+    x_ptr += chunk_shift(offsets_ptr, d, T, S, B, first) * (4 * H)
     row = tile * BLOCK_B + tl.arange(0, BLOCK_B)
     alive = row[:, None] < B
     mark = row[:, None]
     goes_on = alive
+    time = tl.where(d == 0, first, T - 1 - first)
+    base, count = rows_at(offsets_ptr, time, B)
     if MARKED:
         marks_ptr += d.to(tl.int64) * T * B
-        mark = load_marks(marks_ptr, tl.where(d == 0, first, T - 1 - first).to(tl.int64), row[:, None], B)
+        mark = load_marks(marks_ptr, time.to(tl.int64), row[:, None], B)
         goes_on = alive & ((mark & FRESH) == 0)
     # state and R, by chunks of hidden units; r[j][k] holds the four gates of output units j and input units k
     r, c, h, x = (), (), (), ()
@@ -54,15 +71,14 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, 
         seed = tl.load(seed_ptr)
     for j in tl.static_range(len(CHUNKS)):
         unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
-        mask = alive & (unit[None, :] < H)
         held = goes_on & (unit[None, :] < H)
         c += (tl.load(c_ptr + (d * B + row[:, None]).to(tl.int64) * H + unit[None, :], mask=held, other=0.),)
         h_j = tl.load(h_ptr + row[:, None] * (DIRECTIONS * H) + d * H + unit[None, :], mask=held, other=0.)
         h += (operand(h_j, PRECISION, INTERPRET),)
         if ZONEOUT is not None:
             own += (h_j,)
-        local = tl.where(d == 0, 0, S - 1).to(tl.int64)
-        x += (load_gates(x_ptr + local * B * (4 * H), row[:, None] * (4 * H) + unit[None, :], mask, H),)
+        x += (load_gates(x_ptr + base * (4 * H), row[:, None] * (4 * H) + unit[None, :],
+                         (row[:, None] < count) & (unit[None, :] < H), H),)
         row_of_r = ()
         for k in tl.static_range(len(CHUNKS)):
             source = CHUNKS[k][0] + tl.arange(0, CHUNKS[k][1])
@@ -81,12 +97,13 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, 
                 unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
                 tl.store(kept_ptr + (at_kept * B + row[:, None]) * H + unit[None, :], c[j],
                          mask=alive & (unit[None, :] < H))
-        ahead = tl.minimum(s + 1, S - 1)
-        ahead = tl.where(d == 0, ahead, S - 1 - ahead).to(tl.int64)
-        time = tl.where(d == 0, first + s, T - 1 - first - s).to(tl.int64)
+        now = tl.where(d == 0, first + s, T - 1 - first - s)
+        ahead = first + tl.minimum(s + 1, S - 1)
+        time = tl.where(d == 0, ahead, T - 1 - ahead)
+        next_base, next_count = rows_at(offsets_ptr, time, B)
         next_mark = mark
         if MARKED:
-            next_mark = load_marks(marks_ptr, time + tl.where(s == S - 1, 0, tl.where(d == 0, 1, -1)), row[:, None], B)
+            next_mark = load_marks(marks_ptr, time.to(tl.int64), row[:, None], B)
             live = (mark & LIVE) != 0
             goes_on = ((next_mark & FRESH) == 0) | (s == S - 1)
         new_c, new_h, new_x, new_own = (), (), (), ()
@@ -100,10 +117,11 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, 
                 f = product(h[k], r[j][k][1], f, PRECISION)
                 g = product(h[k], r[j][k][2], g, PRECISION)
                 o = product(h[k], r[j][k][3], o, PRECISION)
-            new_x += (load_gates(x_ptr + ahead * B * (4 * H), row[:, None] * (4 * H) + unit[None, :], mask, H),)
+            new_x += (load_gates(x_ptr + next_base * (4 * H), row[:, None] * (4 * H) + unit[None, :],
+                                 (row[:, None] < next_count) & (unit[None, :] < H), H),)
             y, c_j = cell(i, f, g, o, c[j])
             if ZONEOUT is not None:
-                keep_h, keep_c = zoneout(seed, rate_h, rate_c, d, time, row[:, None], unit[None, :], ZONEOUT)
+                keep_h, keep_c = zoneout(seed, rate_h, rate_c, d, now, row[:, None], unit[None, :], ZONEOUT)
                 y = keep_h * own[j].to(tl.float32) + (1 - keep_h) * y
                 c_j = keep_c * c[j] + (1 - keep_c) * c_j
             y = narrow(y, dtype, INTERPRET)
@@ -115,12 +133,14 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, 
                 h_j = tl.where(goes_on, tl.where(live, y, waiting), 0.).to(dtype)
                 c_j = tl.where(goes_on, tl.where(live, c_j, c[j]), 0.)
                 y = tl.where(live, y, 0.).to(dtype)
-            tl.store(y_ptr + (time * B + row[:, None]) * (DIRECTIONS * H) + d * H + unit[None, :], y, mask=mask)
+            tl.store(y_ptr + (base + row[:, None]) * (DIRECTIONS * H) + d * H + unit[None, :], y,
+                     mask=(row[:, None] < count) & (unit[None, :] < H))
             new_c += (c_j,)
             new_h += (operand(h_j, PRECISION, INTERPRET),)
             if ZONEOUT is not None:
                 new_own += (h_j,)
         c, h, x, own, mark = new_c, new_h, new_x, new_own, next_mark
+        base, count = next_base, next_count
         s += 1
     for j in tl.static_range(len(CHUNKS)):
         unit = CHUNKS[j][0] + tl.arange(0, CHUNKS[j][1])
@@ -146,7 +166,7 @@ def first_factor(h, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles", "rate_h", "rate_c"])
-def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, sent_ptr,
+def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offsets_ptr, sent_ptr,
                  T, S, B, first, keep_every, tiles,
                  H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,
                  OWNERS: tl.constexpr, HELD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -167,7 +187,7 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, sent_pt
     sent_ptr += ((d * tl.num_programs(1) + group) * tiles).to(tl.int64) * AREA
     step_of_sent = (tl.num_programs(2) * tl.num_programs(1) * tiles).to(tl.int64) * AREA
     r_ptr += d * (4 * H * H)
-    x_ptr += d.to(tl.int64) * S * B * (4 * H)
+    x_ptr += chunk_shift(offsets_ptr, d, T, S, B, first) * (4 * H)
     rows = tl.arange(0, BLOCK_B)[:, None]
     unit = p * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     # one product for the four gates; columns are (gate's high bit, unit, gate's low bit)
@@ -182,21 +202,22 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, sent_pt
     for k in tl.static_range(len(CHUNKS)):
         r += (load_columns(r_ptr, at_r, n_unit, CHUNKS[k][0], CHUNKS[k][1], H, DIRECTIONS, PRECISION, INTERPRET),)
     row = group * tiles * BLOCK_B + rows
-    local = tl.where(d == 0, 0, S - 1).to(tl.int64)
-    x_i, x_f, x_g, x_o = load_gates(x_ptr + local * B * (4 * H), row * (4 * H) + unit, (row < B) & (unit < H), H)
+    time = tl.where(d == 0, first, T - 1 - first)
+    base, count = rows_at(offsets_ptr, time, B)
+    x_i, x_f, x_g, x_o = load_gates(x_ptr + base * (4 * H), row * (4 * H) + unit, (row < count) & (unit < H), H)
     if MARKED:
         marks_ptr += d.to(tl.int64) * T * B
     s, m = 0, 0
     while s < S:
         row = (group * tiles + m) * BLOCK_B + rows
         mask = (row < B) & (unit < H)
-        time = tl.where(d == 0, first + s, T - 1 - first - s).to(tl.int64)
         at_c = (d * B + row).to(tl.int64) * H + unit
         c_prev = tl.load(c_ptr + at_c, mask=mask, other=0.)
         if MARKED:
-            mark = load_marks(marks_ptr, time, row, B)
+            mark = load_marks(marks_ptr, time.to(tl.int64), row, B)
             live = (mark & LIVE) != 0
-            next_mark = load_marks(marks_ptr, time + tl.where(s == S - 1, 0, tl.where(d == 0, 1, -1)), row, B)
+            ahead = first + tl.minimum(s + 1, S - 1)
+            next_mark = load_marks(marks_ptr, tl.where(d == 0, ahead, T - 1 - ahead).to(tl.int64), row, B)
             waiting = tl.load(h_ptr + row * (DIRECTIONS * H) + d * H + unit, mask=mask & ((mark & LIVE) == 0), other=0.)
             c_prev = tl.where((mark & FRESH) == 0, c_prev, 0.)
         tile = sent_ptr + s * step_of_sent + m * AREA
@@ -206,12 +227,13 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, sent_pt
         if ZONEOUT is not None:
             # The units' own earlier h: y has it as it is, rounded only products may. Another thread may have stored it,
             # and ``receive`` has a barrier.
-            begins = first + s == 0
+            begins, has_own = first + s == 0, mask
             if MARKED:
-                begins = begins | ((mark & START) != 0)
-            y_prev = y_ptr + (time + tl.where(d == 0, -1, 1)) * B * (DIRECTIONS * H) + d * H
-            own = tl.load(tl.where(begins, h0_ptr + at_c, y_prev + row * (DIRECTIONS * H) + unit), mask=mask, other=0.,
-                          cache_modifier=".cg").to(tl.float32)
+                begins, has_own = begins | ((mark & START) != 0), mask & live
+            before = tl.where(begins, time, time + tl.where(d == 0, -1, 1))
+            y_prev = y_ptr + first_row(offsets_ptr, before, B) * (DIRECTIONS * H) + d * H
+            own = tl.load(tl.where(begins, h0_ptr + at_c, y_prev + row * (DIRECTIONS * H) + unit), mask=has_own,
+                          other=0., cache_modifier=".cg").to(tl.float32)
             if MARKED:
                 own = tl.where((mark & FRESH) == 0, own, 0.)
         a = tl.full((BLOCK_B, 4 * BLOCK_H), 0., tl.float32)
@@ -242,7 +264,8 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, sent_pt
             if PRECISION == "tf32":
                 h_next = round_tf32(h_next, INTERPRET)
             send_h(tile + step_of_sent + rows * UNITS + unit, narrow(h_next, dtype, INTERPRET), INTERPRET)
-        tl.store(y_ptr + (time * B + row) * (DIRECTIONS * H) + d * H + unit, narrow(y, dtype, INTERPRET), mask=mask)
+        tl.store(y_ptr + (base + row) * (DIRECTIONS * H) + d * H + unit, narrow(y, dtype, INTERPRET),
+                 mask=(row < count) & (unit < H))
         if ((first + s) % keep_every == 0) & (first + s > 0):
             at_kept = ((first + s) // keep_every - 1).to(tl.int64) * DIRECTIONS + d
             tl.store(kept_ptr + (at_kept * B + row) * H + unit, c_prev, mask=mask)
@@ -251,7 +274,8 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, sent_pt
         last = m == tiles - 1
         m = tl.where(last, 0, m + 1)
         s = tl.where(last, s + 1, s)
-        local = tl.minimum(s, S - 1)
-        local = tl.where(d == 0, local, S - 1 - local).to(tl.int64)
+        ahead = first + tl.minimum(s, S - 1)
+        time = tl.where(d == 0, ahead, T - 1 - ahead)
+        base, count = rows_at(offsets_ptr, time, B)
         row = (group * tiles + m) * BLOCK_B + rows
-        x_i, x_f, x_g, x_o = load_gates(x_ptr + local * B * (4 * H), row * (4 * H) + unit, (row < B) & (unit < H), H)
+        x_i, x_f, x_g, x_o = load_gates(x_ptr + base * (4 * H), row * (4 * H) + unit, (row < count) & (unit < H), H)

@@ -4,17 +4,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .cell import FRESH, LIVE, round_tf32
-from .gluon_cell import chains, coalesced_layout, factor, load, shared_layout, shares_layout, unit_layout
+from .cell import FRESH, LIVE, chunk_shift, place_of, round_tf32, rows_at
+from .gluon_cell import chains, coalesced_layout, factor, load, shared_layout, shares_layout, there, unit_layout
 from .gluon_cluster import add_shares, allocate_mbarriers, send_shares
 
 
 @gluon.jit
 def load_inputs(dy, k, mark, inside, H: gl.constexpr, HAS_DY: gl.constexpr, MARKED: gl.constexpr):
-    """The six coefficients of some units, dy, and the marks of the rows; for an unused one of these something else."""
+    """The six coefficients of some units, dy, and the marks of the rows; for an unused one of these something else.
+    Coefficients outside of ``inside`` pass dc on and have no da."""
     inputs = ()
     for n in gl.static_range(6):
-        inputs += (load(k + n * H, inside),)
+        inputs += (load(k + n * H, inside, 1. if n == 5 else 0.),)
     inputs += (load(dy, inside) if HAS_DY else inputs[0],)
     inputs += (gl.load(mark) if MARKED else inputs[0],)
     return inputs
@@ -56,7 +57,7 @@ def stage(staged, i, f, g, o, PRECISION: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["T", "S", "B", "first", "stride_dyt", "stride_dyb"])
-def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, T, S, B, first,
+def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, offsets_ptr, T, S, B, first,
                    stride_dyt, stride_dyb, stride_dyh,
                    H: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr,
                    HELD: gl.constexpr, HAS_DY: gl.constexpr, DY_UNIT: gl.constexpr, MARKED: gl.constexpr,
@@ -99,6 +100,7 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, T
     dc = load(dc_ptr + at_state, inside)
     dy_ptr += row.to(gl.int64) * stride_dyb * DY_UNIT + (d * H + unit) * stride_dyh
     marks_ptr += d.to(gl.int64) * T * B + row
+    shift = chunk_shift(offsets_ptr, d, T, S, B, first)
     coef_ptr += row * (6 * H) + unit
     da_ptr += row * (4 * H) + unit
     staged = gl.allocate_shared_memory(dtype, [CTAS, BLOCK_B, 4 * BLOCK_H],
@@ -109,9 +111,11 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, T
         bars = allocate_mbarriers()
     s = S - 1
     time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
-    at = (d * S + gl.where(d == 0, s, S - 1 - s)).to(gl.int64) * B
-    inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H), marks_ptr + time * B, inside,
-                         H, HAS_DY, MARKED)
+    base, count = rows_at(offsets_ptr, time, B)
+    at = place_of(offsets_ptr, (d * S + gl.where(d == 0, s, S - 1 - s)).to(gl.int64) * B, shift + base)
+    inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
+                         coef_ptr + at * (6 * H), marks_ptr + time * B,
+                         there(offsets_ptr, row, count, inside), H, HAS_DY, MARKED)
     while s >= 0:
         ko, kh, ki = inputs[0], inputs[1], inputs[2]
         kf, kg, f = inputs[3], inputs[4], inputs[5]
@@ -124,19 +128,21 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, T
         da_i, da_f, da_g, da_o = (dc * ki).to(dtype), (dc * kf).to(dtype), (dc * kg).to(dtype), (dh * ko).to(dtype)
         dc *= f
         stage(staged, da_i, da_f, da_g, da_o, PRECISION)
-        da = da_ptr + at * (4 * H)
-        gl.store(da, da_i, mask=mask)
-        gl.store(da + H, da_f, mask=mask)
-        gl.store(da + 2 * H, da_g, mask=mask)
-        gl.store(da + 3 * H, da_o, mask=mask)
+        da, here = da_ptr + at * (4 * H), there(offsets_ptr, row, count, mask)
+        gl.store(da, da_i, mask=here)
+        gl.store(da + H, da_f, mask=here)
+        gl.store(da + 2 * H, da_g, mask=here)
+        gl.store(da + 3 * H, da_o, mask=here)
         # The next inputs arrive during the products; in a cluster, which has few registers left, during the exchange.
         s -= 1
         ahead = gl.maximum(s, 0)
         time = gl.where(d == 0, first + ahead, T - 1 - first - ahead).to(gl.int64)
-        at = (d * S + gl.where(d == 0, ahead, S - 1 - ahead)).to(gl.int64) * B
+        base, count = rows_at(offsets_ptr, time, B)
+        at = place_of(offsets_ptr, (d * S + gl.where(d == 0, ahead, S - 1 - ahead)).to(gl.int64) * B, shift + base)
         if CTAS == 1:
-            inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H), marks_ptr + time * B,
-                                 inside, H, HAS_DY, MARKED)
+            inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
+                                 coef_ptr + at * (6 * H), marks_ptr + time * B,
+                                 there(offsets_ptr, row, count, inside), H, HAS_DY, MARKED)
         sums = ()
         for n in gl.static_range(CHAINS):
             total = gl.full((CTAS, BLOCK_B, UNITS), 0., gl.float32, ACC)
@@ -154,8 +160,9 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, T
         else:
             n = S - 2 - s
             send_shares(share, shares.index(n % 2), bars.index(n % 2), BLOCK_H)
-            inputs = load_inputs(dy_ptr + time * stride_dyt * DY_UNIT, coef_ptr + at * (6 * H), marks_ptr + time * B,
-                                 inside, H, HAS_DY, MARKED)
+            inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
+                                 coef_ptr + at * (6 * H), marks_ptr + time * B,
+                                 there(offsets_ptr, row, count, inside), H, HAS_DY, MARKED)
             mbarrier.wait(bars.index(n % 2), n // 2 % 2)
             dh = add_shares(shares.index(n % 2), BLOCK_H)
         if MARKED:      # dh passes a step that is not live, and ends before a fresh one

@@ -79,12 +79,23 @@ def factor(r, layout: gl.constexpr):
 
 
 @gluon.jit
-def load(ptr, inside):
-    """Zero outside of ``inside``, which is None where all is inside."""
+def load(ptr, inside, other: gl.constexpr = 0.):
+    """``other`` outside of ``inside``, which is None where all is inside."""
     if inside is None:
         return gl.load(ptr)
     else:
-        return gl.load(ptr, mask=inside, other=0.)
+        return gl.load(ptr, mask=inside, other=other)
+
+
+@gluon.jit
+def there(offsets_ptr, row, count, inside):
+    """``inside`` without the rows that a time of packed input has not."""
+    if offsets_ptr is None:
+        return inside
+    elif inside is None:
+        return row < count
+    else:
+        return inside & (row < count)
 
 
 @gluon.jit

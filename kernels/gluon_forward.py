@@ -4,8 +4,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .cell import FRESH, LIVE, round_tf32
-from .gluon_cell import cell, chains, factor, gates_layout, join_gates, load, shared_layout, split_gates, unit_layout
+from .cell import FRESH, LIVE, chunk_shift, place_of, round_tf32, rows_at
+from .gluon_cell import (
+    cell,
+    chains,
+    factor,
+    gates_layout,
+    join_gates,
+    load,
+    shared_layout,
+    split_gates,
+    there,
+    unit_layout,
+)
 from .gluon_cluster import allocate_mbarriers, send_to_all
 
 
@@ -38,7 +49,7 @@ def first_factor(h, dtype: gl.constexpr, PRECISION: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["T", "S", "B", "first", "keep_every"])
-def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, S, B, first, keep_every,
+def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offsets_ptr, T, S, B, first, keep_every,
                   H: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr,
                   HELD: gl.constexpr, MARKED: gl.constexpr, PRECISION: gl.constexpr):
     """As ``forward_resident``, the CTAs of a cluster together.
@@ -59,7 +70,7 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, S, 
     IN_REGISTERS: gl.constexpr = HELD // (WIDTH * BLOCK_H * BITS // 2)
     CHAINS: gl.constexpr = chains(4 * BLOCK_H, gl.num_warps(), PARTS)
     r_ptr += d * (4 * H * H)
-    x_ptr += d.to(gl.int64) * S * B * (4 * H)
+    x_ptr += place_of(offsets_ptr, d.to(gl.int64) * S * B, chunk_shift(offsets_ptr, d, T, S, B, first)) * (4 * H)
     row = tile * BLOCK_B + gl.arange(0, BLOCK_B, gl.SliceLayout(1, UNIT))[:, None]
     unit = gl.arange(0, UNITS, gl.SliceLayout(0, UNIT))[None, :]
     mask, inside = row < B, None
@@ -79,13 +90,16 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, S, 
     c = load(c_ptr + at_c, inside)
     h = load(h_ptr + at_y, inside)
     mark = row
+    time = gl.where(d == 0, first, T - 1 - first)
+    base, count = rows_at(offsets_ptr, time, B)
     if MARKED:
         marks_ptr += d.to(gl.int64) * T * B
-        mark = gl.load(marks_ptr + gl.where(d == 0, first, T - 1 - first).to(gl.int64) * B + row)
+        mark = gl.load(marks_ptr + time.to(gl.int64) * B + row)
         goes_on = (mark & FRESH) == 0
         c, h = gl.where(goes_on, c, 0.), gl.where(goes_on, h, 0.)
     h = first_factor(h, dtype, PRECISION)
-    x = load_gates(x_ptr + gl.where(d == 0, 0, S - 1).to(gl.int64) * B * (4 * H) + at_x, inside, H)
+    at = place_of(offsets_ptr, gl.where(d == 0, 0, S - 1).to(gl.int64) * B, base)
+    x = load_gates(x_ptr + at * (4 * H) + at_x, there(offsets_ptr, row, count, inside), H)
     ROWS: gl.constexpr = shared_layout(BITS, WIDTH, [1, 0], None, CTAS)
     if CTAS == 1:
         rows = gl.allocate_shared_memory(dtype, [BLOCK_B, UNITS], ROWS)
@@ -105,10 +119,12 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, S, 
         a = join_gates(x[0].to(gl.float32), x[1].to(gl.float32), x[2].to(gl.float32), x[3].to(gl.float32), BLOCK_H)
         # the next x, to arrive during the products
         ahead = gl.minimum(s + 1, S - 1)
-        x = load_gates(x_ptr + gl.where(d == 0, ahead, S - 1 - ahead).to(gl.int64) * B * (4 * H) + at_x, inside, H)
+        time = gl.where(d == 0, first + ahead, T - 1 - first - ahead)
+        next_base, next_count = rows_at(offsets_ptr, time, B)
+        at = place_of(offsets_ptr, gl.where(d == 0, ahead, S - 1 - ahead).to(gl.int64) * B, next_base)
+        x = load_gates(x_ptr + at * (4 * H) + at_x, there(offsets_ptr, row, next_count, inside), H)
         next_mark = mark
         if MARKED:
-            time = gl.where(d == 0, first + ahead, T - 1 - first - ahead)
             next_mark = gl.load(marks_ptr + time.to(gl.int64) * B + row)
         sums = ()
         for n in gl.static_range(CHAINS):
@@ -138,12 +154,14 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, T, S, 
         c, mark = new_c, next_mark
         h = first_factor(h, dtype, PRECISION)
         time = gl.where(d == 0, first + s, T - 1 - first - s)
+        at = place_of(offsets_ptr, time.to(gl.int64) * B, base)
         s += 1
         if CTAS == 1:
             rows.store(h)
         else:
             send_to_all(h, received.index(s % 2), bars.index(s % 2), BLOCK_H)
-        gl.store(y_ptr + time.to(gl.int64) * B * (DIRECTIONS * H) + at_y, y.to(dtype), mask=mask)
+        gl.store(y_ptr + at * (DIRECTIONS * H) + at_y, y.to(dtype), mask=there(offsets_ptr, row, count, mask))
+        base, count = next_base, next_count
     if CTAS > 1:        # nobody exits while others store into its shared memory
         mbarrier.wait(bars.index(S % 2), S // 2 % 2)
     gl.store(c_ptr + at_c, c, mask=mask)

@@ -1,5 +1,6 @@
 """Runs the kernels over a sequence: input products before the time loop, weight gradients after it."""
 import contextlib
+import itertools
 
 import torch
 import triton
@@ -165,22 +166,70 @@ def _span(d, first, steps, T):
     return (first, first + steps) if d == 0 else (T - first - steps, T - first)
 
 
-def _rows(x, lo, hi):
-    return x[lo:hi].reshape(-1, x.shape[-1])
+class _Rows:
+    """Where the rows of each time lie in x and y: B a time, or packed, ``sizes`` (T,) on the CPU a time.
+
+    ``offsets`` is what the kernels read of it: None, or how many rows come before each time and before the end. Packed,
+    ``begins`` (2, B) are the rows with which each direction begins a sequence: its first and its last.
+    """
+
+    def __init__(self, x, B, sizes):
+        self.T, self.B, self.offsets = len(x) if sizes is None else len(sizes), B, None
+        if sizes is None:
+            return
+        self._sizes = [*sizes.tolist(), 0]
+        self._before = [0, *itertools.accumulate(self._sizes[:-1])]
+        if self._before[-1] != len(x) or self._sizes[0] != B or self._sizes != sorted(self._sizes, reverse=True):
+            raise ValueError(f"batch_sizes must fall from the {B} rows of the state and add up to the {len(x)} of x")
+        last = [self._before[t] + n for t in reversed(range(self.T)) for n in range(self._sizes[t + 1], self._sizes[t])]
+        on_device = torch.tensor([*self._before, *range(B), *last], device="cpu").to(x.device, non_blocking=True)
+        self.offsets, self.begins = on_device[:self.T + 1], on_device[self.T + 1:].view(2, B)
+
+    def count(self, lo, hi):
+        """How many rows times [lo, hi) have."""
+        return (hi - lo) * self.B if self.offsets is None else self._before[hi] - self._before[lo]
+
+    def of(self, x, lo, hi):
+        """The rows of x or y at times [lo, hi), as a matrix."""
+        return (x[lo:hi] if self.offsets is None else x[self._before[lo]:self._before[hi]]).reshape(-1, x.shape[-1])
+
+    def chunk(self, buffer, spans):
+        """What a chunk uses of ``buffer`` (rows, -): a matrix for each direction, which takes the times of its span."""
+        counts = [self.count(*span) for span in spans]
+        return buffer[:sum(counts)].split(counts)
+
+    def most(self, D, steps):
+        """The most rows that chunks of ``steps`` steps have, all directions together."""
+        if self.offsets is None:
+            return D * steps * self.B
+        return max(sum(self.count(*_span(d, first, min(steps, self.T - first), self.T)) for d in range(D))
+                   for first in range(0, self.T, steps))
+
+    def packed_previous(self, columns, h0, d, lo, hi):
+        """Packed, h of direction ``d`` before its steps at times [lo, hi): from all of its h, and from h0 (B, H)."""
+        start, count = self.count(0, lo), self.count(lo, hi)
+        sizes = self.offsets.diff(prepend=self.offsets[:1])         # of the time before each, then of the last
+        away = sizes[lo + 1:hi + 1] if d else -sizes[lo:hi]
+        index = torch.arange(start, start + count, device=columns.device)
+        index += away.repeat_interleave(sizes[lo + 1:hi + 1], output_size=count)
+        h = columns.index_select(0, index.clamp_(max=len(columns) - 1))
+        new = slice(self._sizes[hi], self._sizes[lo]) if d else slice(0, 0 if lo else self.B)
+        return h.index_copy_(0, self.begins[d, new] - start, h0[new])
 
 
-def forward(x, w, r, b, h0, c0, marks, plan, save, zoneout=None, run=None):
+def forward(x, w, r, b, h0, c0, marks, plan, save, sizes=None, zoneout=None, run=None):
     """The layer over all steps. See ``triton_lstm.lstm``; x (T, B, I), w (D, 4H, I), r (D, 4H, H), b (D, 4H) or None,
-    marks (D, T, B) or None; zoneout (seed, rate_h, rate_c) or None, the seed an int64 tensor of one element, or None
-    for the expectation.
+    marks (D, T, B) or None. With ``sizes`` (T,) on the CPU x is packed, (rows, I); marks then tell the same. zoneout:
+    (seed, rate_h, rate_c) or None, the seed an int64 tensor of one element, or None for the expectation.
 
-    Returns y (T, B, D H), h_n and c_n (D, B, H), and what backward needs of c (-, D, B, H) fp32, empty without
-    ``save``. ``run`` stands in for ``launch_kernel``, to compile or emulate instead.
+    Returns y (T, B, D H) or (rows, D H), h_n and c_n (D, B, H), and what backward needs of c (-, D, B, H) fp32, empty
+    without ``save``. ``run`` stands in for ``launch_kernel``, to compile or emulate instead.
     """
     run = run or launch_kernel
-    T, B, _ = x.shape
-    D, H = plan.directions, plan.hidden_size
-    y = x.new_empty(T, B, D * H)
+    B, D, H = h0.shape[1], plan.directions, plan.hidden_size
+    rows = _Rows(x, B, sizes)
+    T = rows.T
+    y = x.new_empty(*x.shape[:-1], D * H)
     c = c0.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     kept = c.new_empty(max(-(-T // plan.keep_every), 1) - 1 if save else 0, D, B, H)
     if T == 0 or B == 0:
@@ -190,22 +239,20 @@ def forward(x, w, r, b, h0, c0, marks, plan, save, zoneout=None, run=None):
     h = h0.transpose(0, 1).reshape(B, D * H).contiguous()      # of H = 1, reshape alone makes a transposed view
     keep_every = plan.keep_every if save else T
     steps = plan.forward_steps(T, x.element_size())
-    buffer = x.new_empty(D * steps * B * 4 * H)
+    buffer = x.new_empty(rows.most(D, steps), 4 * H)
     through_l2 = plan.schedule in ("grid", "streamed")
     if through_l2:
         sent = x.new_empty(steps, D, plan.groups * plan.tiles * plan.block_b, plan.owners * plan.block_h)
     for first in range(0, T, steps):
         S = min(steps, T - first)
-        a = buffer[:D * S * B * 4 * H].view(D, S * B, 4 * H)
+        spans = [_span(d, first, S, T) for d in range(D)]
         with matmul_precision(plan):
-            for d in range(D):
-                _input_product(x, w, b, d, _span(d, first, S, T), a[d])
+            for d, a in enumerate(rows.chunk(buffer, spans)):
+                _input_product(rows.of(x, *spans[d]), w, b, d, a)
         if first:
-            h = torch.cat([y[first - 1, :, :H], y[T - first, :, H:]], 1) if D == 2 else y[first - 1]
-            if marks is not None and D == 2:
-                h[:, H:] = torch.where(_has(marks[1, T - first], cell.LIVE), h[:, H:], h0[1])   # or has yet to begin
-        head, shape = (a, r, h, c, y, kept, kept if marks is None else marks), (T, S, B, first, keep_every)
-        constants = {**_loop_constants(plan, marks), **zoneout_constants}
+            h = _state(y, h0, marks, rows, first)
+        head = (buffer, r, h, c, y, kept, kept if marks is None else marks, rows.offsets)
+        shape, constants = (T, S, B, first, keep_every), {**_loop_constants(plan, marks), **zoneout_constants}
         if plan.gluon or plan.schedule == "resident":
             run(forward_gluon if plan.gluon else forward_resident, plan, (plan.groups, D), *head, *shape, waits=False,
                 **constants)
@@ -215,30 +262,47 @@ def forward(x, w, r, b, h0, c0, marks, plan, save, zoneout=None, run=None):
             _clear_after(h.view(B, D, H).transpose(0, 1), sent[:S], marks, first, T, plan)
             run(forward_grid, plan, (plan.programs, plan.groups, D), *head, sent, *shape, plan.tiles, waits=True,
                 **constants)
-    last = y[T - 1, :, :H]
-    if marks is not None:
+    if sizes is not None:
+        last = y[:, :H].index_select(0, rows.begins[1])
+    elif marks is not None:
         live = _has(marks[0], cell.LIVE)
         ends = (live.sum(0) - 1).clamp(min=0)
         last = y[:, :, :H].gather(0, ends.expand(1, B, H))[0]
+    else:
+        last = y[T - 1, :, :H]
     # not stack: inside an operator it returns a view, which the caller could not detach_() or edit in place
-    h_n = torch.cat([last[None], y[:1, :, H:]] if D == 2 else [last[None]])
-    if marks is not None:
+    h_n = torch.cat([last[None], rows.of(y, 0, 1)[None, :, H:]] if D == 2 else [last[None]])
+    if sizes is None and marks is not None:
         h_n = torch.where(live.any(0), h_n, h0)
     return y, h_n, c.to(x.dtype), kept
 
 
-def _input_product(x, w, b, d, span, out):
-    rows = _rows(x, *span)
+def _state(y, h0, marks, rows, first):
+    """h (B, D H) before the step that each direction takes as its ``first``, which is not 0."""
+    H, states = h0.shape[-1], []
+    for d in range(len(h0)):
+        time = first - 1 if d == 0 else rows.T - first
+        h = rows.of(y, time, time + 1)[:, d * H:(d + 1) * H]
+        h = torch.cat([h, h0[d, len(h):]])
+        if marks is not None and d == 1:
+            h = torch.where(_has(marks[1, time], cell.LIVE), h, h0[1])      # or has yet to begin
+        states.append(h)
+    return torch.cat(states, 1)
+
+
+def _input_product(rows, w, b, d, out):
     if b is None:
         torch.mm(rows, w[d].t(), out=out)
     else:
         torch.addmm(b[d], rows, w[d].t(), out=out)
 
 
-def _previous(y, h0, marks, d, span, H):
+def _previous(y, h0, marks, rows, d, span):
     """h before the steps at times ``span``: (rows of the chunk, matrix) pairs. The first step's h is h0."""
-    (lo, hi), (T, B, _) = span, y.shape
-    columns = y.view(T * B, -1)[:, d * H:(d + 1) * H]
+    (lo, hi), T, B, H = span, rows.T, rows.B, h0.shape[-1]
+    columns = rows.of(y, 0, T)[:, d * H:(d + 1) * H]
+    if rows.offsets is not None:
+        return [(slice(None), rows.packed_previous(columns, h0[d], d, lo, hi))]
     if d == 0 and lo == 0:
         pairs = [(slice(0, B), h0[d]), (slice(B, hi * B), columns[:(hi - 1) * B])]
     elif d == 1 and hi == T:
@@ -247,12 +311,12 @@ def _previous(y, h0, marks, d, span, H):
     else:
         shift = -B if d == 0 else B
         pairs = [(slice(0, (hi - lo) * B), columns[lo * B + shift:hi * B + shift])]
-    pairs = [(rows, matrix) for rows, matrix in pairs if matrix.shape[0]]
+    pairs = [(chosen, matrix) for chosen, matrix in pairs if matrix.shape[0]]
     if marks is None:
         return pairs
     h, of = torch.cat([matrix for _, matrix in pairs]).view(hi - lo, B, H), marks[d, lo:hi]
     h = torch.where(_has(of, cell.START), h0[d], h).masked_fill(_has(of, cell.FRESH), 0)
-    return [(slice(0, (hi - lo) * B), h.view(-1, H))]
+    return [(slice(None), h.view(-1, H))]
 
 
 def _add_product(total, a, b):
@@ -265,46 +329,50 @@ def _add_product(total, a, b):
         total.addmm_(a.t().float(), b.float())
 
 
-def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, zoneout=None, run=None):
+def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, sizes=None, zoneout=None, run=None):
     """Gradients of ``forward``: (dx, dw, dr, db, dh0, dc0), None where ``needs`` says False.
 
     dy, dh_n and dc_n may be None. Goes over chunks of ``plan.keep_every`` steps from the last: recomputes the gates by
     products over the whole chunk, turns them into coefficients, then runs the reverse time loop.
     """
     run = run or launch_kernel
-    T, B, I = x.shape
-    D, H, K = plan.directions, plan.hidden_size, plan.keep_every
+    B, D, H, K = h0.shape[1], plan.directions, plan.hidden_size, plan.keep_every
+    rows = _Rows(x, B, sizes)
+    T = rows.T
     state = lambda g: (torch.zeros(D, B, H, device=x.device) if g is None else
                        g.to(torch.float32, copy=True, memory_format=torch.contiguous_format))
     dh, dc = state(dh_n), state(dc_n)
     total = lambda need, *shape: torch.zeros(shape, device=x.device) if need else None
-    dw, dr, db = total(needs[1], D, 4 * H, I), total(needs[2], D, 4 * H, H), total(needs[3], D, 4 * H)
-    dx = (x.new_zeros if D == 2 else x.new_empty)(T, B, I) if needs[0] else None
+    dw, dr, db = total(needs[1], *w.shape), total(needs[2], D, 4 * H, H), total(needs[3], D, 4 * H)
+    dx = (x.new_zeros if D == 2 else x.new_empty)(x.shape) if needs[0] else None
     if T and B:
         prepared, c0, h0 = prepare_r(r, plan), c0.float().contiguous(), h0.contiguous()
         has_dy = dy is not None
-        dy_unit = D * H if has_dy and all(n % (D * H) == 0 for n in dy.stride()[:2]) else 1
-        strides = [n // dy_unit for n in dy.stride()[:2]] + [dy.stride(2)] if has_dy else [0, 0, 1]
-        chunk = min(K, T) * D * B * H
+        # packed, the first two are one
+        strides = [dy.stride(0), dy.stride(-2), dy.stride(-1)] if has_dy else [0, 0, 1]
+        dy_unit = D * H if has_dy and all(n % (D * H) == 0 for n in strides[:2]) else 1
+        strides[:2] = (n // dy_unit for n in strides[:2])
+        most = rows.most(D, min(K, T))
         count = 6 if zoneout is None else 8
-        a_buffer, coef = x.new_empty(4 * chunk), dh.new_empty(count * chunk)
+        buffer, coef = x.new_empty(most, 4 * H), dh.new_empty(most, count * H)
         if plan.schedule in ("grid", "streamed"):
             share = dh.new_zeros(2 * D * plan.groups * plan.tiles * plan.owners * plan.programs * plan.block_b
                                  * plan.block_h)
         for first in reversed(range(0, T, K)):
             S = min(K, T - first)
-            a = a_buffer[:D * S * B * 4 * H].view(D, S * B, 4 * H)
             spans = [_span(d, first, S, T) for d in range(D)]
+            a = rows.chunk(buffer, spans)
             with matmul_precision(plan):
                 for d in range(D):
-                    _input_product(x, w, b, d, spans[d], a[d])
-                    for rows, h in _previous(y, h0, marks, d, spans[d], H):
-                        a[d, rows].addmm_(h, r[d].t())
+                    _input_product(rows.of(x, *spans[d]), w, b, d, a[d])
+                    for chosen, h in _previous(y, h0, marks, rows, d, spans[d]):
+                        a[d][chosen].addmm_(h, r[d].t())
             marks_or_none = kept if marks is None else marks
-            run(coefficients, plan, (triton.cdiv(B * H, 256), D), a, c0, kept, coef, marks_or_none, T, S, B, first, K,
-                waits=False, MARKED=marks is not None, BLOCK=256, **_zoneout_constants(zoneout))
-            # from here on a holds da
-            head = (dy if has_dy else a, coef, prepared, a, dh, dc, marks_or_none)
+            run(coefficients, plan, (triton.cdiv(B * H, 256), D), buffer, c0, kept, coef, marks_or_none, rows.offsets,
+                T, S, B, first, K, waits=False, MARKED=marks is not None, BLOCK=256,
+                **_zoneout_constants(zoneout))
+            # from here on a and its buffer hold da
+            head = (dy if has_dy else buffer, coef, prepared, buffer, dh, dc, marks_or_none, rows.offsets)
             constants = dict(HAS_DY=has_dy, DY_UNIT=dy_unit, **_loop_constants(plan, marks))
             if zoneout is not None:
                 constants["COUNT"] = count
@@ -317,17 +385,17 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, zo
             with matmul_precision(plan):
                 for d in range(D):
                     if dw is not None:
-                        rows = _rows(x, *spans[d])
-                        if marks is not None:           # da is zero past a row's end, but x may be anything there
-                            rows = rows.masked_fill(~_has(marks[d, slice(*spans[d])], cell.LIVE).view(-1, 1), 0)
-                        _add_product(dw[d], a[d], rows)
+                        of_x = rows.of(x, *spans[d])
+                        if marks is not None and sizes is None:     # past a row's end da is zero, but x may be anything
+                            of_x = of_x.masked_fill(~_has(marks[d, slice(*spans[d])], cell.LIVE).view(-1, 1), 0)
+                        _add_product(dw[d], a[d], of_x)
                     if dr is not None:
-                        for rows, h in _previous(y, h0, marks, d, spans[d], H):
-                            _add_product(dr[d], a[d, rows], h)
+                        for chosen, h in _previous(y, h0, marks, rows, d, spans[d]):
+                            _add_product(dr[d], a[d][chosen], h)
                     if db is not None:
                         db[d] += a[d].sum(0, dtype=torch.float32)
                     if dx is not None:
-                        out = dx[spans[d][0]:spans[d][1]].view(S * B, I)
+                        out = rows.of(dx, *spans[d])
                         out.addmm_(a[d], w[d]) if D == 2 else torch.mm(a[d], w[d], out=out)
     cast = lambda g, need: g.to(x.dtype) if need else None
     return dx, cast(dw, needs[1]), cast(dr, needs[2]), cast(db, needs[3]), cast(dh, needs[4]), cast(dc, needs[5])

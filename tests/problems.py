@@ -58,6 +58,7 @@ class Problem:
     device: str = "cpu"
     ragged: bool = False
     resets: bool = False
+    packed: bool = False
 
     def tensors(self):
         """(x, w, r, b, h0, c0) and (dy, dh_n, dc_n), values as nn.LSTM initialises and inputs normal."""
@@ -71,12 +72,17 @@ class Problem:
         return inputs, [normal(T, B, D * H), normal(D, B, H), normal(D, B, H)]
 
     def masks(self):
-        """``lengths`` and ``reset`` as ``lstm`` takes them: among the lengths 0 and T, a fifth of the steps resets."""
+        """``lengths`` and ``reset`` as ``lstm`` takes them: among the lengths 0 and T, a fifth of the steps resets.
+
+        Lengths of packed sequences fall, from T to 1.
+        """
         generator = torch.Generator().manual_seed(self.seed + 1)
         lengths = torch.randint(self.T + 1, (self.B,), generator=generator)
         lengths[:2] = torch.tensor([self.T, 0])[:self.B]
+        if self.packed:
+            lengths = lengths.clamp(min=1).sort(descending=True).values
         reset = torch.rand(self.T, self.B, generator=generator) < 0.2
-        return dict(lengths=lengths.to(self.device) if self.ragged else None,
+        return dict(lengths=lengths.to(self.device) if self.ragged or self.packed else None,
                     reset=reset.to(self.device) if self.resets else None)
 
     def pieces(self, b):
@@ -137,13 +143,21 @@ class Problem:
                 outputs.append(torch.stack(rows, 1))
             h_n, c_n = (torch.cat([s[k] for s in states], 1).view(self.D, self.B, self.H) for k in (0, 1))
             return narrow(torch.cat(outputs, -1)), narrow(h_n), narrow(c_n)
-        return self.results(piece_by_piece if self.ragged or self.resets else function)
+        return self.results(piece_by_piece if self.ragged or self.resets or self.packed else function)
 
     def ours(self, **options):
         def function(x, w, r, b, h0, c0):
             y, (h_n, c_n) = triton_lstm.lstm(x, w, r, b, (h0, c0), **self.masks(), **options)
             return y, h_n, c_n
-        return self.results(function)
+
+        def packed(x, w, r, b, h0, c0):
+            live = torch.arange(self.T)[:, None] < self.masks()["lengths"].cpu()
+            places = live.flatten().nonzero()[:, 0].to(x.device)
+            y, (h_n, c_n) = triton_lstm.lstm(x.flatten(0, 1)[places], w, r, b, (h0, c0), batch_sizes=live.sum(1),
+                                             **options)
+            y = y.new_zeros(live.numel(), y.shape[1]).index_copy(0, places, y)
+            return y.view(self.T, self.B, -1), h_n, c_n
+        return self.results(packed if self.packed else function)
 
     def plan(self, limits=PORTABLE, **options):
         return triton_lstm.make_plan(self.B, self.H, self.dtype, self.D, tf32=self.tf32, limits=limits, **options)

@@ -63,7 +63,8 @@ def test_every_schedule(schedule, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("masks", [dict(ragged=True), dict(resets=True), dict(ragged=True, resets=True)], ids=" ".join)
+@pytest.mark.parametrize("masks", [dict(ragged=True), dict(resets=True), dict(ragged=True, resets=True),
+                                   dict(packed=True)], ids=" ".join)
 @pytest.mark.parametrize("shape", [(20, 5, 4, 33, 2), (12, 17, 6, 100, 1), (10, 6, 8, 300, 2), (6, 5, 8, 1150, 1)],
                          ids=str)
 def test_lengths_and_resets(shape, masks, dtype):
@@ -71,7 +72,18 @@ def test_lengths_and_resets(shape, masks, dtype):
     problem.check(problem.ours(keep_every=4))
 
 
-@pytest.mark.parametrize("masks", [{}, dict(ragged=True, resets=True)], ids=" ".join)
+def test_packed_sequences_do_not_synchronise():
+    layer = triton_lstm.LSTM(8, 64, 2, bidirectional=True).cuda()
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(n, 8) for n in (40, 30, 30, 2)]).to("cuda")
+    for mode in ("default", "error"):           # the first call compiles
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            layer(packed)[0].data.sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("masks", [{}, dict(packed=True), dict(ragged=True, resets=True)], ids=" ".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_of_32_rows(dtype, masks):
     problem = cuda(10, 150, 8, 100, 2, dtype=dtype, tf32=torch.backends.cudnn.allow_tf32, **masks)

@@ -309,7 +309,7 @@ def test_operators_pass_torchs_own_checks(marked):
                torch.randn(1, 2, 5), torch.randn(1, 2, 5)]
     with harness.interpreter():
         marks = triton_lstm.op.launch.marks(3, 2, 1, torch.tensor([3, 1]), None, "cpu") if marked else None
-        torch.library.opcheck(lstm_op, (*(t.requires_grad_() for t in tensors), marks, "", 2, True))
+        torch.library.opcheck(lstm_op, (*(t.requires_grad_() for t in tensors), marks, None, "", 2, True))
 
 
 @pytest.mark.parametrize("change, error, reason", [

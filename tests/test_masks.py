@@ -55,47 +55,6 @@ def test_lengths_are_nn_lstm_packed(where):
     assert x.grad.isfinite().all() and (x.grad[torch.arange(6) >= lengths[:, None]] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("lengths", [[6, 4, 4, 1], [3, 6, 1, 6], [5]], ids=str)
-@pytest.mark.parametrize("with_state", [False, True])
-def test_packed_sequences(lengths, with_state, dtype):
-    """Sorted and not, as nn.LSTM: the same indices, states in the caller's order, and no fallback, which would warn."""
-    theirs, ours = layers(3, 7, 2, bidirectional=True, batch_first=True)
-    theirs, ours = theirs.to(dtype), ours.to(dtype)
-    rows = [torch.randn(n, 3).to(dtype).requires_grad_() for n in lengths]
-    hx = [torch.randn(4, len(lengths), 7).to(dtype).requires_grad_() for _ in range(2)]
-    results = []
-    for lstm, path in ((theirs, torch.enable_grad), (ours, harness.interpreter)):
-        packed = torch.nn.utils.rnn.pack_sequence(rows, enforce_sorted=lengths == sorted(lengths, reverse=True))
-        with path():
-            y, state = lstm(packed, tuple(hx) if with_state else None)
-            (y.data.square().sum() + sum(s.sin().sum() for s in state)).backward()
-        leaves = [*rows, *(hx if with_state else ()), *lstm.parameters()]
-        results.append([y.data, *state, *(leaf.grad for leaf in leaves)])
-        for leaf in leaves:
-            leaf.grad = None
-        assert isinstance(y, torch.nn.utils.rnn.PackedSequence) and isinstance(state, tuple)
-        for name in ("batch_sizes", "sorted_indices", "unsorted_indices"):
-            kept, given = getattr(y, name), getattr(packed, name)
-            assert kept is given or torch.equal(kept, given)
-    # rounded at other places: four units of bf16's last place, of a sum of some tens of terms
-    tolerance = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=4e-2, rtol=2e-2)
-    for got, want in zip(results[1], results[0]):
-        torch.testing.assert_close(got, want, **tolerance)
-
-
-def test_wrong_packed_input_raises_as_nn_lstm_does():
-    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(4, 5), torch.randn(2, 5)])
-    good = torch.nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
-    for x, hx in ((packed, None), (good, (torch.zeros(1, 3, 4),) * 2), (good, (torch.zeros(1, 2, 5),) * 2)):
-        messages = []
-        for lstm in layers(3, 4):
-            with harness.interpreter(), pytest.raises(RuntimeError) as caught:
-                lstm(x, hx)
-            messages.append(str(caught.value))
-        assert messages[0] == messages[1]
-
-
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_resets_are_the_loop_that_users_write(batch_first):
     theirs, ours = layers(3, 7, 2, batch_first=batch_first)

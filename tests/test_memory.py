@@ -38,7 +38,8 @@ def test_saved_for_backward(T, keep_every, dtype):
 def test_nothing_is_kept_without_gradients():
     x, w, r = torch.randn(9, 2, 3), torch.randn(20, 3), torch.randn(20, 5)
     with harness.interpreter():
-        *_, kept = triton_lstm.op.lstm_op(x, w[None], r[None], None, *[torch.zeros(1, 2, 5)] * 2, None, "", 2, False)
+        *_, kept = triton_lstm.op.lstm_op(x, w[None], r[None], None, *[torch.zeros(1, 2, 5)] * 2, None, None, "",
+                                               2, False)
     assert kept.shape == (0, 1, 2, 5)
 
 

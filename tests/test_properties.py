@@ -3,8 +3,9 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import harness
 import triton_lstm
@@ -36,6 +37,7 @@ class Call:
     seed: int
     # Further arguments of forward, drawn by name in ``calls``: name -> function of this call that makes the value.
     options: dict = dataclasses.field(default_factory=dict)
+    packed: bool = False
 
     def modules(self):
         """nn.LSTM, ours with its weights, nn.LSTM in float64; for arguments that nn.LSTM has not, ours outside of the
@@ -65,7 +67,12 @@ class Call:
         inputs = dict(x=x, **dict(zip(("h0", "c0"), hx or ())))
         inputs = {name: t.to(dtype).requires_grad_() for name, t in inputs.items()}
         hx = (inputs["h0"], inputs["c0"]) if self.state else None
-        y, (h, c) = module(inputs["x"], hx, **{name: make(self) for name, make in self.options.items()})
+        if self.packed:
+            x = pack_padded_sequence(inputs["x"], lengths(self).clamp(min=1), self.layer["batch_first"], False)
+            y, (h, c) = module(x, hx)
+            y = y.data
+        else:
+            y, (h, c) = module(inputs["x"], hx, **{name: make(self) for name, make in self.options.items()})
         if not backward:
             return dict(y=y, h_n=h, c_n=c)
         generator = torch.Generator().manual_seed(self.seed + 1)
@@ -132,6 +139,13 @@ def reset(call):
 
 
 nothing = lambda call: None
+
+
+@settings(SETTINGS, max_examples=64)
+@given(calls())
+def test_packed(call):
+    assume(call.B)
+    check(dataclasses.replace(call, packed=True), backward=True)
 
 
 @settings(SETTINGS, max_examples=64)

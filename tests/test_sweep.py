@@ -225,13 +225,13 @@ def test_ours_is_not_timed_where_torch_would_compute():
         providers.PROVIDERS[OURS](providers.Problem.of(CASES[0], "cpu"))
 
 
-@pytest.mark.parametrize("sequences", ["ragged", "resets"])
-def test_ours_computes_lengths_and_resets(sequences):
+@pytest.mark.parametrize("name, sequences", [(OURS, "ragged"), (OURS, "resets"), (f"{OURS} packed", "ragged")])
+def test_ours_computes_lengths_and_resets(name, sequences):
     case = Case("grid", "train", "fp32", 5, 7, 6, 10, sequences=sequences)
     with mock.patch.object(providers, "automatic_plan", return_value=make_plan(5, 10, torch.float32, limits=None)), \
             harness.interpreter():
-        run, found, exact = results_of(case, providers.PROVIDERS[OURS])
-    assert run.layer.plan.hidden_size == 10 and set(found) == set(exact)
+        run, found, exact = results_of(case, providers.PROVIDERS[name])
+    assert getattr(run.layer, "lstm", run.layer).plan.hidden_size == 10 and set(found) == set(exact)
     assert correctness.error(found, exact) < 1e-2           # the plan is in TF32
 
 

@@ -5,7 +5,7 @@ from torch.autograd import forward_ad
 from .kernels import launch
 from .op import differentiable, lstm_op, transformed
 from .plan import BACKWARD_ELEMENTS, Plan, keep_every_for
-from .reference import lstm_reference, zoneout_shares
+from .reference import lstm_reference, packed_reference, zoneout_shares
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -28,11 +28,11 @@ def draw_seed(device):
     return torch.randint(-2 ** 63, 2 ** 63 - 1, (1,), device=device)
 
 
-def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=None, zoneout=0., training=True, plan=None,
-         keep_every=None):
-    """One LSTM layer over a padded batch, in one direction or both.
+def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=None, batch_sizes=None, zoneout=0.,
+         training=True, plan=None, keep_every=None):
+    """One LSTM layer over a padded or packed batch, in one direction or both.
 
-    x            (T, B, I), any strides
+    x            (T, B, I), any strides; with ``batch_sizes`` (N, I), the rows of all times one time after another
     weight_ih    (D, 4H, I) for D = 1 or 2 directions, or (4H, I) for one; gates in torch's order i, f, g, o
     weight_hh    (D, 4H, H) or (4H, H)
     bias         (D, 4H) or (4H,): the sum of nn.LSTM's two biases; None for none
@@ -42,6 +42,8 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
                  direction, which begins with it, after the first), h0 and c0 where none does
     reset        (T, B) bool: before such a step h and c are zero, and no gradient passes. So a row is cut into pieces;
                  the reverse direction is cut at the same places
+    batch_sizes  (T,) integers on the CPU, falling, as a ``PackedSequence`` has them: at each time x holds only the
+                 first so many rows of the batch, and so does y (N, D H). Nothing is padded. Not with lengths or reset
     zoneout      the rate for h and c, or a pair of rates (Krueger et al. 2017): with that probability a unit of a row
                  keeps its earlier h at a step, and likewise its earlier c. As in the paper h is made of the new c even
                  where that is not taken: h_t = m_h h + (1 - m_h) o tanh(f c + i g) and c_t = m_c c + (1 - m_c)
@@ -52,8 +54,8 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
     keep_every   c is kept for backward every so many steps, and so many steps are recomputed at a time: memory against
                  launches; chosen from B and H if None
 
-    Returns ``y, (h_n, c_n)`` as nn.LSTM: y (T, B, D H), h_n and c_n (D, B, H). All tensors have one dtype, float16,
-    bfloat16 or float32, and one device; c and sums are kept in fp32. fp32 products follow
+    Returns ``y, (h_n, c_n)`` as nn.LSTM: y (T, B, D H) or (N, D H), h_n and c_n (D, B, H). All tensors have one dtype,
+    float16, bfloat16 or float32, and one device; c and sums are kept in fp32. fp32 products follow
     ``torch.backends.cudnn.rnn.fp32_precision`` (or ``cudnn.allow_tf32``), as nn.LSTM's do. On other devices and in
     float64 torch's own LSTM computes.
 
@@ -72,10 +74,24 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
     if weight_ih.dim() == 2:
         weight_ih, weight_hh = weight_ih.unsqueeze(0), weight_hh.unsqueeze(0)
         bias = None if bias is None else bias.unsqueeze(0)
-    if x.dim() != 3:
-        raise ValueError(f"x must have the shape (T, B, I), got {tuple(x.shape)}")
-    T, B, I = x.shape
-    D, H = weight_hh.shape[0], weight_hh.shape[-1]
+    packed = batch_sizes is not None
+    if x.dim() != (2 if packed else 3):
+        raise ValueError(f"x must have the shape {'(N, I)' if packed else '(T, B, I)'}, got {tuple(x.shape)}")
+    D, H, I = weight_hh.shape[0], weight_hh.shape[-1], x.shape[-1]
+    if packed:
+        if lengths is not None or reset is not None:
+            raise ValueError("lengths and reset are for padded input, batch_sizes for packed")
+        if not isinstance(batch_sizes, torch.Tensor):
+            raise TypeError(f"batch_sizes must be a tensor, got {type(batch_sizes).__name__}")
+        if batch_sizes.dim() != 1:
+            raise ValueError(f"batch_sizes must have the shape (T,), got {tuple(batch_sizes.shape)}")
+        if batch_sizes.is_floating_point() or batch_sizes.is_complex():
+            raise ValueError(f"batch_sizes must be integers, got {batch_sizes.dtype}")
+        if batch_sizes.device.type != "cpu":        # the host would wait for it
+            raise ValueError(f"batch_sizes must be on the CPU, got {batch_sizes.device}")
+        T, B = len(batch_sizes), hx[0].shape[1] if hx is not None else int(batch_sizes[0])
+    else:
+        T, B = x.shape[:2]
     h0, c0 = hx if hx is not None else (x.new_zeros(D, B, H),) * 2
     tensors = dict(weight_ih=(weight_ih, (D, 4 * H, I)), weight_hh=(weight_hh, (D, 4 * H, H)), bias=(bias, (D, 4 * H)),
                    h0=(h0, (D, B, H)), c0=(c0, (D, B, H)))
@@ -99,13 +115,15 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
     if training and any(rates):
         seed = draw_seed(x.device)
     if not runs_kernels(x, x.dtype):
-        keep = zoneout_shares((seed, *rates), T, B, D, H, x) if any(rates) else None
-        return _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, keep)
+        return _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, batch_sizes, (seed, *rates))
     inputs = x, weight_ih, weight_hh, bias, h0, c0
     if not torch.compiler.is_compiling() and any(t is not None and forward_ad.unpack_dual(t).tangent is not None
                                                  for t in inputs):
         # an operator without a formula for tangents would drop them where nothing requires grad
         raise NotImplementedError("triton_lstm has no forward AD (jvp): use torch.func.jacrev or vjp")
+    if packed:
+        sizes = batch_sizes.to(x.device, non_blocking=True)
+        lengths = (torch.arange(B, device=x.device) < sizes[:, None]).sum(0)
     marks = None if lengths is None and reset is None else launch.marks(T, B, D, lengths, reset, x.device)
     if plan is not None:
         keep_every = plan.keep_every
@@ -113,7 +131,8 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
         keep_every = _symbolic_keep_every(B, H, D) if torch.compiler.is_compiling() else keep_every_for(B, H, D)
     # vmap hides whether what it wraps requires grad
     save = torch.is_grad_enabled() and (transformed() or any(t is not None and t.requires_grad for t in inputs))
-    y, h_n, c_n, _ = differentiable(lstm_op)(*inputs, marks, plan.encode() if plan else "", keep_every, save, seed,
+    plan = plan.encode() if plan else ""
+    y, h_n, c_n, _ = differentiable(lstm_op)(*inputs, marks, batch_sizes, plan, keep_every, save, seed,
                                              *map(float, rates))
     return y, (h_n, c_n)
 
@@ -136,9 +155,14 @@ def _checked(mask, shape, name, device):
     return mask.to(device, non_blocking=True)
 
 
-def _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, keep):
-    if x.shape[0] and not (lengths is reset is keep is None):
-        y, h_n, c_n = lstm_reference(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, keep=keep)
+def _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, batch_sizes, zoneout):
+    T, (D, B, H) = (x if batch_sizes is None else batch_sizes).shape[0], h0.shape
+    keep = zoneout_shares(zoneout, T, B, D, H, x) if any(zoneout[1:]) else None
+    if T and not (lengths is reset is keep is None):
+        if batch_sizes is not None:
+            y, h_n, c_n = packed_reference(x, weight_ih, weight_hh, bias, h0, c0, batch_sizes, keep)
+        else:
+            y, h_n, c_n = lstm_reference(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, keep=keep)
         return y, (h_n, c_n)
     if x.shape[0] == 0:
         return x.new_empty(0, x.shape[1], weight_hh.shape[0] * weight_hh.shape[2]), (h0.clone(), c0.clone())
@@ -147,5 +171,9 @@ def _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, keep):
         weights += [weight_ih[d], weight_hh[d]]
         if bias is not None:
             weights += [bias[d], torch.zeros_like(bias[d])]
-    y, h_n, c_n = torch._VF.lstm(x, (h0, c0), weights, bias is not None, 1, 0.0, False, weight_hh.shape[0] == 2, False)
+    options = weights, bias is not None, 1, 0.0, False, weight_hh.shape[0] == 2
+    if batch_sizes is None:
+        y, h_n, c_n = torch._VF.lstm(x, (h0, c0), *options, False)
+    else:
+        y, h_n, c_n = torch._VF.lstm(x, batch_sizes, (h0, c0), *options)
     return y, (h_n, c_n)

@@ -96,7 +96,7 @@ class LSTM(torch.nn.RNNBase):
         if self.batch_first:
             x = x.transpose(0, 1)
             reset = None if reset is None else reset.t()
-        y, (h_n, c_n) = self._layers(x, hx, weights, lengths, reset)
+        y, (h_n, c_n) = self._layers(x, hx, weights, lengths=lengths, reset=reset)
         if self.batch_first:
             y = y.transpose(0, 1)
         if input.dim() == 2:
@@ -104,22 +104,19 @@ class LSTM(torch.nn.RNNBase):
         return y, (h_n, c_n)
 
     def _packed(self, input, hx, weights):
-        """The rows of a packed sequence side by side, each with its length."""
+        """A packed sequence as it is; states come and go in the caller's order."""
         data, sizes, order, original_order = input
-        T, B = len(sizes), int(sizes[0])
-        live = torch.arange(B) < sizes[:, None].cpu()
-        places, lengths = (t.to(data.device, non_blocking=True) for t in (live.flatten().nonzero()[:, 0], live.sum(0)))
-        x = data.new_zeros(T * B, self.input_size).index_copy(0, places, data).view(T, B, -1)
-        y, state = self._layers(x, None if hx is None else self.permute_hidden(hx, order), weights, lengths, None)
-        y = y.reshape(T * B, -1).index_select(0, places)
+        hx = None if hx is None else self.permute_hidden(hx, order)
+        y, state = self._layers(data, hx, weights, batch_sizes=sizes)
         return PackedSequence(y, sizes, order, original_order), self.permute_hidden(state, original_order)
 
-    def _layers(self, x, hx, weights, lengths, reset):
-        """All layers over x (T, B, I); hx (layers D, B, H) each or None."""
+    def _layers(self, x, hx, weights, batch_sizes=None, **masks):
+        """All layers over x (T, B, I), packed (N, I); hx (layers D, B, H) each or None."""
         D = 2 if self.bidirectional else 1
         dtype = self._compute_dtype(x)
         if hx is None:
-            h0 = c0 = x.new_zeros(self.num_layers * D, x.shape[1], self.hidden_size, dtype=dtype)
+            B = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+            h0 = c0 = x.new_zeros(self.num_layers * D, B, self.hidden_size, dtype=dtype)
         else:
             h0, c0 = (s.to(dtype) for s in hx)
         x = x.to(dtype)
@@ -129,8 +126,8 @@ class LSTM(torch.nn.RNNBase):
                 x = torch.nn.functional.dropout(x, self.dropout, self.training)
             w, r, b = self._stacked(weights, layer, dtype)
             state = slice(layer * D, (layer + 1) * D)
-            x, (h, c) = lstm(x, w, r, b, (h0[state], c0[state]), lengths=lengths, reset=reset, plan=self.plan,
-                             zoneout=self.zoneout, training=self.training)
+            x, (h, c) = lstm(x, w, r, b, (h0[state], c0[state]), batch_sizes=batch_sizes, plan=self.plan,
+                             zoneout=self.zoneout, training=self.training, **masks)
             h_n.append(h)
             c_n.append(c)
         h_n, c_n = (torch.cat(s) if len(s) > 1 else s[0] for s in (h_n, c_n))

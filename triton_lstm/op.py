@@ -13,7 +13,7 @@ import torch
 
 from .kernels import launch
 from .plan import Limits, Plan, PlanError, make_plan
-from .reference import lstm_reference, zoneout_shares
+from .reference import lstm_reference, packed_reference, zoneout_shares
 
 NO_GLUON = "the Gluon kernels have no zoneout: make the plan with limits whose cluster is 0"
 
@@ -49,9 +49,9 @@ def automatic_plan(batch, hidden_size, dtype, directions, device, keep_every=Non
                       keep_every)
 
 
-def plan_for(x, r, text, keep_every, zoned):
-    """The plan that runs x (T, B, I) with r (D, 4H, H): the decoded ``text``, or the automatic one."""
-    directions, batch, hidden_size = r.shape[0], x.shape[1], r.shape[2]
+def plan_for(x, h0, text, keep_every, zoned):
+    """The plan that runs x from h0 (D, B, H): the decoded ``text``, or the automatic one."""
+    directions, batch, hidden_size = h0.shape
     if not text:
         return automatic_plan(batch, hidden_size, x.dtype, directions, x.device, keep_every, zoned)
     plan = Plan.decode(text)
@@ -73,39 +73,41 @@ def _zoneout(seed, rate_h, rate_c):
 
 @torch.library.custom_op("triton_lstm::lstm", mutates_args=())
 def lstm_op(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor,
-            c0: torch.Tensor, marks: torch.Tensor | None, plan: str, keep_every: int, save: bool,
-            seed: torch.Tensor | None = None, rate_h: float = 0., rate_c: float = 0.
+            c0: torch.Tensor, marks: torch.Tensor | None, sizes: torch.Tensor | None, plan: str, keep_every: int,
+            save: bool, seed: torch.Tensor | None = None, rate_h: float = 0., rate_c: float = 0.
             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.autocast(x.device.type, enabled=False):      # the types are chosen already
         zoneout = _zoneout(seed, rate_h, rate_c)
-        plan = plan_for(x, r, plan, keep_every, zoneout is not None)
-        return launch.forward(x, w, r, b, h0, c0, marks, plan, save, zoneout)
+        plan = plan_for(x, h0, plan, keep_every, zoneout is not None)
+        return launch.forward(x, w, r, b, h0, c0, marks, plan, save, sizes, zoneout)
 
 
 @lstm_op.register_fake
-def _(x, w, r, b, h0, c0, marks, plan, keep_every, save, seed=None, rate_h=0., rate_c=0.):
-    T, B, _ = x.shape
-    D, _, H = r.shape
+def _(x, w, r, b, h0, c0, marks, sizes, plan, keep_every, save, seed=None, rate_h=0., rate_c=0.):
+    T = (x if sizes is None else sizes).shape[0]
+    D, B, H = h0.shape
     kept = torch.sym_max(T - 1, 0) // keep_every if save else 0
-    return (x.new_empty(T, B, D * H), x.new_empty(D, B, H), x.new_empty(D, B, H),
+    return (x.new_empty(*x.shape[:-1], D * H), x.new_empty(D, B, H), x.new_empty(D, B, H),
             x.new_empty(kept, D, B, H, dtype=torch.float32))
 
 
 @torch.library.custom_op("triton_lstm::lstm_backward", mutates_args=())
 def lstm_backward_op(dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: torch.Tensor | None, x: torch.Tensor,
                      w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor,
-                     marks: torch.Tensor | None, y: torch.Tensor, kept: torch.Tensor, plan: str, keep_every: int,
-                     needs: list[bool], seed: torch.Tensor | None = None, rate_h: float = 0., rate_c: float = 0.
+                     marks: torch.Tensor | None, sizes: torch.Tensor | None, y: torch.Tensor, kept: torch.Tensor,
+                     plan: str, keep_every: int, needs: list[bool], seed: torch.Tensor | None = None,
+                     rate_h: float = 0., rate_c: float = 0.
                      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     zoneout = _zoneout(seed, rate_h, rate_c)
-    plan = plan_for(x, r, plan, keep_every, zoneout is not None)
+    plan = plan_for(x, h0, plan, keep_every, zoneout is not None)
     with torch.autocast(x.device.type, enabled=False):
-        gradients = launch.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, zoneout)
+        gradients = launch.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, sizes, zoneout)
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 
 @lstm_backward_op.register_fake
-def _(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, keep_every, needs, seed=None, rate_h=0., rate_c=0.):
+def _(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, sizes, y, kept, plan, keep_every, needs, seed=None, rate_h=0.,
+      rate_c=0.):
     shapes = [x.shape, w.shape, r.shape, w.shape[:2], h0.shape, c0.shape]
     return tuple(x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs))
 
@@ -121,39 +123,43 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, dh_n, dc_n, _):
     needs = list(ctx.needs_input_grad[:6])
     if dy is None and dh_n is None and dc_n is None:
-        return (None,) * 13
+        return (None,) * 14
     *saved, seed = ctx.saved_tensors
     gradients = differentiable(lstm_backward_op)(dy, dh_n, dc_n, *saved, ctx.plan, ctx.keep_every, needs, seed,
                                                  *ctx.rates)
-    return (*(g if need else None for g, need in zip(gradients, needs)), *(None,) * 7)
+    return (*(g if need else None for g, need in zip(gradients, needs)), *(None,) * 8)
 
 
-def reference_backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks=None, keep=None):
+def reference_backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks=None, sizes=None, keep=None):
     """The gradients of ``lstm_reference`` in its inputs, as torch operations that can be differentiated."""
     inputs = (x, w, r, h0, c0) if b is None else (x, w, r, h0, c0, b)
-    masks = () if marks is None else launch.unmark(marks)
-    _, vjp = torch.func.vjp(lambda x, w, r, h0, c0, b=None: lstm_reference(x, w, r, b, h0, c0, *masks, keep=keep),
-                            *inputs)
+    if sizes is not None:
+        reference = functools.partial(packed_reference, sizes=sizes, keep=keep)
+    else:
+        lengths, reset = (None, None) if marks is None else launch.unmark(marks)
+        reference = functools.partial(lstm_reference, lengths=lengths, reset=reset, keep=keep)
+    _, vjp = torch.func.vjp(lambda x, w, r, h0, c0, b=None: reference(x, w, r, b, h0, c0), *inputs)
     dx, dw, dr, dh0, dc0, *db = vjp((dy, dh_n, dc_n))
     return dx, dw, dr, *(db or [None]), dh0, dc0
 
 
-def reference_double_backward(cotangents, inputs, marks=None, zoneout=None):
+def reference_double_backward(cotangents, inputs, marks=None, sizes=None, zoneout=None):
     """Gradients of <cotangents, reference_backward(inputs)> in the nine inputs; None for those that are None.
 
     Computed in fp32 at least. In TF32 only where ``torch.backends.cuda.matmul`` says so.
     """
     x, h0 = inputs[3], inputs[7]
-    T, B, _ = x.shape
-    D, _, H = h0.shape
+    D, B, H = h0.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
+    T = (x if sizes is None else sizes).shape[0]
     keep = zoneout and zoneout_shares(zoneout, T, B, D, H, x.new_empty(0, dtype=dtype))
     present = [i for i, t in enumerate(inputs) if t is not None]
-    missing = {i: x.new_zeros(shape, dtype=dtype) for i, shape in enumerate([(T, B, D * H), h0.shape, h0.shape])}
+    shapes = (*x.shape[:-1], D * H), h0.shape, h0.shape
+    missing = {i: x.new_zeros(shape, dtype=dtype) for i, shape in enumerate(shapes)}
 
     def backward(*tensors):
         given = dict(zip(present, tensors))
-        gradients = reference_backward(*(given.get(i, missing.get(i)) for i in range(9)), marks, keep)
+        gradients = reference_backward(*(given.get(i, missing.get(i)) for i in range(9)), marks, sizes, keep)
         return tuple(g for g, v in zip(gradients, cotangents) if v is not None)
 
     with torch.autocast(x.device.type, enabled=False):
@@ -165,15 +171,16 @@ def reference_double_backward(cotangents, inputs, marks=None, zoneout=None):
 def _setup_double_context(ctx, inputs, output):
     *_, seed, rate_h, rate_c = inputs
     ctx.rates = rate_h, rate_c
-    ctx.save_for_backward(*inputs[:10], seed)           # y and kept are functions of these
+    ctx.save_for_backward(*inputs[:11], seed)           # y and kept are functions of these
     ctx.set_materialize_grads(False)
 
 
 def _double_backward(ctx, *cotangents):
     if all(v is None for v in cotangents):
-        return (None,) * 18
-    *inputs, marks, seed = ctx.saved_tensors
-    return (*reference_double_backward(cotangents, inputs, marks, _zoneout(seed, *ctx.rates)), *(None,) * 9)
+        return (None,) * 19
+    *inputs, marks, sizes, seed = ctx.saved_tensors
+    zoneout = _zoneout(seed, *ctx.rates)
+    return (*reference_double_backward(cotangents, inputs, marks, sizes, zoneout), *(None,) * 10)
 
 
 def _for_each(op):

@@ -196,7 +196,8 @@ class Plan:
         Per unit, row and step of a chunk: pre-activations, later da, in the input's type, and six fp32 coefficients,
         eight with zoneout; a copy of the chunk of x, should it not be contiguous. Then the shares of dh that a group's
         programs exchange, R as the kernels read it, dh and dc, and dW, dR, db in fp32 and in the input's type. A call
-        with lengths or resets takes up to three copies of the chunk's h on top.
+        with lengths or resets takes up to three copies of the chunk's h on top, a packed one a copy and an index of its
+        rows.
         """
         chunk = min(T, self.keep_every) * self.batch
         unit = 4 * element + (8 if zoneout else 6) * 4

@@ -68,3 +68,13 @@ def philox(seed, n0, n1, n2, n3, rounds=7):
         n0, n1, n2, n3 = high2 ^ n1 ^ key0, low2, high0 ^ n3 ^ key1, low0
         key0, key1 = key0 + 0x9E3779B9 & low, key1 + 0xBB67AE85 & low
     return n0, n1, n2, n3
+
+
+def packed_reference(x, w, r, b, h0, c0, sizes, keep=None):
+    """``lstm_reference`` of packed x (rows, I), padded for it; y is packed too."""
+    B = h0.shape[1]
+    live = torch.arange(B, device="cpu") < sizes[:, None]
+    places, lengths = (t.to(x.device, non_blocking=True) for t in (live.flatten().nonzero()[:, 0], live.sum(0)))
+    padded = x.new_zeros(live.numel(), x.shape[1]).index_copy(0, places, x).view(*live.shape, -1)
+    y, h_n, c_n = lstm_reference(padded, w, r, b, h0, c0, lengths, keep=keep)
+    return y.flatten(0, 1).index_select(0, places), h_n, c_n

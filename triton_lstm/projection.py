@@ -1,0 +1,93 @@
+"""LSTMs with projection (``proj_size``; Sak et al. 2014) as plain ones: the kernels run them as they are.
+
+With h_t = W_hr m_t and m_t = o tanh(c_t) the recurrent product is R h_{t-1} = (R W_hr) m_{t-1}: an LSTM over m whose
+recurrent matrix is R W_hr, (4H, H), computed once a call. y is one product after the time loop. h0 has no m that it
+came from: R h0 goes into the input product, as columns of x that hold h0 at a direction's first step and of W that
+hold R.
+"""
+import torch
+
+from .kernels import launch
+from .op import differentiable, register, tf32_allowed
+from .plan import precision_for
+
+
+@torch.library.custom_op("triton_lstm::product", mutates_args=())
+def product_op(a: torch.Tensor, b: torch.Tensor, exact: bool) -> torch.Tensor:
+    """a @ b for a (D, N, K) and b (D, K, M), of which each direction has one. ``exact``: in fp32, never in TF32, and
+    rounded to a's type once; else as the input products of the layer."""
+    precision = "tf32x3" if exact else precision_for(a.dtype, tf32_allowed())
+    dtype = torch.float32 if exact else a.dtype
+    with torch.autocast(a.device.type, enabled=False), launch.products_in(precision):
+        return torch.bmm(a.to(dtype), b.to(dtype)).to(a.dtype)
+
+
+@product_op.register_fake
+def _(a, b, exact):
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+
+
+def _setup_context(ctx, inputs, output):
+    a, b, ctx.exact = inputs
+    ctx.save_for_backward(a, b)
+
+
+def _backward(ctx, g):
+    a, b = ctx.saved_tensors
+    da, db = ctx.needs_input_grad[:2]
+    return (product(g, b.mT, ctx.exact) if da else None, product(a.mT, g, ctx.exact) if db else None, None)
+
+
+def _vmap(info, in_dims, a, b, exact):
+    members = (t.movedim(dim, 0) if dim is not None else t.expand(info.batch_size, *t.shape)
+               for t, dim in zip((a, b), in_dims))
+    return product(*(t.flatten(0, 1) for t in members), exact).unflatten(0, (info.batch_size, -1)), 0
+
+
+register(product_op, "Product", _setup_context, _backward, _vmap)
+
+
+def product(a, b, exact=False):
+    """``product_op``, differentiable any number of times."""
+    return differentiable(product_op)(a, b, exact)
+
+
+def combine(weight_hh, weight_hr):
+    """R W_hr (D, 4H, H) from R (D, 4H, P) and W_hr (D, P, H)."""
+    return product(weight_hh, weight_hr, exact=True)
+
+
+def project(m, weight_hr):
+    """y (T, B, D P) from m (T, B, D H) and W_hr (D, P, H)."""
+    (T, B, _), (D, P, H) = m.shape, weight_hr.shape
+    y = product(m.reshape(T * B, D, H).transpose(0, 1), weight_hr.mT)
+    return y.transpose(0, 1).reshape(T, B, D * P)
+
+
+def with_state(x, weight_ih, weight_hh, h0, lengths, reset):
+    """x and W with columns whose product is R h0 at the first step of each row and direction that counts.
+
+    x (T, B, I + D P), zero in these columns at all other steps; W (D, 4H, I + D P), zero where x has the h0 of the
+    other direction.
+    """
+    T, D = x.shape[0], len(h0)
+    time = torch.arange(T, device=x.device)[:, None]
+    last = T - 1 if lengths is None else lengths.clamp(max=T) - 1
+    columns, rows = [x], []
+    for d in range(D):
+        first = time == (last if d else 0)
+        if reset is not None and d == 0:        # the other direction ends with time 0
+            first = first & ~reset
+        columns.append(torch.where(first[..., None], h0[d], 0).expand(*x.shape[:2], -1))
+        rows.append(torch.cat([weight_hh[d] if d == e else torch.zeros_like(weight_hh[d]) for e in range(D)], 1))
+    return torch.cat(columns, 2), torch.cat([weight_ih, torch.stack(rows)], 2)
+
+
+def too_large_together(plan):
+    """Why R W_hr is no good in the place of R, of which it has H / P times the elements; None where it fits on chip.
+
+    ``plan`` is the one of a batch of one row, so that no layer changes between implementations with the batch.
+    """
+    if plan.schedule == "streamed":
+        return (f"proj_size: the product of weight_hh and weight_hr, {4 * plan.hidden_size} x {plan.hidden_size}, does "
+                "not fit on the chip")

@@ -5,6 +5,7 @@ from .functional import DTYPES
 from .layer import LSTM, _TorchLSTM
 from .op import tf32_allowed
 from .plan import H200, SCHEDULES, Limits, PlanError, _cycles, make_plan
+from .projection import too_large_together
 
 
 def explain(layer, x, limits=None):
@@ -16,8 +17,9 @@ def explain(layer, x, limits=None):
     limits    of the device: those of x's CUDA device, or ``triton_lstm.plan.H200``, if None
 
     Nothing is launched. Bytes saved for backward are ``Plan.saved_bytes``, beside the least that an LSTM keeps which
-    stores i, f, g, o and c of every step: 5 H elements a row and step. Both keep x, y and weights too. Cycles of a step
-    are ``make_plan``'s bounds from machine code, not measurements.
+    stores i, f, g, o and c of every step: 5 H elements a row and step. Both keep x, y and weights too; with
+    ``proj_size`` ours also keeps o tanh(c), H elements, which are counted. Cycles of a step are ``make_plan``'s bounds
+    from machine code, not measurements.
     Raises TypeError for another layer or an input that is no tensor, ValueError for one of another shape.
     """
     if not isinstance(layer, (LSTM, _TorchLSTM)):
@@ -34,26 +36,34 @@ def explain(layer, x, limits=None):
         limits, whose = (Limits.of(x.device), f"{x.device}") if x.is_cuda else (H200, "an H200")
     title = (f"LSTM({layer.extra_repr()}) on T={T}, B={B} in {str(dtype).removeprefix('torch.')}, planned for {whose}: "
              f"{limits.multiprocessors} multiprocessors, {_size(limits.shared_memory)} of shared memory a program")
-    if layer.proj_size or dtype not in DTYPES:
-        return f"{title}\ntorch's own LSTM computes: {'proj_size' if layer.proj_size else dtype}"
+    if dtype not in DTYPES:
+        return f"{title}\ntorch's own LSTM computes: {dtype}"
     if own and (own.batch, own.hidden_size, own.directions, own.precision == "native") != (
             B, H, D, dtype != torch.float32):
         return f"{title}\nlayer.plan cannot run, it is for another input: {own}"
     try:
         plan = own or make_plan(B, H, dtype, D, limits=limits, tf32=tf32_allowed())
         plan.check(limits)
+        if layer.proj_size and not own:
+            too_large = too_large_together(make_plan(1, H, dtype, D, limits=limits, tf32=tf32_allowed()))
+            if too_large:
+                return f"{title}\ntorch's own LSTM computes: {too_large}"
     except PlanError as error:
         consequence = "layer.plan cannot run" if own else "torch's own LSTM computes"
         return f"{title}\n{consequence}: {error}"
     forward, backward = (-(-T // max(steps, 1)) for steps in (plan.forward_steps(T, dtype.itemsize), plan.keep_every))
+    matrix, m_bytes = "R", 0
+    if layer.proj_size:
+        matrix = f"weight_hh weight_hr, {4 * H} x {H} in the place of R,"
+        m_bytes = T * B * D * H * dtype.itemsize
     lines = [
         title,
         f"{layer.num_layers} layer(s), each by {'layer.plan, ' if own else ''}{plan}",
-        f"  R takes {_size(plan.r_bytes)} a direction",
+        f"  {matrix} takes {_size(plan.r_bytes)} a direction",
         f"  {plan.groups} group(s) of programs a direction share the rows, {plan.tiles} tile(s) of {plan.block_b} rows "
         "each",
         f"  launches of the time loop a layer: {forward} forward, {backward} backward",
-        f"  saved for backward a layer: {_size(plan.saved_bytes(T))}; storing i, f, g, o and c of every step takes "
+        f"  saved for backward a layer: {_size(plan.saved_bytes(T) + m_bytes)}; storing i, f, g, o and c of every step takes "
         f"{_size(5 * T * B * D * H * dtype.itemsize)} at least"]
     lines += [f"  not {schedule}: {_why_not(schedule, plan, dtype, limits)}" for schedule in SCHEDULES
               if schedule != plan.schedule]

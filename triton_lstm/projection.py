@@ -14,10 +14,12 @@ from .plan import precision_for
 
 @torch.library.custom_op("triton_lstm::product", mutates_args=())
 def product_op(a: torch.Tensor, b: torch.Tensor, exact: bool) -> torch.Tensor:
-    """a @ b for a (D, N, K) and b (D, K, M), of which each direction has one. ``exact``: in fp32, never in TF32, and
-    rounded to a's type once; else as the input products of the layer."""
-    precision = "tf32x3" if exact else precision_for(a.dtype, tf32_allowed())
-    dtype = torch.float32 if exact else a.dtype
+    """a @ b for a (D, N, K) and b (D, K, M), of which each direction has one; products as the layer's or, if ``exact``,
+    rounded to a's type once and to nothing else before."""
+    precision, dtype = precision_for(a.dtype, tf32_allowed()), a.dtype
+    if exact:
+        # fp32 holds the products of 16-bit numbers, and sums more exact than the TF32 that R W_hr is rounded to later
+        precision, dtype = "tf32x3", torch.float64 if precision == "tf32x3" else torch.float32
     with torch.autocast(a.device.type, enabled=False), launch.products_in(precision):
         return torch.bmm(a.to(dtype), b.to(dtype)).to(a.dtype)
 

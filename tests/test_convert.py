@@ -216,7 +216,7 @@ def published(name, *needs):
     """A module of a published package. Of torchaudio, which it imports for its files, the network needs nothing."""
     for package in (name.split(".")[0], *needs):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install --no-deps {package}")
+            pytest.skip(f"{package} is not installed: pip install --no-deps openunmix encodec einops")
     with mock.patch.dict(sys.modules, torchaudio=mock.MagicMock()):
         return importlib.import_module(name)
 

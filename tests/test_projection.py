@@ -57,9 +57,8 @@ def test_error_budget_of_large_weights():
         problem.check(problem.ours())
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("schedule", ["resident", "grid", "streamed"])
+@pytest.mark.parametrize("schedule, dtype, arch", [("resident", FP16, 80), ("grid", FP32, 90), ("grid", BF16, 80),
+                                                   ("streamed", BF16, 90)], ids=str)
 def test_emulated(schedule, dtype, arch):
     problem = Problem(3, 4, 3, 33, 2, dtype=dtype, ragged=True, P=5)
     plan = (problem.plan(schedule="resident", keep_every=2) if schedule == "resident" else
@@ -68,8 +67,8 @@ def test_emulated(schedule, dtype, arch):
         problem.check(problem.ours(plan=plan))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("ctas", [1, pytest.param(2, marks=CLUSTERS), pytest.param(4, marks=CLUSTERS)])
+@pytest.mark.parametrize("ctas, dtype", [(1, BF16), (1, FP32), pytest.param(2, FP32, marks=CLUSTERS),
+                                         pytest.param(4, FP16, marks=CLUSTERS)], ids=str)
 def test_gluon(ctas, dtype):
     """fp32 in TF32, where R W_hr is rounded to it once."""
     problem = Problem(3, 3, 4, 40, 2, dtype=dtype, tf32=dtype == FP32, P=12)
@@ -366,23 +365,26 @@ def test_operator_passes_torchs_own_checks():
 def test_products_follow_the_switch_of_rnns(allowed):
     """Not matmul's: in TF32 where nn.LSTM may multiply so, but R W_hr never; fp64 where results are to be exact."""
     from triton_lstm import projection
-    seen, real = [], torch.bmm
+    seen, real, switch = [], torch.bmm, torch.backends.cuda.matmul
+    name, on, off = ("fp32_precision", "tf32", "ieee") if hasattr(switch, "fp32_precision") else (
+        "allow_tf32", True, False)
 
     def bmm(a, b):
-        seen.append((a.dtype, torch.backends.cuda.matmul.allow_tf32))
+        seen.append((a.dtype, getattr(switch, name)))
         return real(a, b)
-    before = torch.backends.cuda.matmul.allow_tf32
+    before = getattr(switch, name)
     with mock.patch.object(projection, "tf32_allowed", lambda: allowed), mock.patch.object(torch, "bmm", bmm):
-        for matmul in (True, False):
-            torch.backends.cuda.matmul.allow_tf32 = matmul
+        for matmul in (on, off):
+            setattr(switch, name, matmul)
             try:
                 for dtype in (FP32, BF16):
                     for exact in (True, False):
                         projection.product_op(torch.ones(1, 2, 2).to(dtype), torch.ones(1, 2, 2).to(dtype), exact)
-                assert torch.backends.cuda.matmul.allow_tf32 == matmul
+                assert getattr(switch, name) == matmul
             finally:
-                torch.backends.cuda.matmul.allow_tf32 = before
-            assert seen == [(FP32 if allowed else torch.float64, False), (FP32, allowed), (FP32, False), (BF16, matmul)]
+                setattr(switch, name, before)
+            assert seen == [(FP32 if allowed else torch.float64, off), (FP32, on if allowed else off), (FP32, off),
+                            (BF16, matmul)]
             seen.clear()
 
 

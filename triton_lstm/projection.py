@@ -43,7 +43,7 @@ def _backward(ctx, g):
 def _vmap(info, in_dims, a, b, exact):
     members = (t.movedim(dim, 0) if dim is not None else t.expand(info.batch_size, *t.shape)
                for t, dim in zip((a, b), in_dims))
-    return product(*(t.flatten(0, 1) for t in members), exact).unflatten(0, (info.batch_size, -1)), 0
+    return product_op(*(t.flatten(0, 1) for t in members), exact).unflatten(0, (info.batch_size, -1)), 0
 
 
 register(product_op, "Product", _setup_context, _backward, _vmap)

@@ -165,6 +165,13 @@ def test_rows_without_steps_and_resets_at_the_start(kernels):
     assert (poisoned.grad[0] == 0).all() and (poisoned.grad[1, 1:] != 0).all() and (poisoned.grad[1, 0] == 0).all()
 
 
+def test_one_step_needs_no_product_of_weights():
+    """What h0 adds is in the input product, and R W_hr would be multiplied by zero."""
+    problem = Problem(1, 3, 4, 9, 2, P=4)
+    with harness.interpreter(), mock.patch.object(triton_lstm.functional, "combine", None):
+        problem.check(problem.ours())
+
+
 def test_dropout():
     """At 1 what nn.LSTM gives; h_n is taken before it; in eval mode there is none."""
     theirs, ours, _ = pair(6, 9, num_layers=2, proj_size=4, dropout=1.0)
@@ -363,7 +370,8 @@ def test_operator_passes_torchs_own_checks():
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_products_follow_the_switch_of_rnns(allowed):
-    """Not matmul's: in TF32 where nn.LSTM may multiply so, but R W_hr never; fp64 where results are to be exact."""
+    """Not matmul's: in TF32 where nn.LSTM may multiply so, but not R W_hr, unless of 16-bit numbers, which TF32 holds;
+    in fp64 where fp32 is to be exact."""
     from triton_lstm import projection
     seen, real, switch = [], torch.bmm, torch.backends.cuda.matmul
     name, on, off = ("fp32_precision", "tf32", "ieee") if hasattr(switch, "fp32_precision") else (
@@ -383,7 +391,7 @@ def test_products_follow_the_switch_of_rnns(allowed):
                 assert getattr(switch, name) == matmul
             finally:
                 setattr(switch, name, before)
-            assert seen == [(FP32 if allowed else torch.float64, off), (FP32, on if allowed else off), (FP32, off),
+            assert seen == [(FP32 if allowed else torch.float64, off), (FP32, on if allowed else off), (FP32, on),
                             (BF16, matmul)]
             seen.clear()
 

@@ -94,8 +94,11 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, weight_hr=None, lengths
     if weight_hr is not None:
         if hx is not None:
             x, weight_ih = with_state(x, weight_ih, weight_hh, h0, lengths, reset)
-        m, (m_n, c_n) = lstm(x, weight_ih, combine(weight_hh, weight_hr), bias, (x.new_zeros(D, B, H), c0),
-                             lengths=lengths, reset=reset, plan=plan, keep_every=keep_every)
+        # of one step h0 is all that R is multiplied by
+        one = hx is not None and not torch.compiler.is_compiling() and T == 1
+        combined = x.new_zeros(D, 4 * H, H) if one else combine(weight_hh, weight_hr)
+        m, (m_n, c_n) = lstm(x, weight_ih, combined, bias, (x.new_zeros(D, B, H), c0), lengths=lengths, reset=reset,
+                             plan=plan, keep_every=keep_every)
         h_n = product(m_n, weight_hr.mT)
         if hx is not None and lengths is not None:
             h_n = torch.where((lengths > 0)[:, None], h_n, h0)

@@ -18,8 +18,9 @@ def product_op(a: torch.Tensor, b: torch.Tensor, exact: bool) -> torch.Tensor:
     rounded to a's type once and to nothing else before."""
     precision, dtype = precision_for(a.dtype, tf32_allowed()), a.dtype
     if exact:
-        # fp32 holds the products of 16-bit numbers, and sums more exact than the TF32 that R W_hr is rounded to later
-        precision, dtype = "tf32x3", torch.float64 if precision == "tf32x3" else torch.float32
+        # TF32 holds 16-bit numbers as they are; fp32 is exact enough for an R W_hr that is rounded to TF32 afterwards
+        precision, dtype = {"native": ("tf32", torch.float32), "tf32": ("tf32x3", torch.float32),
+                            "tf32x3": ("tf32x3", torch.float64)}[precision]
     with torch.autocast(a.device.type, enabled=False), launch.products_in(precision):
         return torch.bmm(a.to(dtype), b.to(dtype)).to(a.dtype)
 

@@ -63,8 +63,8 @@ def explain(layer, x, limits=None):
         f"  {plan.groups} group(s) of programs a direction share the rows, {plan.tiles} tile(s) of {plan.block_b} rows "
         "each",
         f"  launches of the time loop a layer: {forward} forward, {backward} backward",
-        f"  saved for backward a layer: {_size(plan.saved_bytes(T) + m_bytes)}; storing i, f, g, o and c of every step takes "
-        f"{_size(5 * T * B * D * H * dtype.itemsize)} at least"]
+        f"  saved for backward a layer: {_size(plan.saved_bytes(T) + m_bytes)}; storing i, f, g, o and c of every step "
+        f"takes {_size(5 * T * B * D * H * dtype.itemsize)} at least"]
     lines += [f"  not {schedule}: {_why_not(schedule, plan, dtype, limits)}" for schedule in SCHEDULES
               if schedule != plan.schedule]
     return "\n".join(lines)

@@ -44,9 +44,9 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, weight_hr=None, lengths
     Neither lengths nor reset costs a synchronisation with the host; lengths that lie outside 0 to T count as the
     nearest. Where torch's own LSTM computes, they go step by step in torch operators.
 
-    With weight_hr the kernels run on m = o tanh(c) and the product R W_hr, (D, 4H, H), rounded once to the dtype, so the
-    plan is that of H units without projection. m is kept for backward beside y. Giving hx costs a copy of x with D P
-    more columns.
+    With weight_hr the kernels run on m = o tanh(c) and the product R W_hr, (D, 4H, H), rounded once to the dtype: the
+    plan is that of H units without projection, also where R W_hr does not fit on the chip. m is kept for backward
+    beside y. Giving hx costs a copy of x with D P more columns.
 
     Differentiable any number of times, also by ``torch.func``'s grad, vjp and jacrev; forward mode (jvp) raises. First
     derivatives are kernels. Higher ones run the equations step by step in torch and keep every activation: right, but

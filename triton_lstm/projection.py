@@ -62,9 +62,9 @@ def combine(weight_hh, weight_hr):
 
 def project(m, weight_hr):
     """y (T, B, D P) from m (T, B, D H) and W_hr (D, P, H)."""
-    (T, B, _), (D, P, H) = m.shape, weight_hr.shape
-    y = product(m.reshape(T * B, D, H).transpose(0, 1), weight_hr.mT)
-    return y.transpose(0, 1).reshape(T, B, D * P)
+    D, P, H = weight_hr.shape
+    steps = m.flatten(0, -2).unflatten(1, (D, H)).transpose(0, 1)
+    return product(steps, weight_hr.mT).transpose(0, 1).reshape(*m.shape[:-1], D * P)
 
 
 def with_state(x, weight_ih, weight_hh, h0, lengths, reset):

@@ -19,18 +19,24 @@ if not INTERPRET:       # which knows no Gluon
 interleaved = False
 
 
-@contextlib.contextmanager
 def matmul_precision(plan):
-    """cuBLAS products in TF32 where the plan's are: torch has one switch for nn.LSTM and another for matmul.
+    """cuBLAS products as the plan's."""
+    return products_in(plan.precision)
+
+
+@contextlib.contextmanager
+def products_in(precision):
+    """cuBLAS products in TF32 where a plan of ``precision`` has them: torch has one switch for nn.LSTM and another for
+    matmul.
 
     The switch is the process's; another thread that multiplies meanwhile sees it.
     """
-    if INTERPRET or plan.precision == "native":
+    if INTERPRET or precision == "native":
         yield
         return
     matmul = torch.backends.cuda.matmul
-    name, value = ("fp32_precision", "tf32" if plan.precision == "tf32" else "ieee") if hasattr(
-        matmul, "fp32_precision") else ("allow_tf32", plan.precision == "tf32")
+    name, value = ("fp32_precision", "tf32" if precision == "tf32" else "ieee") if hasattr(
+        matmul, "fp32_precision") else ("allow_tf32", precision == "tf32")
     before = getattr(matmul, name)
     setattr(matmul, name, value)
     try:

@@ -45,7 +45,8 @@ class _Tf32Matmul(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A layer with inputs and incoming gradients drawn from ``seed``; D directions. ``results`` are named tensors."""
+    """A layer with inputs and incoming gradients drawn from ``seed``; D directions, projected to P units unless P is 0.
+    ``results`` are named tensors."""
     T: int
     B: int
     I: int
@@ -59,17 +60,20 @@ class Problem:
     ragged: bool = False
     resets: bool = False
     packed: bool = False
+    P: int = 0
 
     def tensors(self):
-        """(x, w, r, b, h0, c0) and (dy, dh_n, dc_n), values as nn.LSTM initialises and inputs normal."""
+        """(x, w, r, b, h0, c0), with P also weight_hr, and (dy, dh_n, dc_n), values as nn.LSTM initialises and inputs
+        normal."""
         generator = torch.Generator().manual_seed(self.seed)
-        T, B, I, H, D = self.T, self.B, self.I, self.H, self.D
+        T, B, I, H, D, P = self.T, self.B, self.I, self.H, self.D, self.P or self.H
         normal = lambda *shape: torch.randn(shape, generator=generator).to(self.device, self.dtype)
         flat = lambda *shape: (torch.rand(shape, generator=generator) * 2 - 1) / H ** 0.5
         uniform = lambda *shape: flat(*shape).to(self.device, self.dtype)
-        inputs = [normal(T, B, I), uniform(D, 4 * H, I), uniform(D, 4 * H, H),
-                  uniform(D, 4 * H) if self.bias else None, normal(D, B, H), normal(D, B, H)]
-        return inputs, [normal(T, B, D * H), normal(D, B, H), normal(D, B, H)]
+        inputs = [normal(T, B, I), uniform(D, 4 * H, I), uniform(D, 4 * H, P),
+                  uniform(D, 4 * H) if self.bias else None, normal(D, B, P), normal(D, B, H)]
+        inputs += [uniform(D, P, H)] if self.P else []
+        return inputs, [normal(T, B, D * P), normal(D, B, P), normal(D, B, H)]
 
     def masks(self):
         """``lengths`` and ``reset`` as ``lstm`` takes them: among the lengths 0 and T, a fifth of the steps resets.
@@ -93,41 +97,47 @@ class Problem:
         return list(zip([0, *cuts], [*cuts, end])) if end else []
 
     def results(self, function, dtype=None):
-        """What ``function(x, w, r, b, h0, c0) -> y, h_n, c_n`` computes, and the gradients it gives."""
+        """What ``function(x, w, r, b, h0, c0, [hr]) -> y, h_n, c_n`` computes, and the gradients it gives."""
         inputs, gradients = self.tensors()
         inputs = [t if t is None else t.to(dtype or self.dtype).requires_grad_() for t in inputs]
         outputs = function(*inputs)
         torch.autograd.backward(outputs, [g.to(dtype or self.dtype) for g in gradients])
         named = dict(zip(("y", "h_n", "c_n"), outputs))
-        named.update((f"d{name}", t.grad) for name, t in zip(("x", "w", "r", "b", "h0", "c0"), inputs) if t is not None)
+        named.update((f"d{name}", t.grad) for name, t in zip(("x", "w", "r", "b", "h0", "c0", "hr"), inputs)
+                     if t is not None)
         return {name: t.detach() for name, t in named.items()}
 
     def exact(self):
-        return self.results(lambda *inputs: lstm_reference(*inputs, **self.masks()), torch.float64)
+        return self.results(self._reference(torch.matmul), torch.float64)
+
+    def _reference(self, multiply):
+        return lambda x, w, r, b, h0, c0, hr=None: lstm_reference(x, w, r, b, h0, c0, **self.masks(), multiply=multiply,
+                                                                  weight_hr=hr)
 
     def torch(self):
         """nn.LSTM in this dtype; in TF32, which no CPU has, a float64 LSTM whose products round their operands."""
         if self.tf32 and self.device == "cpu":
-            return self.results(lambda *inputs: lstm_reference(*inputs, **self.masks(), multiply=_Tf32Matmul.apply),
-                                torch.float64)
+            return self.results(self._reference(_Tf32Matmul.apply), torch.float64)
 
-        def function(x, w, r, b, h0, c0):
+        def function(x, w, r, b, h0, c0, hr=None):
             weights = [t for d in range(self.D) for t in
-                       [w[d], r[d]] + ([b[d], torch.zeros_like(b[d])] if self.bias else [])]
+                       [w[d], r[d]] + ([b[d], torch.zeros_like(b[d])] if self.bias else [])
+                       + ([hr[d]] if self.P else [])]
             return torch._VF.lstm(x, (h0, c0), weights, self.bias, 1, 0., True, self.D == 2, False)
 
-        def piece_by_piece(x, w, r, b, h0, c0):
+        def piece_by_piece(x, w, r, b, h0, c0, hr=None):
             # through fp32, so that the pieces' gradients add up in it, as those of one product over all do
             x32, w32, r32, h32, c32 = (t.float() for t in (x, w, r, h0, c0))
-            b32 = None if b is None else b.float()
+            b32, hr32 = (None if t is None else t.float() for t in (b, hr))
             narrow = lambda t: t.to(x.dtype)
             outputs, states = [], []
             for d in range(self.D):
                 weights = [narrow(w32[d]), narrow(r32[d])]
                 weights += [narrow(b32[d]), torch.zeros_like(weights[0][:, 0])] if self.bias else []
+                weights += [narrow(hr32[d])] if self.P else []
                 rows = []
                 for n in range(self.B):
-                    state, y = (h32[d:d + 1, n:n + 1], c32[d:d + 1, n:n + 1]), x32.new_zeros(self.T, self.H)
+                    state, y = (h32[d:d + 1, n:n + 1], c32[d:d + 1, n:n + 1]), x32.new_zeros(self.T, h0.shape[2])
                     pieces = self.pieces(n)
                     for start, end in pieces[::-1] if d else pieces:
                         again = self.resets and (end < pieces[-1][1] if d else
@@ -141,20 +151,20 @@ class Problem:
                     rows.append(y)
                     states.append(state)
                 outputs.append(torch.stack(rows, 1))
-            h_n, c_n = (torch.cat([s[k] for s in states], 1).view(self.D, self.B, self.H) for k in (0, 1))
+            h_n, c_n = (torch.cat([s[k] for s in states], 1).view_as(s0) for k, s0 in ((0, h0), (1, c0)))
             return narrow(torch.cat(outputs, -1)), narrow(h_n), narrow(c_n)
         return self.results(piece_by_piece if self.ragged or self.resets or self.packed else function)
 
     def ours(self, **options):
-        def function(x, w, r, b, h0, c0):
-            y, (h_n, c_n) = triton_lstm.lstm(x, w, r, b, (h0, c0), **self.masks(), **options)
+        def function(x, w, r, b, h0, c0, hr=None):
+            y, (h_n, c_n) = triton_lstm.lstm(x, w, r, b, (h0, c0), weight_hr=hr, **self.masks(), **options)
             return y, h_n, c_n
 
-        def packed(x, w, r, b, h0, c0):
+        def packed(x, w, r, b, h0, c0, hr=None):
             live = torch.arange(self.T)[:, None] < self.masks()["lengths"].cpu()
             places = live.flatten().nonzero()[:, 0].to(x.device)
             y, (h_n, c_n) = triton_lstm.lstm(x.flatten(0, 1)[places], w, r, b, (h0, c0), batch_sizes=live.sum(1),
-                                             **options)
+                                             weight_hr=hr, **options)
             y = y.new_zeros(live.numel(), y.shape[1]).index_copy(0, places, y)
             return y.view(self.T, self.B, -1), h_n, c_n
         return self.results(packed if self.packed else function)

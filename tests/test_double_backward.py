@@ -95,7 +95,7 @@ def penalty(module, x):
     """WGAN-GP: the mean of (|dD/dx| - 1)^2 over the samples, D a function of all that the LSTM gives."""
     x = x.detach().requires_grad_()
     y, (h, c) = module(x)
-    gradient, = torch.autograd.grad(y.square().sum() + (h * c).sum(), x, create_graph=True)
+    gradient, = torch.autograd.grad(y.square().sum() + (h * c[..., :h.shape[2]]).sum(), x, create_graph=True)
     loss = ((gradient.transpose(0, 1).flatten(1).norm(dim=1) - 1) ** 2).mean()
     parameters = dict(module.named_parameters())
     return {"loss": loss, "x": torch.autograd.grad(loss, x, retain_graph=True)[0]} | dict(

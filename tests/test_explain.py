@@ -61,6 +61,18 @@ def test_bidirectional_fp32_batch_first():
     assert f"takes {5 * 300 * 20 * 2 * 300 * 4 / 2**20:.4g} MiB at least" in text
 
 
+def test_projection():
+    """R is 2048 x 512 x 2 bytes though weight_hh is 2048 x 40, and m, 300 x 64 x 512 x 2 bytes, is kept beside c."""
+    text = explain(512, meta(300, 64, 64), proj_size=40)
+    plan = triton_lstm.make_plan(64, 512, torch.bfloat16, limits=CHIP)
+    assert f"1 layer(s), each by {plan}" in text
+    assert "  weight_hh weight_hr, 2048 x 512 in the place of R, takes 2 MiB a direction" in text
+    assert "saved for backward a layer: 19.25 MiB; " in text
+    layer = triton_lstm.LSTM(4, 1088, proj_size=8)
+    layer.plan = triton_lstm.make_plan(2, 1088, torch.bfloat16, limits=CHIP)
+    assert f"each by layer.plan, {layer.plan}" in triton_lstm.explain(layer, meta(5, 2, 4), CHIP)
+
+
 def test_unbatched_and_empty():
     assert "T=9, B=1 in" in explain(70, meta(9, 64), batch_first=True)
     assert "0 forward, 0 backward" in explain(70, meta(0, 3, 64))
@@ -79,7 +91,10 @@ def test_limits():
 
 def test_torchs_own_lstm():
     """What the kernels do not cover, in the words of the layer's warning; nn.LSTM is explained like ours."""
-    assert explain(9, meta(5, 3, 64), proj_size=2).endswith("\ntorch's own LSTM computes: proj_size")
+    for batch in (1, 64):
+        assert explain(1088, meta(5, batch, 64), proj_size=8).endswith(
+            "\ntorch's own LSTM computes: proj_size: the product of weight_hh and weight_hr, 4352 x 1088, does not fit "
+            "on the chip")
     assert explain(9, meta(5, 3, 64, dtype=torch.float64)).endswith("\ntorch's own LSTM computes: torch.float64")
     tiny = Limits(1, 232448)
     with pytest.raises(triton_lstm.PlanError) as error:

@@ -27,6 +27,8 @@ def written_out(layer, x, hx):
                 i, f, g, o = 1 / (1 + (-i).exp()), 1 / (1 + (-f).exp()), g.tanh(), 1 / (1 + (-o).exp())
                 c = f * c + i * g
                 h = o * c.tanh()
+                if layer.proj_size:
+                    h = h @ weights[f"weight_hr_l{k}{suffix}"].t()
                 steps.append((t, dict(i=i, f=f, g=g, o=o, c=c, h=h)))
             steps = [step for _, step in sorted(steps, key=lambda pair: pair[0])]
             results.append({name: torch.stack([step[name] for step in steps]) for name in steps[0]})
@@ -98,8 +100,6 @@ def test_errors():
         triton_lstm.gates(torch.nn.GRU(4, 7), x)
     with pytest.raises(TypeError, match="PackedSequence"):
         triton_lstm.gates(triton_lstm.LSTM(4, 7), torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3, 2])))
-    with pytest.raises(ValueError, match="proj_size"):
-        triton_lstm.gates(triton_lstm.LSTM(4, 7, proj_size=2), x)
     with pytest.raises(ValueError, match="weight_ih must have the shape"):
         triton_lstm.gates(triton_lstm.LSTM(4, 7), x[..., :3])
     with pytest.raises(ValueError, match="h0 must have the shape"):

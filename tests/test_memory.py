@@ -74,7 +74,7 @@ def backward_peak(plan, T, I, contiguous=True, zoneout=None):
     dy = torch.randn(T, B, D * H)
     old = [x, w, r, b, state, y, kept, dy]
     with Peak(old) as peak:
-        launch.backward(dy, state, state, x, w, r, b, state, state, None, y, kept, plan, [True] * 6, zoneout,
+        launch.backward(dy, state, state, x, w, r, b, state, state, None, y, kept, plan, [True] * 6, zoneout=zoneout,
                         run=lambda *args, **kwargs: None)
     return peak.most - x.numel() * 4
 

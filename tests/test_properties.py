@@ -11,6 +11,7 @@ import harness
 import triton_lstm
 from problems import BUDGET
 
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 # The interpreter takes 20 ms a step, so no deadline and no word on slowness. conftest's fixture, which Hypothesis sets
 # up once for all examples, has no state. The printed blob reproduces a failure; no database lies about.
 SETTINGS = settings(deadline=None, print_blob=True, database=None,
@@ -57,8 +58,10 @@ class Call:
         batch = () if self.B is None else (self.B,)
         lengths = (*batch, self.T) if self.layer["batch_first"] else (self.T, *batch)
         rows = self.layer["num_layers"] * (1 + self.layer["bidirectional"])
-        state = lambda: normal(rows, *batch, self.layer["hidden_size"])
-        return normal(*lengths, self.layer["input_size"]), (state(), state()) if self.state else None
+        state = lambda units: normal(rows, *batch, units)
+        units = self.layer["hidden_size"]
+        return normal(*lengths, self.layer["input_size"]), (
+            (state(self.layer["proj_size"] or units), state(units)) if self.state else None)
 
     def results(self, module, backward):
         """All outputs and, with ``backward``, gradients for random cotangents, by name."""
@@ -88,7 +91,9 @@ def calls(draw, options=None):
     like ``lengths`` and ``reset``.
     """
     # every now and then a second tile of 16 units or rows
-    layer = dict(input_size=draw(st.integers(1, 4)), hidden_size=draw(st.sampled_from([1, 2, 3, 4, 5, 16, 17])),
+    hidden_size = draw(st.sampled_from([1, 2, 3, 4, 5, 16, 17]))
+    layer = dict(input_size=draw(st.integers(1, 4)), hidden_size=hidden_size,
+                 proj_size=draw(st.sampled_from([0, *(n for n in (0, 1, 3, 16) if n < hidden_size)])),
                  num_layers=draw(st.sampled_from([1, 1, 1, 2])), bias=draw(st.booleans()),
                  batch_first=draw(st.booleans()), bidirectional=draw(st.booleans()))
     return Call(layer, dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),

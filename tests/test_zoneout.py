@@ -287,7 +287,7 @@ def layers_by_equations(layer, x, hx, rates, lengths):
     D, (T, B, _), states = 1 + layer.bidirectional, x.shape, []
     for k in range(layer.num_layers):
         weights = [getattr(layer, name).detach().double() for name in layer._flat_weights_names]
-        w, r, b = layer._stacked(weights, k, torch.float64)
+        w, r, b, _ = layer._stacked(weights, k, torch.float64)
         seed = draw_seed("cpu") if layer.training else None
         keep = zoneout_shares((seed, *rates), T, B, D, layer.hidden_size, x.double())
         h0, c0 = (s[k * D:(k + 1) * D].double() for s in hx)
@@ -483,7 +483,7 @@ def test_compile_full_graph():
 def test_operator_passes_torchs_own_checks(drawn):
     x, w, r, b, h0, c0 = (t.requires_grad_() for t in Problem(3, 2, 4, 5).tensors()[0])
     with harness.interpreter():
-        torch.library.opcheck(triton_lstm.op.lstm_op, (x, w, r, b, h0, c0, None, "", 2, True,
+        torch.library.opcheck(triton_lstm.op.lstm_op, (x, w, r, b, h0, c0, None, None, "", 2, True,
                                                        seed_of(0) if drawn else None, *RATES))
 
 

@@ -23,7 +23,7 @@ def convert(model):
     A layer's class is changed and nothing else: it stays the same object with the same Parameters, buffers, hooks,
     parametrizations, mode, device and dtype. So optimizers go on, state dicts keep their keys, and a layer used in two
     places remains one. Left as they are: subclasses of nn.LSTM, whose forward may differ; layers whose forward was
-    replaced on the instance; scripted layers; layers with ``proj_size``, which torch's LSTM would compute anyway.
+    replaced on the instance; scripted layers.
     Layers that the model does not register, as in a plain list, are not seen.
 
     Returns a ``Conversion``. Call it before torch.compile, and after code that asks ``isinstance(layer, nn.LSTM)``,
@@ -60,8 +60,6 @@ def _swap(model, source, target):
             result.left[name] = "its forward was replaced on the instance"
         elif source is LSTM and module._zoned():
             result.left[name] = f"zoneout={module.zoneout}: torch's own LSTM has none"
-        elif module.proj_size and target is LSTM:
-            result.left[name] = "proj_size: torch's own LSTM would compute it"
         else:
             module.__class__ = _parametrized(type(module), target) if parametrize.is_parametrized(module) else target
             result.swapped.append(name)

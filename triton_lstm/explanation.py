@@ -5,6 +5,7 @@ from .functional import DTYPES, zoneout_rates
 from .layer import LSTM, _TorchLSTM
 from .op import NO_GLUON, portable, tf32_allowed
 from .plan import H200, SCHEDULES, Limits, PlanError, make_plan
+from .projection import too_large_together
 
 
 def explain(layer, x, limits=None):
@@ -16,9 +17,10 @@ def explain(layer, x, limits=None):
     limits    of the device: those of x's CUDA device, or ``triton_lstm.plan.H200``, if None
 
     Nothing is launched. Bytes saved for backward are ``Plan.saved_bytes``, beside the least that an LSTM keeps which
-    stores i, f, g, o and c of every step: 5 H elements a row and step. Both keep x, y and weights too. Cycles are
-    predicted by ``Plan.step_cycles``, whose constants are read from machine code; ``python -m bench`` puts what it
-    predicts beside what it measures.
+    stores i, f, g, o and c of every step: 5 H elements a row and step. Both keep x, y and weights too; with
+    ``proj_size`` ours also keeps o tanh(c), H elements, which are counted. Cycles are predicted by
+    ``Plan.step_cycles``, whose constants are read from machine code; ``python -m bench`` puts what it predicts beside
+    what it measures.
     Raises TypeError for another layer or an input that is no tensor, ValueError for one of another shape.
     """
     if not isinstance(layer, (LSTM, _TorchLSTM)):
@@ -36,9 +38,9 @@ def explain(layer, x, limits=None):
     title = (f"LSTM({layer.extra_repr()}) on T={T}, B={B} in {str(dtype).removeprefix('torch.')}, planned for {whose}: "
              f"{limits.multiprocessors} multiprocessors, {_size(limits.shared_memory)} of shared memory a program")
     zoned = any(zoneout_rates(getattr(layer, "zoneout", 0.)))
-    if layer.proj_size or dtype not in DTYPES:
+    if dtype not in DTYPES:
         instead = "torch operators compute step by step" if zoned else "torch's own LSTM computes"
-        return f"{title}\n{instead}: {'proj_size' if layer.proj_size else dtype}"
+        return f"{title}\n{instead}: {dtype}"
     if own and (own.batch, own.hidden_size, own.directions, own.precision == "native") != (
             B, H, D, dtype != torch.float32):
         return f"{title}\nlayer.plan cannot run, it is for another input: {own}"
@@ -48,23 +50,31 @@ def explain(layer, x, limits=None):
     try:
         plan = own or make_plan(B, H, dtype, D, limits=limits, tf32=tf32_allowed())
         plan.check(limits)
+        if layer.proj_size and not own:
+            too_large = too_large_together(make_plan(1, H, dtype, D, limits=limits, tf32=tf32_allowed()))
+            if too_large:
+                return f"{title}\ntorch's own LSTM computes: {too_large}"
     except PlanError as error:
         consequence = ("layer.plan cannot run" if own else
                        "no plan for the kernels with zoneout" if zoned else "torch's own LSTM computes")
         return f"{title}\n{consequence}: {error}"
     forward, backward = (-(-T // max(steps, 1)) for steps in (plan.forward_steps(T, dtype.itemsize), plan.keep_every))
     cycles = plan.step_cycles(limits.multiprocessors)
+    matrix, m_bytes = "R", 0
+    if layer.proj_size:
+        matrix = f"weight_hh weight_hr, {4 * H} x {H} in the place of R,"
+        m_bytes = T * B * D * H * dtype.itemsize
     lines = [
         title,
         f"{layer.num_layers} layer(s), each by {'layer.plan, ' if own else ''}{plan}",
-        f"  R takes {_size(plan.r_bytes)} a direction",
+        f"  {matrix} takes {_size(plan.r_bytes)} a direction",
         f"  {plan.groups} group(s) of programs a direction share the rows, {plan.tiles} tile(s) of {plan.block_b} rows "
         "each",
         f"  launches of the time loop a layer: {forward} forward, {backward} backward",
         f"  a step of a layer's time loop: {cycles:.0f} cycles predicted, {cycles / limits.mhz:.2f} us at "
         f"{limits.mhz} MHz",
-        f"  saved for backward a layer: {_size(plan.saved_bytes(T))}; storing i, f, g, o and c of every step takes "
-        f"{_size(5 * T * B * D * H * dtype.itemsize)} at least"]
+        f"  saved for backward a layer: {_size(plan.saved_bytes(T) + m_bytes)}; storing i, f, g, o and c of every step "
+        f"takes {_size(5 * T * B * D * H * dtype.itemsize)} at least"]
     lines += [f"  not {schedule}: " + (NO_GLUON if zoned and schedule == "cluster" else
                                        _why_not(schedule, plan, dtype, limits))
               for schedule in SCHEDULES if schedule != plan.schedule]

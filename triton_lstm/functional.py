@@ -5,6 +5,7 @@ from torch.autograd import forward_ad
 from .kernels import launch
 from .op import differentiable, lstm_op, transformed
 from .plan import BACKWARD_ELEMENTS, Plan, keep_every_for
+from .projection import combine, product, project, with_state
 from .reference import lstm_reference, packed_reference, zoneout_shares
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -28,8 +29,8 @@ def draw_seed(device):
     return torch.randint(-2 ** 63, 2 ** 63 - 1, (1,), device=device)
 
 
-def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=None, batch_sizes=None, zoneout=0.,
-         training=True, plan=None, keep_every=None):
+def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, weight_hr=None, lengths=None, reset=None, batch_sizes=None,
+         zoneout=0., training=True, plan=None, keep_every=None):
     """One LSTM layer over a padded or packed batch, in one direction or both.
 
     x            (T, B, I), any strides; with ``batch_sizes`` (N, I), the rows of all times one time after another
@@ -37,6 +38,8 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
     weight_hh    (D, 4H, H) or (4H, H)
     bias         (D, 4H) or (4H,): the sum of nn.LSTM's two biases; None for none
     hx           (h0, c0), (D, B, H) each; zeros if None
+    weight_hr    (D, P, H) or (P, H): h, after each step, is W_hr o tanh(c), of P units (``proj_size``; Sak et al.
+                 2014). Then weight_hh is (D, 4H, P), h0 and h_n are (D, B, P) and y is (T, B, D P)
     lengths      (B,) integers, best on x's device: only so many steps of a row count, from none to T. Past them y is
                  zero, whatever x holds there. h_n and c_n are the state after the last step that counts (in the reverse
                  direction, which begins with it, after the first), h0 and c0 where none does
@@ -63,6 +66,10 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
     nearest. Where torch's own LSTM computes, they go step by step in torch operators, and so does zoneout. The Gluon
     kernels have no zoneout, the portable ones take their place.
 
+    With weight_hr the kernels run on m = o tanh(c) and the product R W_hr, (D, 4H, H), rounded once to the dtype: the
+    plan is that of H units without projection, also where R W_hr does not fit on the chip. m is kept for backward
+    beside y. Giving hx costs a copy of x with D P more columns.
+
     Differentiable any number of times, also by ``torch.func``'s grad, vjp and jacrev; forward mode (jvp) raises. First
     derivatives are kernels. Higher ones run the equations step by step in torch and keep every activation: right, but
     slow. ``torch.func.vmap`` and ``is_grads_batched`` call the kernels once for each member; zoneout in training needs
@@ -73,11 +80,12 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
     """
     if weight_ih.dim() == 2:
         weight_ih, weight_hh = weight_ih.unsqueeze(0), weight_hh.unsqueeze(0)
-        bias = None if bias is None else bias.unsqueeze(0)
+        bias, weight_hr = (None if t is None else t.unsqueeze(0) for t in (bias, weight_hr))
     packed = batch_sizes is not None
     if x.dim() != (2 if packed else 3):
         raise ValueError(f"x must have the shape {'(N, I)' if packed else '(T, B, I)'}, got {tuple(x.shape)}")
-    D, H, I = weight_hh.shape[0], weight_hh.shape[-1], x.shape[-1]
+    D, P, I = weight_hh.shape[0], weight_hh.shape[-1], x.shape[-1]
+    H = P if weight_hr is None else weight_hr.shape[-1]
     if packed:
         if lengths is not None or reset is not None:
             raise ValueError("lengths and reset are for padded input, batch_sizes for packed")
@@ -92,13 +100,13 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
         T, B = len(batch_sizes), hx[0].shape[1] if hx is not None else int(batch_sizes[0])
     else:
         T, B = x.shape[:2]
-    h0, c0 = hx if hx is not None else (x.new_zeros(D, B, H),) * 2
-    tensors = dict(weight_ih=(weight_ih, (D, 4 * H, I)), weight_hh=(weight_hh, (D, 4 * H, H)), bias=(bias, (D, 4 * H)),
-                   h0=(h0, (D, B, H)), c0=(c0, (D, B, H)))
+    h0, c0 = hx if hx is not None else (x.new_zeros(D, B, P), x.new_zeros(D, B, H))
+    tensors = dict(weight_ih=(weight_ih, (D, 4 * H, I)), weight_hh=(weight_hh, (D, 4 * H, P)), bias=(bias, (D, 4 * H)),
+                   weight_hr=(weight_hr, (D, P, H)), h0=(h0, (D, B, P)), c0=(c0, (D, B, H)))
     if D not in (1, 2):
         raise ValueError(f"weights must be of 1 or 2 directions, got {D}")
     for name, (tensor, shape) in tensors.items():
-        if tensor is None and name == "bias":
+        if tensor is None and name in ("bias", "weight_hr"):
             continue
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}")
@@ -110,17 +118,34 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, lengths=None, reset=Non
         raise TypeError(f"plan must be a triton_lstm.Plan, got {type(plan).__name__}")
     if keep_every is not None and keep_every < 1:
         raise ValueError(f"keep_every must be at least 1, got {keep_every}")
+    if weight_hr is not None and P >= H:
+        raise ValueError(f"a projection must have fewer units than the layer, got {P} of {H}")
     lengths, reset = _checked(lengths, (B,), "lengths", x.device), _checked(reset, (T, B), "reset", x.device)
     rates, seed = zoneout_rates(zoneout), None
+    if any(rates) and weight_hr is not None:
+        raise ValueError(f"zoneout={zoneout} with a projection is not implemented")
     if training and any(rates):
         seed = draw_seed(x.device)
     if not runs_kernels(x, x.dtype):
-        return _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, batch_sizes, (seed, *rates))
+        return _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, batch_sizes, weight_hr,
+                           (seed, *rates))
     inputs = x, weight_ih, weight_hh, bias, h0, c0
     if not torch.compiler.is_compiling() and any(t is not None and forward_ad.unpack_dual(t).tangent is not None
-                                                 for t in inputs):
+                                                 for t in (*inputs, weight_hr)):
         # an operator without a formula for tangents would drop them where nothing requires grad
         raise NotImplementedError("triton_lstm has no forward AD (jvp): use torch.func.jacrev or vjp")
+    if weight_hr is not None:
+        if hx is not None:
+            x, weight_ih = with_state(x, weight_ih, weight_hh, h0, lengths, reset, batch_sizes)
+        # of one step h0 is all that R is multiplied by
+        one = hx is not None and not torch.compiler.is_compiling() and T == 1
+        combined = x.new_zeros(D, 4 * H, H) if one else combine(weight_hh, weight_hr)
+        m, (m_n, c_n) = lstm(x, weight_ih, combined, bias, (x.new_zeros(D, B, H), c0), lengths=lengths, reset=reset,
+                             batch_sizes=batch_sizes, plan=plan, keep_every=keep_every)
+        h_n = product(m_n, weight_hr.mT)
+        if hx is not None and lengths is not None:
+            h_n = torch.where((lengths > 0)[:, None], h_n, h0)
+        return project(m, weight_hr), (h_n if T else h0.clone(), c_n)
     if packed:
         sizes = batch_sizes.to(x.device, non_blocking=True)
         lengths = (torch.arange(B, device=x.device) < sizes[:, None]).sum(0)
@@ -155,14 +180,15 @@ def _checked(mask, shape, name, device):
     return mask.to(device, non_blocking=True)
 
 
-def _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, batch_sizes, zoneout):
-    T, (D, B, H) = (x if batch_sizes is None else batch_sizes).shape[0], h0.shape
+def _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, batch_sizes, weight_hr, zoneout):
+    T, (D, B, H) = (x if batch_sizes is None else batch_sizes).shape[0], c0.shape
     keep = zoneout_shares(zoneout, T, B, D, H, x) if any(zoneout[1:]) else None
     if T and not (lengths is reset is keep is None):
+        options = dict(weight_hr=weight_hr, keep=keep)
         if batch_sizes is not None:
-            y, h_n, c_n = packed_reference(x, weight_ih, weight_hh, bias, h0, c0, batch_sizes, keep)
+            y, h_n, c_n = packed_reference(x, weight_ih, weight_hh, bias, h0, c0, batch_sizes, **options)
         else:
-            y, h_n, c_n = lstm_reference(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, keep=keep)
+            y, h_n, c_n = lstm_reference(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, **options)
         return y, (h_n, c_n)
     if x.shape[0] == 0:
         return x.new_empty(0, x.shape[1], weight_hh.shape[0] * weight_hh.shape[2]), (h0.clone(), c0.clone())
@@ -171,6 +197,8 @@ def _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, batch_siz
         weights += [weight_ih[d], weight_hh[d]]
         if bias is not None:
             weights += [bias[d], torch.zeros_like(bias[d])]
+        if weight_hr is not None:
+            weights += [weight_hr[d]]
     options = weights, bias is not None, 1, 0.0, False, weight_hh.shape[0] == 2
     if batch_sizes is None:
         y, h_n, c_n = torch._VF.lstm(x, (h0, c0), *options, False)

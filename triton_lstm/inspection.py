@@ -12,7 +12,7 @@ class Gates(typing.NamedTuple):
 
     i, f, o    input, forget and output gate, in (0, 1)
     g          candidate, in (-1, 1)
-    c          cell state after the step; h = o tanh(c), if there is no zoneout
+    c          cell state after the step; h = o tanh(c), with ``proj_size`` W_hr o tanh(c), if there is no zoneout
     """
     i: torch.Tensor
     f: torch.Tensor
@@ -35,14 +35,12 @@ def gates(layer, x, hx=None):
     The layer computes y; then every h is known and i, f, g, o of all steps are two GEMMs, x Wᵀ + h_prev Rᵀ + b, and
     c = f c_prev + i g is rolled step by step. The result is 5 T B H elements for each layer and direction.
 
-    Raises TypeError for another layer or a packed sequence, ValueError for ``proj_size`` and as ``triton_lstm.lstm``.
+    Raises TypeError for another layer or a packed sequence, ValueError as ``triton_lstm.lstm``.
     """
     if not isinstance(layer, (LSTM, _TorchLSTM)):
         raise TypeError(f"layer must be a triton_lstm.LSTM or torch.nn.LSTM, got {type(layer).__name__}")
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if layer.proj_size:
-        raise ValueError("gates of a layer with proj_size are not implemented")
     if x.dim() == 2:
         x, hx = x.unsqueeze(1), hx and tuple(s.unsqueeze(1) for s in hx)
     elif layer.batch_first:
@@ -52,10 +50,11 @@ def gates(layer, x, hx=None):
     with torch.autocast(x.device.type, enabled=False):
         for k in range(layer.num_layers):
             weights = [getattr(layer, name) for name in layer._flat_weights_names]
-            weights = LSTM._stacked(layer, weights, k, layer.weight_hh_l0.dtype)
-            h0, c0 = (s[k * D:(k + 1) * D] for s in hx or (x.new_zeros(layer.num_layers * D, x.shape[1],
-                                                                       layer.hidden_size),) * 2)
-            y, _ = lstm(x, *weights, (h0, c0), plan=getattr(layer, "plan", None), zoneout=zoneout, training=False)
+            *weights, weight_hr = LSTM._stacked(layer, weights, k, layer.weight_hh_l0.dtype)
+            state = hx and tuple(s[k * D:(k + 1) * D] for s in hx)
+            y, _ = lstm(x, *weights, state, weight_hr=weight_hr, plan=getattr(layer, "plan", None),
+                        zoneout=zoneout, training=False)
+            h0, c0 = state or (x.new_zeros(D, x.shape[1], n) for n in (y.shape[2] // D, layer.hidden_size))
             for d, h in enumerate(y.chunk(D, -1)):
                 of_direction = (None if weight is None else weight[d] for weight in weights)
                 results.append(_recompute(x, h, *of_direction, h0[d], c0[d], zoneout[1], reverse=d == 1))

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .functional import DTYPES, lstm, runs_kernels, zoneout_rates
 from .op import automatic_plan
 from .plan import PlanError
+from .projection import too_large_together
 from .step import step
 
 _told = set()
@@ -24,7 +25,8 @@ class LSTM(torch.nn.RNNBase):
 
     On CUDA tensors in float16, bfloat16 or float32 (and on CPU tensors under ``TRITON_INTERPRET=1``) each layer is one
     call of ``triton_lstm.lstm``. Everything else is computed by torch's own LSTM: silently on other devices, with one
-    warning for what the kernels do not cover (``proj_size``, float64, R larger than the chip).
+    warning for what the kernels do not cover (float64, R larger than the chip, and with ``proj_size`` R W_hr, which the
+    kernels take in its place, (4H, H), larger than what the chip can hold).
     Wrong input raises what nn.LSTM raises. Weights are read anew at each call, so that whatever replaces one
     (assignment, parametrizations, ``torch.func.functional_call``, FSDP) takes effect.
 
@@ -76,14 +78,13 @@ class LSTM(torch.nn.RNNBase):
         """As ``torch.nn.LSTM.forward``: input (T, B, I), (B, T, I) with ``batch_first``, or (T, I); hx (h_0, c_0).
 
         lengths (B,) and reset (T, B), with ``batch_first`` (B, T), or (T,) for (T, I): as in ``triton_lstm.lstm``, for
-        every layer. ValueError with a packed sequence or ``proj_size``.
+        every layer. ValueError with a packed sequence.
         """
         masked = lengths is not None or reset is not None
-        if masked and (isinstance(input, PackedSequence) or self.proj_size):
-            raise ValueError(f"lengths and reset are for padded input without projection, got {type(input).__name__} "
-                             f"and proj_size={self.proj_size}")
+        if masked and isinstance(input, PackedSequence):
+            raise ValueError(f"lengths and reset are for padded input, got {type(input).__name__}")
         weights = [getattr(self, name) for name in self._flat_weights_names]    # once: they may be parametrized
-        if not self._natively(input, hx, weights) and not masked and not self._zoned():
+        if not self._natively(input, hx, weights, masked) and not masked and not self._zoned():
             return _TorchLSTM.forward(self, input, hx)
         if isinstance(input, PackedSequence):
             return self._packed(input, hx, weights)
@@ -114,19 +115,14 @@ class LSTM(torch.nn.RNNBase):
         """All layers over x (T, B, I), packed (N, I); hx (layers D, B, H) each or None."""
         D = 2 if self.bidirectional else 1
         dtype = self._compute_dtype(x)
-        if hx is None:
-            B = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
-            h0 = c0 = x.new_zeros(self.num_layers * D, B, self.hidden_size, dtype=dtype)
-        else:
-            h0, c0 = (s.to(dtype) for s in hx)
-        x = x.to(dtype)
+        x, hx = x.to(dtype), hx and tuple(s.to(dtype) for s in hx)
         h_n, c_n = [], []
         for layer in range(self.num_layers):
             if layer and self.dropout:
                 x = torch.nn.functional.dropout(x, self.dropout, self.training)
-            w, r, b = self._stacked(weights, layer, dtype)
-            state = slice(layer * D, (layer + 1) * D)
-            x, (h, c) = lstm(x, w, r, b, (h0[state], c0[state]), batch_sizes=batch_sizes, plan=self.plan,
+            w, r, b, hr = self._stacked(weights, layer, dtype)
+            state = hx and tuple(s[layer * D:(layer + 1) * D] for s in hx)
+            x, (h, c) = lstm(x, w, r, b, state, weight_hr=hr, batch_sizes=batch_sizes, plan=self.plan,
                              zoneout=self.zoneout, training=self.training, **masks)
             h_n.append(h)
             c_n.append(c)
@@ -134,11 +130,12 @@ class LSTM(torch.nn.RNNBase):
         return x, (h_n, c_n)
 
     def _stacked(self, weights, layer, dtype):
-        """W (D, 4H, I), R (D, 4H, H) and the summed bias (D, 4H) of a layer."""
-        D, kinds = 2 if self.bidirectional else 1, 4 if self.bias else 2
+        """W (D, 4H, I), R (D, 4H, P), the summed bias (D, 4H) or None, and W_hr (D, P, H) or None, of a layer."""
+        D, kinds = 2 if self.bidirectional else 1, (4 if self.bias else 2) + (1 if self.proj_size else 0)
         own = [w.to(dtype) for w in weights[layer * D * kinds:(layer + 1) * D * kinds]]
         both = lambda kind: torch.stack(own[kind::kinds]) if D == 2 else own[kind].unsqueeze(0)
-        return both(0), both(1), both(2) + both(3) if self.bias else None
+        return (both(0), both(1), both(2) + both(3) if self.bias else None,
+                both(kinds - 1) if self.proj_size else None)
 
     @staticmethod
     def _autocast(input):
@@ -150,7 +147,7 @@ class LSTM(torch.nn.RNNBase):
     def _compute_dtype(input):
         return torch.get_autocast_dtype(input.device.type) if LSTM._autocast(input) else input.dtype
 
-    def _natively(self, input, hx, weights):
+    def _natively(self, input, hx, weights, masked=False):
         """Whether the kernels compute this call. What nn.LSTM would refuse is left to nn.LSTM to refuse."""
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
@@ -165,23 +162,24 @@ class LSTM(torch.nn.RNNBase):
             return False
         if dtype not in DTYPES:
             return self._no(f"{dtype}", x)
-        if self.proj_size:
-            return self._no("proj_size", x)
         unbatched = not packed and x.dim() == 2
         T, B = (len(input.batch_sizes), int(input.batch_sizes[0])) if packed else (x.shape[0], 1) if unbatched else (
             x.shape[:2][::-1] if self.batch_first else x.shape[:2])
         if T == 0:
             return False
         if hx is not None:
-            layers = self.num_layers * (2 if self.bidirectional else 1)
-            shape = (layers, self.hidden_size) if unbatched else (layers, B, self.hidden_size)
+            rows = (self.num_layers * (2 if self.bidirectional else 1), *(() if unbatched else (B,)))
+            units = self.proj_size or self.hidden_size, self.hidden_size
             if not isinstance(hx, (tuple, list)) or len(hx) != 2 or any(
-                    not isinstance(s, torch.Tensor) or tuple(s.shape) != shape or s.device != x.device
-                    or not accepted(s) for s in hx):
+                    not isinstance(s, torch.Tensor) or tuple(s.shape) != (*rows, n) or s.device != x.device
+                    or not accepted(s) for s, n in zip(hx, units)):
                 return False
         if self.plan is None and not self._zoned() and not torch.compiler.is_compiling():
             try:
-                automatic_plan(B, self.hidden_size, dtype, 2 if self.bidirectional else 1, x.device)
+                plan = lambda B: automatic_plan(B, self.hidden_size, dtype, 2 if self.bidirectional else 1, x.device)
+                plan(B)
+                if self.proj_size and not masked and too_large_together(plan(1)):
+                    return self._no(too_large_together(plan(1)), x)
             except PlanError as error:
                 return self._no(f"{error}", x)
         return True

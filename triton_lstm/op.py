@@ -193,13 +193,19 @@ def _for_each(op):
 
 
 _functions = {}
-for _op, _name, _setup, _formula in ((lstm_op, "LSTM", _setup_context, _backward),
-                                     (lstm_backward_op, "LSTMBackward", _setup_double_context, _double_backward)):
-    _op.register_autograd(_formula, setup_context=_setup)
-    _op.register_vmap(_for_each(_op))
-    _functions[_op] = type(_name, (torch.autograd.Function,), dict(
-        forward=staticmethod(_op), setup_context=staticmethod(_setup), backward=staticmethod(_formula),
+
+
+def register(op, name, setup, formula, vmap):
+    """``op`` gets its backward formula and its rule for vmap, also as an autograd.Function called ``name``."""
+    op.register_autograd(formula, setup_context=setup)
+    op.register_vmap(vmap)
+    _functions[op] = type(name, (torch.autograd.Function,), dict(
+        forward=staticmethod(op), setup_context=staticmethod(setup), backward=staticmethod(formula),
         generate_vmap_rule=True))
+
+
+register(lstm_op, "LSTM", _setup_context, _backward, _for_each(lstm_op))
+register(lstm_backward_op, "LSTMBackward", _setup_double_context, _double_backward, _for_each(lstm_backward_op))
 
 
 def transformed():

@@ -2,13 +2,16 @@
 import torch
 
 
-def lstm_reference(x, w, r, b, h0, c0, lengths=None, reset=None, multiply=torch.matmul, keep=None):
+def lstm_reference(x, w, r, b, h0, c0, lengths=None, reset=None, multiply=torch.matmul, weight_hr=None, keep=None):
     """One layer: x (T, B, I), w (D, 4H, I), r (D, 4H, H), b (D, 4H) or None, h0 and c0 (D, B, H); gates i, f, g, o.
 
     lengths (B,) and reset (T, B) as in ``lstm``. Returns y (T, B, D H), h_n, c_n (D, B, H). ``multiply`` takes the
-    place of the matrix product. keep: for zoneout, what ``zoneout_shares`` gives. Hochreiter and Schmidhuber 1997 with
-    the forget gate of Gers et al. 2000, as torch.nn.LSTM computes it; zoneout as Krueger et al. 2017 write it for
-    the LSTM: h is made of the new f c + i g even where c keeps the earlier one.
+    place of the matrix product. With weight_hr (D, P, H) r is (D, 4H, P), and h0, h_n and y have P for H. keep: for
+    zoneout, what ``zoneout_shares`` gives.
+
+    Hochreiter and Schmidhuber 1997 with the forget gate of Gers et al. 2000 and the projection of Sak et al. 2014, as
+    torch.nn.LSTM computes it; zoneout as Krueger et al. 2017 write it for the LSTM: h is made of the new f c + i g even
+    where c keeps the earlier one.
     """
     outputs, h_n, c_n = [], [], []
     for d in range(r.shape[0]):
@@ -25,6 +28,8 @@ def lstm_reference(x, w, r, b, h0, c0, lengths=None, reset=None, multiply=torch.
             i, f, g, o = a.chunk(4, 1)
             new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             new_h = o.sigmoid() * new_c.tanh()
+            if weight_hr is not None:
+                new_h = multiply(new_h, weight_hr[d].t())
             if keep is not None:
                 keep_h, keep_c = (share[d, t] for share in keep)
                 new_h, new_c = keep_h * h + (1 - keep_h) * new_h, keep_c * c + (1 - keep_c) * new_c
@@ -70,11 +75,11 @@ def philox(seed, n0, n1, n2, n3, rounds=7):
     return n0, n1, n2, n3
 
 
-def packed_reference(x, w, r, b, h0, c0, sizes, keep=None):
+def packed_reference(x, w, r, b, h0, c0, sizes, **options):
     """``lstm_reference`` of packed x (rows, I), padded for it; y is packed too."""
     B = h0.shape[1]
     live = torch.arange(B, device="cpu") < sizes[:, None]
     places, lengths = (t.to(x.device, non_blocking=True) for t in (live.flatten().nonzero()[:, 0], live.sum(0)))
     padded = x.new_zeros(live.numel(), x.shape[1]).index_copy(0, places, x).view(*live.shape, -1)
-    y, h_n, c_n = lstm_reference(padded, w, r, b, h0, c0, lengths, keep=keep)
+    y, h_n, c_n = lstm_reference(padded, w, r, b, h0, c0, lengths, **options)
     return y.flatten(0, 1).index_select(0, places), h_n, c_n

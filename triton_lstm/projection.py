@@ -1,0 +1,107 @@
+"""LSTMs with projection (``proj_size``; Sak et al. 2014) as plain ones: the kernels run them as they are.
+
+With h_t = W_hr m_t and m_t = o tanh(c_t) the recurrent product is R h_{t-1} = (R W_hr) m_{t-1}: an LSTM over m whose
+recurrent matrix is R W_hr, (4H, H), computed once a call. y is one product after the time loop. h0 has no m that it
+came from: R h0 goes into the input product, as columns of x that hold h0 at a direction's first step and of W that
+hold R.
+"""
+import torch
+
+from .kernels import launch
+from .op import differentiable, register, tf32_allowed
+from .plan import precision_for
+
+
+@torch.library.custom_op("triton_lstm::product", mutates_args=())
+def product_op(a: torch.Tensor, b: torch.Tensor, exact: bool) -> torch.Tensor:
+    """a @ b for a (D, N, K) and b (D, K, M), of which each direction has one; products as the layer's or, if ``exact``,
+    rounded to a's type once and to nothing else before."""
+    precision, dtype = precision_for(a.dtype, tf32_allowed()), a.dtype
+    if exact:
+        # TF32 holds 16-bit numbers as they are; fp32 is exact enough for an R W_hr that is rounded to TF32 afterwards
+        precision, dtype = {"native": ("tf32", torch.float32), "tf32": ("tf32x3", torch.float32),
+                            "tf32x3": ("tf32x3", torch.float64)}[precision]
+    with torch.autocast(a.device.type, enabled=False), launch.products_in(precision):
+        return torch.bmm(a.to(dtype), b.to(dtype)).to(a.dtype)
+
+
+@product_op.register_fake
+def _(a, b, exact):
+    return a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+
+
+def _setup_context(ctx, inputs, output):
+    a, b, ctx.exact = inputs
+    ctx.save_for_backward(a, b)
+
+
+def _backward(ctx, g):
+    a, b = ctx.saved_tensors
+    da, db = ctx.needs_input_grad[:2]
+    return (product(g, b.mT, ctx.exact) if da else None, product(a.mT, g, ctx.exact) if db else None, None)
+
+
+def _vmap(info, in_dims, a, b, exact):
+    members = (t.movedim(dim, 0) if dim is not None else t.expand(info.batch_size, *t.shape)
+               for t, dim in zip((a, b), in_dims))
+    return product_op(*(t.flatten(0, 1) for t in members), exact).unflatten(0, (info.batch_size, -1)), 0
+
+
+register(product_op, "Product", _setup_context, _backward, _vmap)
+
+
+def product(a, b, exact=False):
+    """``product_op``, differentiable any number of times."""
+    return differentiable(product_op)(a, b, exact)
+
+
+def combine(weight_hh, weight_hr):
+    """R W_hr (D, 4H, H) from R (D, 4H, P) and W_hr (D, P, H)."""
+    return product(weight_hh, weight_hr, exact=True)
+
+
+def project(m, weight_hr):
+    """y (T, B, D P) from m (T, B, D H), or packed ones, and W_hr (D, P, H)."""
+    D, P, H = weight_hr.shape
+    steps = m.flatten(0, -2).unflatten(1, (D, H)).transpose(0, 1)
+    return product(steps, weight_hr.mT).transpose(0, 1).reshape(*m.shape[:-1], D * P)
+
+
+def with_state(x, weight_ih, weight_hh, h0, lengths, reset, batch_sizes):
+    """x and W with columns whose product is R h0 at the first step of each row and direction that counts.
+
+    x (T, B, I + D P), packed (N, I + D P), zero in these columns at all other steps; W (D, 4H, I + D P), zero where x
+    has the h0 of the other direction.
+    """
+    D, P = len(h0), h0.shape[-1]
+    if batch_sizes is not None:
+        T, B = len(batch_sizes), h0.shape[1]
+        live = torch.arange(B, device="cpu") < batch_sizes[:, None]
+        last = live.sum(0) - 1
+        times, places = live.nonzero(as_tuple=True)
+        last, times, places = (t.to(x.device, non_blocking=True) for t in (last[places], times, places))
+        first = [(times == (last if d else 0))[:, None] for d in range(D)]
+        states = [h0[d].index_select(0, places) for d in range(D)]
+    else:
+        T = x.shape[0]
+        time = torch.arange(T, device=x.device)[:, None]
+        last = T - 1 if lengths is None else lengths.clamp(max=T) - 1
+        first = [(time == (last if d else 0))[..., None] for d in range(D)]
+        if reset is not None:       # the other direction ends with time 0
+            first[0] = first[0] & ~reset[..., None]
+        states = h0
+    columns, rows = [x], []
+    for d in range(D):
+        columns.append(torch.where(first[d], states[d], 0).expand(*x.shape[:-1], P))
+        rows.append(torch.cat([weight_hh[d] if d == e else torch.zeros_like(weight_hh[d]) for e in range(D)], 1))
+    return torch.cat(columns, -1), torch.cat([weight_ih, torch.stack(rows)], 2)
+
+
+def too_large_together(plan):
+    """Why R W_hr is no good in the place of R, of which it has H / P times the elements; None where it fits on chip.
+
+    ``plan`` is the one of a batch of one row, so that no layer changes between implementations with the batch.
+    """
+    if plan.schedule == "streamed":
+        return (f"proj_size: the product of weight_hh and weight_hr, {4 * plan.hidden_size} x {plan.hidden_size}, does "
+                "not fit on the chip")

@@ -48,11 +48,11 @@ def compile_launch(kernel, plan, args, waits, constants, arch):
     return compiled, [values[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
 
 
-def compile_plan(plan, dtype, arch=90, marked=False, packed=False, zoneout=None):
+def compile_plan(plan, dtype, arch=90, marked=False, packed=False, zoneout=None, inputs=64):
     """The kernels that a layer of ``plan`` launches in ``dtype``, compiled: {name: what triton.compile returns}.
 
     marked: those for rows with lengths of their own or resets; packed: those for packed sequences; zoneout: those for
-    it, "drawn" or "expected".
+    it, "drawn" or "expected". inputs: features of x.
     """
     found = {}
 
@@ -61,7 +61,8 @@ def compile_plan(plan, dtype, arch=90, marked=False, packed=False, zoneout=None)
 
     D, B, H = plan.directions, plan.batch, plan.hidden_size
     tensor = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
-    x, w, r, b, state = tensor(2, B, 16), tensor(D, 4 * H, 16), tensor(D, 4 * H, H), tensor(D, 4 * H), tensor(D, B, H)
+    x, w, r = tensor(2, B, inputs), tensor(D, 4 * H, inputs), tensor(D, 4 * H, H)
+    b, state = tensor(D, 4 * H), tensor(D, B, H)
     marks = torch.empty(D, 2, B, dtype=torch.uint8, device="meta") if marked or packed else None
     sizes = torch.tensor([B, B]) if packed else None
     x = x.flatten(0, 1) if packed else x

@@ -27,15 +27,26 @@ def load_gates(x, inside, H: gl.constexpr):
 
 
 @gluon.jit
-def load_r(r_ptr, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr, layout: gl.constexpr):
-    """R from WIDTH units on to all columns of the cluster, (WIDTH, columns)."""
+def load_r(r_ptr, start, WIDTH: gl.constexpr, K: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr,
+           layout: gl.constexpr):
+    """R (4H, K) from WIDTH units that feed on to all columns of the cluster, (WIDTH, columns); and so W."""
     THREADS: gl.constexpr = 4 * gl.num_warps()
     OWN: gl.constexpr = BLOCK_H // THREADS
     n = gl.arange(0, 4 * gl.num_ctas() * BLOCK_H, gl.SliceLayout(0, layout))[None, :]
     k = start + gl.arange(0, WIDTH, gl.SliceLayout(1, layout))[:, None]
     gate = n // (2 * BLOCK_H) % 2 * 2 + n % 2
     unit = n // (4 * BLOCK_H) * BLOCK_H + n // 2 % THREADS * OWN + n // (2 * THREADS) % OWN
-    return gl.load(r_ptr + (gate * H + unit) * H + k, mask=(unit < H) & (k < H), other=0.)
+    return gl.load(r_ptr + (gate * H + unit) * K + k, mask=(unit < H) & (k < K), other=0.)
+
+
+@gluon.jit
+def load_x(x_ptr, base, count, tile, I: gl.constexpr, WIDTH: gl.constexpr, BLOCK_B: gl.constexpr,
+           PRECISION: gl.constexpr, layout: gl.constexpr):
+    """The inputs (rows, WIDTH) of a tile as first factor, zeros past the I that there are."""
+    row = tile * BLOCK_B + gl.arange(0, BLOCK_B, gl.SliceLayout(1, layout))[:, None]
+    k = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
+    x = gl.load(x_ptr + (base + row) * I + k, mask=(row < count) & (k < I), other=0.)
+    return first_factor(x, x_ptr.dtype.element_ty, PRECISION)
 
 
 @gluon.jit
@@ -51,10 +62,13 @@ def first_factor(h, dtype: gl.constexpr, PRECISION: gl.constexpr):
 @gluon.jit(do_not_specialize=["T", "S", "B", "first", "keep_every"])
 def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offsets_ptr, T, S, B, first, keep_every,
                   H: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr,
-                  HELD: gl.constexpr, MARKED: gl.constexpr, PRECISION: gl.constexpr):
+                  HELD: gl.constexpr, MARKED: gl.constexpr, PRECISION: gl.constexpr,
+                  INPUTS: gl.constexpr = 0, w_ptr=None, b_ptr=None):
     """As ``forward_resident``, the CTAs of a cluster together.
 
-    R is cut into parts along K, of which those that fit HELD bytes are in registers, the rest in shared memory.
+    R is cut into parts along K, of which those that fit HELD bytes are in registers, the rest in shared memory. With
+    INPUTS x is not the pre-activations but the layer's input (T, B, INPUTS) or packed (rows, INPUTS), w (D, 4H, INPUTS)
+    as R is rounded, b (D, 4H) or None: where they are few, reading them is less than reading pre-activations.
     """
     tile, d = gl.program_id(0), gl.program_id(1)
     dtype: gl.constexpr = y_ptr.dtype.element_ty
@@ -70,7 +84,9 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
     IN_REGISTERS: gl.constexpr = HELD // (WIDTH * BLOCK_H * BITS // 2)
     CHAINS: gl.constexpr = chains(4 * BLOCK_H, gl.num_warps(), PARTS)
     r_ptr += d * (4 * H * H)
-    x_ptr += place_of(offsets_ptr, d.to(gl.int64) * S * B, chunk_shift(offsets_ptr, d, T, S, B, first)) * (4 * H)
+    FEATURES: gl.constexpr = (INPUTS + 15) // 16 * 16       # one or two steps of the product's
+    if INPUTS == 0:
+        x_ptr += place_of(offsets_ptr, d.to(gl.int64) * S * B, chunk_shift(offsets_ptr, d, T, S, B, first)) * (4 * H)
     row = tile * BLOCK_B + gl.arange(0, BLOCK_B, gl.SliceLayout(1, UNIT))[:, None]
     unit = gl.arange(0, UNITS, gl.SliceLayout(0, UNIT))[None, :]
     mask, inside = row < B, None
@@ -80,7 +96,7 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
     row = gl.minimum(row, B - 1)        # rows past the end repeat the last one, and nothing of them is stored
     r = ()
     for k in gl.static_range(PARTS):
-        part = load_r(r_ptr, k * WIDTH, WIDTH, H, BLOCK_H, R)
+        part = load_r(r_ptr, k * WIDTH, WIDTH, H, H, BLOCK_H, R)
         if k >= IN_REGISTERS:
             part = gl.allocate_shared_memory(dtype, part.shape, shared_layout(BITS, WIDTH, [0, 1], 1, CTAS), part)
         r += (part,)
@@ -99,7 +115,18 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
         c, h = gl.where(goes_on, c, 0.), gl.where(goes_on, h, 0.)
     h = first_factor(h, dtype, PRECISION)
     at = place_of(offsets_ptr, gl.where(d == 0, 0, S - 1).to(gl.int64) * B, base)
-    x = load_gates(x_ptr + at * (4 * H) + at_x, there(offsets_ptr, row, count, inside), H)
+    inputs = 0
+    if INPUTS > 0:
+        w = load_r(w_ptr + d * (4 * H * INPUTS), 0, FEATURES, INPUTS, H, BLOCK_H, R)
+        w = gl.allocate_shared_memory(dtype, w.shape, shared_layout(BITS, FEATURES, [0, 1], 1, CTAS), w)
+        inputs = load_x(x_ptr, base, count, tile, INPUTS, FEATURES, BLOCK_B, PRECISION, A)
+        if b_ptr is not None:
+            x = load_gates(b_ptr + d * (4 * H) + unit + row * 0, inside, H)
+        else:
+            zero = gl.full((BLOCK_B, UNITS), 0., gl.float32, UNIT)
+            x = zero, zero, zero, zero
+    else:
+        x = load_gates(x_ptr + at * (4 * H) + at_x, there(offsets_ptr, row, count, inside), H)
     ROWS: gl.constexpr = shared_layout(BITS, WIDTH, [1, 0], None, CTAS)
     if CTAS == 1:
         rows = gl.allocate_shared_memory(dtype, [BLOCK_B, UNITS], ROWS)
@@ -122,7 +149,11 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
         time = gl.where(d == 0, first + ahead, T - 1 - first - ahead)
         next_base, next_count = rows_at(offsets_ptr, time, B)
         at = place_of(offsets_ptr, gl.where(d == 0, ahead, S - 1 - ahead).to(gl.int64) * B, next_base)
-        x = load_gates(x_ptr + at * (4 * H) + at_x, there(offsets_ptr, row, next_count, inside), H)
+        if INPUTS > 0:
+            a = mma_v2(inputs, w.load(R), a, input_precision="tf32")
+            inputs = load_x(x_ptr, next_base, next_count, tile, INPUTS, FEATURES, BLOCK_B, PRECISION, A)
+        else:
+            x = load_gates(x_ptr + at * (4 * H) + at_x, there(offsets_ptr, row, next_count, inside), H)
         next_mark = mark
         if MARKED:
             next_mark = gl.load(marks_ptr + time.to(gl.int64) * B + row)

@@ -240,12 +240,18 @@ def forward(x, w, r, b, h0, c0, marks, plan, save, sizes=None, zoneout=None, run
     kept = c.new_empty(max(-(-T // plan.keep_every), 1) - 1 if save else 0, D, B, H)
     if T == 0 or B == 0:
         return y, h0.clone(), c0.clone(), kept
-    zoneout_constants = _zoneout_constants(zoneout)
+    more = _zoneout_constants(zoneout)
     r = prepare_r(r, plan)
     h = h0.transpose(0, 1).reshape(B, D * H).contiguous()      # of H = 1, reshape alone makes a transposed view
     keep_every = plan.keep_every if save else T
-    steps = plan.forward_steps(T, x.element_size())
-    buffer = x.new_empty(rows.most(D, steps), 4 * H)
+    fused = plan.multiplies_input(x.shape[-1])
+    if fused:
+        steps, buffer = T, x.contiguous()
+        more = dict(INPUTS=x.shape[-1], w_ptr=prepare_r(w, plan), b_ptr=None if b is None else
+                                 b.contiguous())
+    else:
+        steps = plan.forward_steps(T, x.element_size())
+        buffer = x.new_empty(rows.most(D, steps), 4 * H)
     through_l2 = plan.schedule in ("grid", "streamed")
     if through_l2:
         sent = x.new_empty(steps, D, plan.groups * plan.tiles * plan.block_b, plan.owners * plan.block_h)
@@ -253,12 +259,12 @@ def forward(x, w, r, b, h0, c0, marks, plan, save, sizes=None, zoneout=None, run
         S = min(steps, T - first)
         spans = [_span(d, first, S, T) for d in range(D)]
         with matmul_precision(plan):
-            for d, a in enumerate(rows.chunk(buffer, spans)):
+            for d, a in enumerate([] if fused else rows.chunk(buffer, spans)):
                 _input_product(rows.of(x, *spans[d]), w, b, d, a)
         if first:
             h = _state(y, h0, marks, rows, first)
         head = (buffer, r, h, c, y, kept, kept if marks is None else marks, rows.offsets)
-        shape, constants = (T, S, B, first, keep_every), {**_loop_constants(plan, marks), **zoneout_constants}
+        shape, constants = (T, S, B, first, keep_every), {**_loop_constants(plan, marks), **more}
         if plan.gluon or plan.schedule == "resident":
             run(forward_gluon if plan.gluon else forward_resident, plan, (plan.groups, D), *head, *shape, waits=False,
                 **constants)

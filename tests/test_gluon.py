@@ -1,5 +1,6 @@
 """The Gluon kernels: their PTX, executed on CPU tensors, and what the compiler made of them."""
 import contextlib
+import dataclasses
 import importlib.util
 import pathlib
 import re
@@ -16,7 +17,7 @@ from problems import Problem, error
 from ptx_emulator import EmulatorError
 from triton_lstm import Plan, make_plan
 from triton_lstm.kernels import launch
-from triton_lstm.plan import A100, H200, RTX_4090
+from triton_lstm.plan import A100, FUSED_INPUTS, H200, RTX_4090
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = [FP16, BF16, FP32]
@@ -27,8 +28,9 @@ def problem(shape, dtype):
     return Problem(*shape, dtype=dtype, tf32=dtype == FP32)
 
 
-def run(problem, ctas, arch=90, **options):
-    with harness.emulator(arch, **options):
+def run(problem, ctas, arch=90, fused=False, **options):
+    """``fused``: the input product in the time loop too, as few inputs have it; these problems are small."""
+    with harness.emulator(arch, **options), mock.patch.object(Plan, "multiplies_input", lambda plan, inputs: fused):
         problem.check(problem.ours(plan=problem.gluon_plan(ctas)))
 
 
@@ -60,6 +62,28 @@ def test_one_cta_large(shape, dtype, arch):
 ], ids=str)
 def test_cluster(shape, dtype, ctas):
     run(problem(shape, dtype), ctas)
+
+
+@pytest.mark.parametrize("change", [dict(), dict(bias=False), dict(ragged=True, resets=True), dict(packed=True)],
+                         ids=str)
+@pytest.mark.parametrize("shape, dtype, ctas, arch", [
+    ((1, 1, 1, 1, 2), FP16, 1, 80), ((3, 17, 5, 33, 2), BF16, 1, 90), ((4, 3, 16, 64, 1), FP32, 1, 90),
+    pytest.param((4, 17, 3, 33, 2), FP32, 2, 90, marks=CLUSTERS),
+    pytest.param((3, 3, 16, 100, 1), BF16, 4, 90, marks=CLUSTERS)], ids=str)
+def test_few_inputs(shape, dtype, ctas, arch, change):
+    """Their product with W is in the time loop; x may have any strides."""
+    run(dataclasses.replace(problem(shape, dtype), **change), ctas, arch, fused=True)
+
+
+@pytest.mark.parametrize("hidden_size, dtype", [(64, FP16), (128, BF16), (64, FP32), (128, FP32), (512, BF16)], ids=str)
+def test_few_inputs_neither_spill_nor_lose_r(hidden_size, dtype):
+    plan = make_plan(16, hidden_size, dtype, limits=H200)
+    if not plan.gluon:
+        pytest.skip("clusters need Triton 3.9")
+    with mock.patch.object(Plan, "multiplies_input", lambda plan, inputs: True):
+        loop = read(compile_plan(plan, dtype, inputs=FUSED_INPUTS)["forward_gluon"]).time_loop
+    assert loop.spills == 0
+    assert loop.held >= plan.register_bytes
 
 
 @CLUSTERS

@@ -71,6 +71,7 @@ def explain(layer, x, limits=None):
         f"  {plan.groups} group(s) of programs a direction share the rows, {plan.tiles} tile(s) of {plan.block_b} rows "
         "each",
         f"  launches of the time loop a layer: {forward} forward, {backward} backward",
+        *["  the first layer's forward loop multiplies x by W itself"] * plan.multiplies_input(layer.input_size),
         f"  a step of a layer's time loop: {cycles:.0f} cycles predicted, {cycles / limits.mhz:.2f} us at "
         f"{limits.mhz} MHz",
         f"  saved for backward a layer: {_size(plan.saved_bytes(T) + m_bytes)}; storing i, f, g, o and c of every step "

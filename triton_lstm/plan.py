@@ -19,6 +19,7 @@ NUM_WARPS = 8                           # of every program of the grid and strea
 HELD_BYTES = 128 * 4 * 32 * NUM_WARPS   # of R in registers at most: 128 of a thread's 255, the rest is the step's
 BLOCK_BYTES = 1 << 14                   # of R that a streamed plan reads at a time
 GLUON_BYTES = 128                       # along a row of R, of one product of the Gluon kernels
+FUSED_INPUTS = 16                       # features that the Gluon forward loop multiplies by W itself, at most
 BACKWARD_ELEMENTS = 1 << 21             # units x rows x steps that backward recomputes at a time, if it can choose
 FORWARD_BYTES = 1 << 28                 # of pre-activations that forward holds at a time, if it can choose
 # The cost model, fitted to bounds that ``bench.residency`` reads from machine code, not to measurements. Cycles of a
@@ -168,6 +169,14 @@ class Plan:
     def launched(self):
         """Programs of one launch."""
         return self.programs * self.groups * self.directions
+
+    def multiplies_input(self, input_size):
+        """Whether the forward time loop computes x W^T itself, so that no pre-activations go through device memory.
+
+        In 16-bit types that takes it 16 to 38 cycles more a step. In TF32 100 to 400 (by ``bench.machine_code``), less
+        than to read pre-activations once programs fill half the chip: 18 bytes a cycle of device memory each, at most.
+        """
+        return self.gluon and input_size <= FUSED_INPUTS and (self.precision == "native" or self.launched >= 64)
 
     def step_cycles(self, multiprocessors):
         """Cycles that the time loop is predicted to take for a step of all rows, forward and backward alike.

@@ -25,8 +25,8 @@ def check(plan, dtype, arch, limits):
         # Streamed plans of 32 rows may reload a few registers beside the blocks of R that they read from L2: with
         # smaller blocks they do not, but take a quarter longer (H=1150 and 2048). Seven by Triton 3.9, eleven by 3.6.
         few = 12 if plan.schedule == "streamed" and plan.block_b == 32 else 0
-        # 64 registers of shares on their way, beside R's 128, cost seven to ten that keep addresses. Fewer on their way,
-        # one batch after another, would cost another trip through L2.
+        # 64 registers of shares on their way, beside R's 128, cost seven to ten that keep addresses. Fewer on their
+        # way, one batch after another, would cost another trip through L2.
         if name == "backward_grid" and plan.programs * plan.block_b * plan.block_h >= 1 << 14:
             few = 12
         assert loop.spills <= few, f"{name}: {loop.counts}"

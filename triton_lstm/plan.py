@@ -23,10 +23,10 @@ FUSED_INPUTS = 16                       # features that the Gluon forward loop m
 BACKWARD_ELEMENTS = 1 << 21             # units x rows x steps that backward recomputes at a time, if it can choose
 FORWARD_BYTES = 1 << 28                 # of pre-activations that forward holds at a time, if it can choose
 # The cost model, fitted to bounds that ``bench.residency`` reads from machine code, not to measurements. Cycles of a
-# step beyond its work: of the Gluon kernels, of portable resident ones, and of each tile of grid and streamed plans;
-# what an exchange adds in a cluster, and through L2. Then the work: multiply-adds a cycle, cycles an element of the
-# cell, bytes a cycle from L2.
-GLUON_STEP, RESIDENT_STEP, TILE_STEP = 650, 2400, 1400
+# step beyond its work: of the Gluon kernels, of portable resident ones, and of each tile of grid and streamed plans,
+# with one more for each unit of h; what an exchange adds in a cluster, and through L2. Then the work, of which a tile
+# hides most: multiply-adds a cycle, cycles an element of the cell, bytes a cycle from L2.
+GLUON_STEP, RESIDENT_STEP, TILE_STEP, TILE_WORK = 650, 2400, 1500, 0.3
 CLUSTER_EXCHANGE, L2_EXCHANGE = 400, 1000
 MULTIPLY_ADDS, CELL_CYCLES, L2_BYTES = {"native": 1280, "tf32": 640, "tf32x3": 640 / 3}, 0.5, 32
 
@@ -192,7 +192,7 @@ class Plan:
                 return waves * (RESIDENT_STEP + work / 2)
             return waves * (GLUON_STEP + work / 4 + (CLUSTER_EXCHANGE if self.programs > 1 else 0))
         h = self.block_b * self.hidden_size * (2 if self.precision == "native" else 4)
-        tile = TILE_STEP + work + (h + self.streamed_bytes) / L2_BYTES
+        tile = TILE_STEP + self.hidden_size + TILE_WORK * (work + h / L2_BYTES) + self.streamed_bytes / L2_BYTES
         return self.tiles * tile + max(L2_EXCHANGE - (self.tiles - 1) * tile, 0)
 
     def saved_bytes(self, T):

@@ -1,4 +1,6 @@
 """What the compiler made of the kernels: no spills, and R stays where the plan says, read from machine code."""
+import re
+
 import pytest
 import torch
 from triton_lstm.kernels.ahead import compile_plan
@@ -111,3 +113,17 @@ def test_a_new_length_or_batch_compiles_nothing():
             y, h, c, kept = launch.forward(x, w, r, None, state, state, None, plan, True, run=collect)
             launch.backward(y, h, c, x, w, r, None, state, state, None, y, kept, plan, [True] * 6, run=collect)
     assert len(set(found)) == 3 * 2, sorted(set(found))
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("batch, hidden_size, dtype", [(16, 256, BF16), (64, 512, FP32), (128, 1024, FP16),
+                                                       (16, 33, BF16)], ids=str)
+def test_state_in_memory_stays_with_its_thread(batch, hidden_size, dtype, marked):
+    """Programs that share R keep c and dc in memory from step to step with no barrier between store and load: the same
+    pointers, in the same layout, make the same thread do both."""
+    plan = make_plan(batch, hidden_size, dtype, limits=PORTABLE, schedule="grid")
+    kernels = compile_plan(plan, dtype, 90, marked=marked)
+    for name, state in (("forward_grid", "c_prev"), ("backward_grid", "dc")):
+        text = kernels[name].asm["ttgir"]
+        loaded = re.findall(rf"%{state}_\d+ = tt\.load (%{state}_\d+)", text)
+        assert len(loaded) == 1 and len(re.findall(rf"tt\.store {loaded[0]},", text)) == 1, name

@@ -5,18 +5,29 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .cell import FRESH, LIVE, chunk_shift, place_of, round_tf32, rows_at
-from .gluon_cell import chains, coalesced_layout, factor, load, shared_layout, shares_layout, there, unit_layout
+from .gluon_cell import (
+    chains,
+    coalesced_layout,
+    factor,
+    load,
+    load_there,
+    shared_layout,
+    shares_layout,
+    there,
+    unit_layout,
+)
 from .gluon_cluster import add_shares, allocate_mbarriers, send_shares
 
 
 @gluon.jit
-def load_inputs(dy, k, mark, inside, H: gl.constexpr, HAS_DY: gl.constexpr, MARKED: gl.constexpr):
+def load_inputs(dy, k, mark, offsets_ptr, row, count, inside, H: gl.constexpr, HAS_DY: gl.constexpr,
+                MARKED: gl.constexpr):
     """The six coefficients of some units, dy, and the marks of the rows; for an unused one of these something else.
-    Coefficients outside of ``inside`` pass dc on and have no da."""
+    Coefficients that are not ``there`` pass dc on and have no da."""
     inputs = ()
     for n in gl.static_range(6):
-        inputs += (load(k + n * H, inside, 1. if n == 5 else 0.),)
-    inputs += (load(dy, inside) if HAS_DY else inputs[0],)
+        inputs += (load_there(k + n * H, offsets_ptr, row, count, inside, 1. if n == 5 else 0.),)
+    inputs += (load_there(dy, offsets_ptr, row, count, inside) if HAS_DY else inputs[0],)
     inputs += (gl.load(mark) if MARKED else inputs[0],)
     return inputs
 
@@ -115,7 +126,7 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
     at = place_of(offsets_ptr, (d * S + gl.where(d == 0, s, S - 1 - s)).to(gl.int64) * B, shift + base)
     inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
                          coef_ptr + at * (6 * H), marks_ptr + time * B,
-                         there(offsets_ptr, row, count, inside), H, HAS_DY, MARKED)
+                         offsets_ptr, row, count, inside, H, HAS_DY, MARKED)
     while s >= 0:
         ko, kh, ki = inputs[0], inputs[1], inputs[2]
         kf, kg, f = inputs[3], inputs[4], inputs[5]
@@ -142,7 +153,7 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
         if CTAS == 1:
             inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
                                  coef_ptr + at * (6 * H), marks_ptr + time * B,
-                                 there(offsets_ptr, row, count, inside), H, HAS_DY, MARKED)
+                                 offsets_ptr, row, count, inside, H, HAS_DY, MARKED)
         sums = ()
         for n in gl.static_range(CHAINS):
             total = gl.full((CTAS, BLOCK_B, UNITS), 0., gl.float32, ACC)
@@ -162,7 +173,7 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
             send_shares(share, shares.index(n % 2), bars.index(n % 2), BLOCK_H)
             inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
                                  coef_ptr + at * (6 * H), marks_ptr + time * B,
-                                 there(offsets_ptr, row, count, inside), H, HAS_DY, MARKED)
+                                 offsets_ptr, row, count, inside, H, HAS_DY, MARKED)
             mbarrier.wait(bars.index(n % 2), n // 2 % 2)
             dh = add_shares(shares.index(n % 2), BLOCK_H)
         if MARKED:      # dh passes a step that is not live, and ends before a fresh one

@@ -99,6 +99,15 @@ def there(offsets_ptr, row, count, inside):
 
 
 @gluon.jit
+def load_there(ptr, offsets_ptr, row, count, inside, other: gl.constexpr = 0.):
+    """``load`` where ``there`` says; Triton 3.6 lets no function return the None that ``inside`` may be."""
+    if offsets_ptr is None:
+        return load(ptr, inside, other)
+    else:
+        return load(ptr, there(offsets_ptr, row, count, inside), other)
+
+
+@gluon.jit
 def fast_tanh(x):
     """Relative error 2^-11: for results in 16-bit types."""
     return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)

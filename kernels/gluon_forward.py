@@ -12,6 +12,7 @@ from .gluon_cell import (
     gates_layout,
     join_gates,
     load,
+    load_there,
     shared_layout,
     split_gates,
     there,
@@ -21,9 +22,12 @@ from .gluon_cluster import allocate_mbarriers, send_to_all
 
 
 @gluon.jit
-def load_gates(x, inside, H: gl.constexpr):
+def load_gates(x, offsets_ptr, row, count, inside, H: gl.constexpr):
     """The four gates' pre-activations x W^T + b, (rows, units) each."""
-    return load(x, inside), load(x + H, inside), load(x + 2 * H, inside), load(x + 3 * H, inside)
+    gates = ()
+    for n in gl.static_range(4):
+        gates += (load_there(x + n * H, offsets_ptr, row, count, inside),)
+    return gates
 
 
 @gluon.jit
@@ -121,12 +125,12 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
         w = gl.allocate_shared_memory(dtype, w.shape, shared_layout(BITS, FEATURES, [0, 1], 1, CTAS), w)
         inputs = load_x(x_ptr, base, count, tile, INPUTS, FEATURES, BLOCK_B, PRECISION, A)
         if b_ptr is not None:
-            x = load_gates(b_ptr + d * (4 * H) + unit + row * 0, inside, H)
+            x = load_gates(b_ptr + d * (4 * H) + unit + row * 0, None, row, B, inside, H)
         else:
             zero = gl.full((BLOCK_B, UNITS), 0., gl.float32, UNIT)
             x = zero, zero, zero, zero
     else:
-        x = load_gates(x_ptr + at * (4 * H) + at_x, there(offsets_ptr, row, count, inside), H)
+        x = load_gates(x_ptr + at * (4 * H) + at_x, offsets_ptr, row, count, inside, H)
     ROWS: gl.constexpr = shared_layout(BITS, WIDTH, [1, 0], None, CTAS)
     if CTAS == 1:
         rows = gl.allocate_shared_memory(dtype, [BLOCK_B, UNITS], ROWS)
@@ -153,7 +157,7 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
             a = mma_v2(inputs, w.load(R), a, input_precision="tf32")
             inputs = load_x(x_ptr, next_base, next_count, tile, INPUTS, FEATURES, BLOCK_B, PRECISION, A)
         else:
-            x = load_gates(x_ptr + at * (4 * H) + at_x, there(offsets_ptr, row, next_count, inside), H)
+            x = load_gates(x_ptr + at * (4 * H) + at_x, offsets_ptr, row, next_count, inside, H)
         next_mark = mark
         if MARKED:
             next_mark = gl.load(marks_ptr + time.to(gl.int64) * B + row)

@@ -28,8 +28,9 @@ def poison():
         return run
 
     with contextlib.ExitStack() as stack:
-        for module, names in ((harness.interpreted_launch, ("forward", "backward")),
-                              (harness.compiled_launch, ("forward", "backward")), (wavefront, ("_forward", "_backward"))):
+        single, several = ("forward", "backward"), ("_forward", "_backward")
+        for module, names in ((harness.interpreted_launch, single), (harness.compiled_launch, single),
+                              (wavefront, several)):
             for name in names:
                 stack.enter_context(mock.patch.object(module, name, poisoned(getattr(module, name))))
         yield

@@ -166,9 +166,11 @@ class _Wavefront(torch.autograd.Function):
         needs = ctx.needs_input_grad[2:]
         if all(g is None for g in gradients):
             return (None,) * (2 + len(needs))
-        inputs, rest = ctx.saved_tensors[:len(needs)], ctx.saved_tensors[len(needs):]
+        tensors = ctx.saved_tensors         # once: checkpoints give them only once
+        inputs, rest = tensors[:len(needs)], tensors[len(needs):]
         layers = len(rest) // 4
         saved = [rest[n:n + layers] for n in range(0, len(rest), layers)]
-        if torch.is_grad_enabled() or op.transformed():
+        mapped = any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+        if torch.is_grad_enabled() or op.transformed() or mapped:
             return None, None, *_differentiably(ctx.plan, saved[3], ctx.scale, needs, gradients, inputs)
         return None, None, *_backward(ctx.plan, ctx.scale, needs, gradients, inputs, saved)

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import harness
 import triton_lstm
-from problems import BUDGET, PORTABLE, error, floor
+from harness import TRITON
+from problems import BUDGET, PORTABLE, Problem, error, floor
 from triton_lstm import wavefront
 from triton_lstm.kernels import wavefront as order
 from triton_lstm.plan import H200, Plan, make_plan
@@ -206,6 +207,20 @@ def test_batched_gradients():
         torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6)
 
 
+def test_saved_tensors():
+    """No tensor is saved twice: hooks may copy each. Beside inputs, two y, one x behind dropout, its mask, and c."""
+    layer, x, saved = make(6, 9, 2, dropout=0.5, keep_every=2), torch.randn(5, 3, 6), []
+    with harness.interpreter(), overlapping(3), torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append(t) or t, lambda t: t):
+        y, _ = layer(x)
+        saved.clear()
+        y, _ = layer(x)
+    found = [tuple(t.shape) for t in saved if t.shape[:2] == (5, 3)]
+    assert sorted(found) == [(5, 3, 6), *[(5, 3, 9)] * 4]
+    assert [tuple(t.shape) for t in saved if t.dim() == 4] == [(2, 1, 3, 9)] * 2
+    assert [t.dtype for t in saved].count(torch.bool) == 1
+
+
 def test_backward_twice():
     layer, x = make(6, 9, 2), torch.randn(5, 3, 6).requires_grad_()
     with harness.interpreter(), overlapping(3):
@@ -244,6 +259,23 @@ def test_programs_that_exchange():
         assert_equal(got, step(layer, x))
 
 
+@pytest.mark.parametrize("ctas", [1, 2])
+def test_gluon_chunks_between_kept_states(ctas):
+    """Compiled: c is kept before steps 3 and 6, whether a chunk of forward begins there or not."""
+    if TRITON < (3, 9) and ctas > 1:
+        pytest.skip("clusters need Triton 3.9")
+    layer, x = make(4, 33, 2, torch.float16), torch.randn(7, 3, 4).half()
+    layer.plan = Problem(7, 3, 4, 33, dtype=torch.float16).gluon_plan(ctas, keep_every=3)
+    assert layer.plan.gluon and layer.plan.programs == ctas
+    with harness.emulator(), overlapping(2) as runs:
+        got = step(layer, x)
+    assert runs.call_count == 2
+    with harness.emulator(), one_by_one(7):
+        want = step(layer, x)
+    for name in want.keys() - {"drawn"}:
+        assert error(got[name], want[name].double()) < 2e-3, name       # fp16: products of fewer rows, rounded anew
+
+
 class Other(torch.Tensor):
     pass
 
@@ -265,6 +297,7 @@ def test_layer_by_layer_with(options, arguments):
     assert not runs.called
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")     # torch's own, in its first dual level
 def test_layer_by_layer_under_transforms():
     layer, x = make(6, 9, 2), torch.randn(7, 3, 6)
     packed = torch.nn.utils.rnn.pack_sequence([torch.randn(5, 6)] * 3)

@@ -25,9 +25,10 @@ class LSTM(torch.nn.RNNBase):
     """Drop-in for ``torch.nn.LSTM``: same arguments, parameters, initialisation, ``state_dict`` and results.
 
     On CUDA tensors in float16, bfloat16 or float32 (and on CPU tensors under ``TRITON_INTERPRET=1``) each layer is one
-    call of ``triton_lstm.lstm``. Everything else is computed by torch's own LSTM: silently on other devices, with one
-    warning for what the kernels do not cover (float64, R larger than the chip, and with ``proj_size`` R W_hr, which the
-    kernels take in its place, (4H, H), larger than what the chip can hold).
+    call of ``triton_lstm.lstm``, or layers overlap in time, where they fit on the chip side by side. Everything else is
+    computed by torch's own LSTM: silently on other devices, with one warning for what the kernels do not cover
+    (float64, R larger than the chip, and with ``proj_size`` R W_hr, which the kernels take in its place, (4H, H),
+    larger than what the chip can hold).
     Wrong input raises what nn.LSTM raises. Weights are read anew at each call, so that whatever replaces one
     (assignment, parametrizations, ``torch.func.functional_call``, FSDP) takes effect.
 
@@ -117,8 +118,7 @@ class LSTM(torch.nn.RNNBase):
         D = 2 if self.bidirectional else 1
         dtype = self._compute_dtype(x)
         x, hx = x.to(dtype), hx and tuple(s.to(dtype) for s in hx)
-        plain = batch_sizes is None and not any(m is not None for m in masks.values())
-        if plain and self._may_overlap():
+        if self._may_overlap() and batch_sizes is None and all(mask is None for mask in masks.values()):
             plan = wavefront.plan_of_all(x, hx, weights, self.num_layers, self.hidden_size, self.plan)
             if plan is not None:
                 layers = [self._stacked(weights, layer, dtype)[:3] for layer in range(self.num_layers)]

@@ -72,36 +72,37 @@ def _scale(x, dropout):
 
 
 def _forward(plan, dropout, save, x, h0, c0, *weights):
-    """(y, h_n, c_n), then what backward needs of each layer: x, y, c and, with dropout, what it keeps of the layer's
-    x."""
+    """(y, h_n, c_n), then what backward needs of each layer: x where dropout made it of the y before, else None; y; c;
+    and what dropout keeps of x."""
     layers, T = _by_layer(weights), x.shape[0]
     steps, scale = min(chunk_steps(T), plan.forward_steps(T, x.element_size())), _scale(x, dropout)
-    chunks, xs, ys, keep = [], [], [], []
+    chunks, dropped, ys, keep = [], [], [], []
     for n, (w, r, b) in enumerate(layers):
         keep.append(torch.nn.functional.dropout(torch.ones_like(x), dropout) != 0 if n and dropout else None)
-        x = x.new_empty(x.shape) if n and dropout else x
+        dropped.append(x.new_empty(x.shape) if n and dropout else None)
+        x = x if dropped[n] is None else dropped[n]
         state = h0[n:n + 1], c0[n:n + 1]
         chunks.append(op.launch.forward_chunks(x, w, r, b, *state, None, plan, save, steps=steps))
-        xs.append(x)
         x = next(chunks[n])
         ys.append(x)
 
     def drop(n, k):
         if n and dropout:
             now = slice(k * steps, (k + 1) * steps)
-            torch.mul(ys[n - 1][now], keep[n][now], out=xs[n][now]).mul_(scale)
+            torch.mul(ys[n - 1][now], keep[n][now], out=dropped[n][now]).mul_(scale)
 
     with torch.autocast(x.device.type, enabled=False):
         run_diagonals(chunks, -(-T // steps), drop, x.device)
         _, h_n, c_n, kept = zip(*map(op.launch.finish, chunks))
-    return (ys[-1], torch.cat(h_n), torch.cat(c_n)), (xs, ys, kept, keep)
+    return (ys[-1], torch.cat(h_n), torch.cat(c_n)), (dropped, ys, kept, keep)
 
 
 def _backward(plan, scale, needs, gradients, inputs, saved):
     """Gradients of the inputs of ``_forward`` by the kernels, None where ``needs`` says False."""
-    (dy, *state_gradients), (_, h0, c0, *weights) = gradients, inputs
-    xs, ys, kept, keep = saved
-    layers, needed, K, T = _by_layer(weights), _by_layer(needs[3:]), plan.keep_every, len(xs[0])
+    (dy, *state_gradients), (x, h0, c0, *weights) = gradients, inputs
+    dropped, ys, kept, keep = saved
+    xs = [x, *(before if made is None else made for before, made in zip(ys, dropped[1:]))]
+    layers, needed, K, T = _by_layer(weights), _by_layer(needs[3:]), plan.keep_every, len(x)
     lowest = 0 if any(needs[:3]) else next(n for n, of in enumerate(needed) if any(of))
     order = list(reversed(range(lowest, len(layers))))
     of_layer = lambda t, n: None if t is None else t[n:n + 1]
@@ -120,8 +121,8 @@ def _backward(plan, scale, needs, gradients, inputs, saved):
             now = slice((count - 1 - k) * K, (count - k) * K)
             dys[i][now].mul_(keep[order[i - 1]][now]).mul_(scale)
 
-    with torch.autocast(ys[0].device.type, enabled=False):
-        run_diagonals(chunks, count, drop, ys[0].device)
+    with torch.autocast(x.device.type, enabled=False):
+        run_diagonals(chunks, count, drop, x.device)
         results = dict(zip(order, map(op.launch.finish, chunks)))
     states = [torch.cat([results[n][which] for n in range(len(layers))]) if needs[which - 3] else None
               for which in (4, 5)]

@@ -165,8 +165,8 @@ def _take_turns(runs, gpu, effort, stream):
     return samples
 
 
-def _compile(plan, dtype, marked, arch):
-    compile_plan(plan, dtype_of(dtype), arch, marked)
+def _compile(plan, dtype, marked, inputs, arch):
+    compile_plan(plan, dtype_of(dtype), arch, marked, inputs=inputs)
 
 
 def compile_all(cases, limits, arch):
@@ -184,10 +184,12 @@ def compile_all(cases, limits, arch):
             continue                    # its row will say why
         # sizes that are no constants of the kernels make no other kernel
         key = dataclasses.replace(plan, batch=0, groups=0, tiles=0, keep_every=1)
-        wanted.setdefault((key, case.dtype, case.sequences != "padded"), plan)
+        widths = {case.input_size, *[case.directions * case.hidden_size] * (case.layers > 1)}
+        for inputs in {width if plan.multiplies_input(width) else 64 for width in widths}:
+            wanted.setdefault((key, case.dtype, case.sequences != "padded", inputs), plan)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
-        futures = [pool.submit(_compile, plan, dtype, marked, arch) for (_, dtype, marked), plan in wanted.items()]
+        futures = [pool.submit(_compile, plan, *constants, arch) for (_, *constants), plan in wanted.items()]
         for future in progress(concurrent.futures.as_completed(futures), lambda _: "compiling", len(futures)):
             future.exception()          # waits; of a kernel that does not compile its row will tell
     return time.monotonic() - began

@@ -223,10 +223,28 @@ class _Rows:
         return h.index_copy_(0, self.begins[d, new] - start, h0[new])
 
 
-def forward(x, w, r, b, h0, c0, marks, plan, save, sizes=None, zoneout=None, run=None):
-    """The layer over all steps. See ``triton_lstm.lstm``; x (T, B, I), w (D, 4H, I), r (D, 4H, H), b (D, 4H) or None,
-    marks (D, T, B) or None. With ``sizes`` (T,) on the CPU x is packed, (rows, I); marks then tell the same. zoneout:
-    (seed, rate_h, rate_c) or None, the seed an int64 tensor of one element, or None for the expectation.
+def finish(chunks):
+    """What the generator ``chunks`` returns, after all that it has left to do."""
+    while True:
+        try:
+            next(chunks)
+        except StopIteration as end:
+            return end.value
+
+
+def forward(*args, **kwargs):
+    """All of ``forward_chunks``, whose arguments it takes: (y, h_n, c_n, kept)."""
+    return finish(forward_chunks(*args, **kwargs))
+
+
+def forward_chunks(x, w, r, b, h0, c0, marks, plan, save, sizes=None, zoneout=None, run=None, steps=None):
+    """The layer over all steps, as a generator. See ``triton_lstm.lstm``; x (T, B, I), w (D, 4H, I), r (D, 4H, H),
+    b (D, 4H) or None, marks (D, T, B) or None. With ``sizes`` (T,) on the CPU x is packed, (rows, I); marks then tell
+    the same. zoneout: (seed, rate_h, rate_c) or None, the seed an int64 tensor of one element, or None for the
+    expectation.
+
+    Allocates all that outlives a chunk and yields y, to be filled; then runs a chunk of ``steps`` steps (None: as many
+    as the plan has at a time) before each further yield. x need not be there before the chunk that reads it.
 
     Returns y (T, B, D H) or (rows, D H), h_n and c_n (D, B, H), and what backward needs of c (-, D, B, H) fp32, empty
     without ``save``. ``run`` stands in for ``launch_kernel``, to compile or emulate instead.
@@ -239,27 +257,27 @@ def forward(x, w, r, b, h0, c0, marks, plan, save, sizes=None, zoneout=None, run
     c = c0.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     kept = c.new_empty(max(-(-T // plan.keep_every), 1) - 1 if save else 0, D, B, H)
     if T == 0 or B == 0:
+        yield y
         return y, h0.clone(), c0.clone(), kept
     more = _zoneout_constants(zoneout)
     r = prepare_r(r, plan)
     h = h0.transpose(0, 1).reshape(B, D * H).contiguous()      # of H = 1, reshape alone makes a transposed view
     keep_every = plan.keep_every if save else T
-    fused = plan.multiplies_input(x.shape[-1])
-    if fused:
-        steps, buffer = T, x.contiguous()
-        more = dict(INPUTS=x.shape[-1], w_ptr=prepare_r(w, plan), b_ptr=None if b is None else
-                                 b.contiguous())
+    if plan.multiplies_input(x.shape[-1]):
+        steps, buffer = steps or T, x.contiguous()
+        more = dict(INPUTS=x.shape[-1], w_ptr=prepare_r(w, plan), b_ptr=None if b is None else b.contiguous())
     else:
-        steps = plan.forward_steps(T, x.element_size())
-        buffer = x.new_empty(rows.most(D, steps), 4 * H)
+        steps = steps or plan.forward_steps(T, x.element_size())
+        buffer = x.new_empty(rows.most(D, min(steps, T)), 4 * H)
     through_l2 = plan.schedule in ("grid", "streamed")
     if through_l2:
-        sent = x.new_empty(steps, D, plan.groups * plan.tiles * plan.block_b, plan.owners * plan.block_h)
+        sent = x.new_empty(min(steps, T), D, plan.groups * plan.tiles * plan.block_b, plan.owners * plan.block_h)
+    yield y
     for first in range(0, T, steps):
         S = min(steps, T - first)
         spans = [_span(d, first, S, T) for d in range(D)]
         with matmul_precision(plan):
-            for d, a in enumerate([] if fused else rows.chunk(buffer, spans)):
+            for d, a in enumerate([] if "INPUTS" in more else rows.chunk(buffer, spans)):
                 _input_product(rows.of(x, *spans[d]), w, b, d, a)
         if first:
             h = _state(y, h0, marks, rows, first)
@@ -274,6 +292,7 @@ def forward(x, w, r, b, h0, c0, marks, plan, save, sizes=None, zoneout=None, run
             _clear_after(h.view(B, D, H).transpose(0, 1), sent[:S], marks, first, T, plan)
             run(forward_grid, plan, (plan.programs, plan.groups, D), *head, sent, *shape, plan.tiles, waits=True,
                 **constants)
+        yield
     if sizes is not None:
         last = y[:, :H].index_select(0, rows.begins[1])
     elif marks is not None:
@@ -341,11 +360,20 @@ def _add_product(total, a, b):
         total.addmm_(a.t().float(), b.float())
 
 
-def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, sizes=None, zoneout=None, run=None):
-    """Gradients of ``forward``: (dx, dw, dr, db, dh0, dc0), None where ``needs`` says False.
+def backward(*args, **kwargs):
+    """All of ``backward_chunks``, whose arguments it takes: (dx, dw, dr, db, dh0, dc0)."""
+    return finish(backward_chunks(*args, **kwargs))
+
+
+def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, sizes=None, zoneout=None,
+                    run=None):
+    """Gradients of ``forward``, as a generator: (dx, dw, dr, db, dh0, dc0), None where ``needs`` says False.
 
     dy, dh_n and dc_n may be None. Goes over chunks of ``plan.keep_every`` steps from the last: recomputes the gates by
     products over the whole chunk, turns them into coefficients, then runs the reverse time loop.
+
+    Allocates all that outlives a chunk and yields dx, to be filled; then runs a chunk before each further yield. dy
+    need not be there before the chunk that reads it.
     """
     run = run or launch_kernel
     B, D, H, K = h0.shape[1], plan.directions, plan.hidden_size, plan.keep_every
@@ -370,6 +398,8 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, si
         if plan.schedule in ("grid", "streamed"):
             share = dh.new_zeros(2 * D * plan.groups * plan.tiles * plan.owners * plan.programs * plan.block_b
                                  * plan.block_h)
+    yield dx
+    if T and B:
         for first in reversed(range(0, T, K)):
             S = min(K, T - first)
             spans = [_span(d, first, S, T) for d in range(D)]
@@ -409,5 +439,6 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, si
                     if dx is not None:
                         out = rows.of(dx, *spans[d])
                         out.addmm_(a[d], w[d]) if D == 2 else torch.mm(a[d], w[d], out=out)
+            yield
     cast = lambda g, need: g.to(x.dtype) if need else None
     return dx, cast(dw, needs[1]), cast(dr, needs[2]), cast(db, needs[3]), cast(dh, needs[4]), cast(dc, needs[5])

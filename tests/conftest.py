@@ -9,6 +9,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
     pytest.exit("the tests choose the interpreter themselves: unset TRITON_INTERPRET", returncode=2)
 
 import harness  # noqa: E402
+from triton_lstm import wavefront  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +28,11 @@ def poison():
         return run
 
     with contextlib.ExitStack() as stack:
-        for launch in (harness.interpreted_launch, harness.compiled_launch):
-            for name in ("forward", "backward"):
-                stack.enter_context(mock.patch.object(launch, name, poisoned(getattr(launch, name))))
+        single, several = ("forward", "backward"), ("_forward", "_backward")
+        for module, names in ((harness.interpreted_launch, single), (harness.compiled_launch, single),
+                              (wavefront, several)):
+            for name in names:
+                stack.enter_context(mock.patch.object(module, name, poisoned(getattr(module, name))))
         yield
 
 

@@ -31,6 +31,7 @@ def test_grid():
         f"2 layer(s), each by {plan}",
         "  R takes 2 MiB a direction",
         "  4 group(s) of programs a direction share the rows, 1 tile(s) of 16 rows each",
+        "  layers run one after the other: 256 programs of all layers do not run side by side on 132 multiprocessors",
         "  launches of the time loop a layer: 1 forward, 5 backward",
         "  a step of a layer's time loop: 3327 cycles predicted, 1.68 us at 1980 MHz",
         "  saved for backward a layer: 512 KiB; storing i, f, g, o and c of every step takes 93.75 MiB at least",

@@ -24,25 +24,27 @@ def recorded(found):
         yield
 
 
+@pytest.mark.parametrize("inputs", [16, 64])        # few are multiplied in the Gluon forward loop
 @pytest.mark.parametrize("H, schedule, dtype, limits", [
     (32, "resident", torch.bfloat16, PORTABLE), (33, "resident", torch.float32, PORTABLE),
     (160, "grid", torch.float16, PORTABLE), (1056, "streamed", torch.bfloat16, PORTABLE),
     (32, "resident", torch.bfloat16, H200), (33, "resident", torch.float32, H200),
     (128, "resident", torch.float16, H200), (160, "cluster", torch.float16, H200),
     (100, "cluster", torch.float32, H200)], ids=str)
-def test_launch_compiles_what_the_tests_compile(H, schedule, dtype, limits):
+def test_launch_compiles_what_the_tests_compile(H, schedule, dtype, limits, inputs):
     """A launch compiles what ``ahead.compile_plan`` gives the tests, or finds it in the cache."""
     if schedule == "cluster" and limits.cluster < 2:
         pytest.skip("clusters need Triton 3.9")
     B, T, D = 32, 2, 2
     plan = triton_lstm.make_plan(B, H, dtype, D, schedule=schedule, tf32=True, limits=limits)
     tensor = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
-    x, w, r, b, state = tensor(T, B, 16), tensor(D, 4 * H, 16), tensor(D, 4 * H, H), tensor(D, 4 * H), tensor(D, B, H)
+    x, w, r = tensor(T, B, inputs), tensor(D, 4 * H, inputs), tensor(D, 4 * H, H)
+    b, state = tensor(D, 4 * H), tensor(D, B, H)
     found = []
     with recorded(found):
         y, h, c, kept = launch.forward(x, w, r, b, state, state, None, plan, True)
         launch.backward(y, h, c, x, w, r, b, state, state, None, y, kept, plan, [True] * 6)
-    expected = ahead.compile_plan(plan, dtype, 90)
+    expected = ahead.compile_plan(plan, dtype, 90, inputs=inputs)
     assert [kernel.metadata.name for kernel, _ in found] == list(expected)
     for kernel, grid in found:
         other = expected[kernel.metadata.name]

@@ -1,6 +1,7 @@
 """``explain``: in words, how a layer will run on an input and why so."""
 import torch
 
+from . import wavefront
 from .functional import DTYPES, zoneout_rates
 from .layer import LSTM, _TorchLSTM
 from .op import NO_GLUON, portable, tf32_allowed
@@ -58,7 +59,16 @@ def explain(layer, x, limits=None):
         consequence = ("layer.plan cannot run" if own else
                        "no plan for the kernels with zoneout" if zoned else "torch's own LSTM computes")
         return f"{title}\n{consequence}: {error}"
-    forward, backward = (-(-T // max(steps, 1)) for steps in (plan.forward_steps(T, dtype.itemsize), plan.keep_every))
+    steps, order = plan.forward_steps(T, dtype.itemsize), []
+    if layer.num_layers > 1:
+        reason = ("there is proj_size" if layer.proj_size else "there is zoneout" if zoned else
+                  wavefront.why_not(plan, T, layer.num_layers, limits))
+        if reason is None:
+            steps = min(steps, wavefront.chunk_steps(T))
+        order = [f"  layers run one after the other: {reason}" if reason else "  layers run as a wavefront, side by "
+                 f"side, {steps} steps at a time forward and {plan.keep_every} backward, unless there are lengths, "
+                 "resets or torch.compile"]
+    forward, backward = (-(-T // max(n, 1)) for n in (steps, plan.keep_every))
     cycles = plan.step_cycles(limits.multiprocessors)
     matrix, m_bytes = "R", 0
     if layer.proj_size:
@@ -70,6 +80,7 @@ def explain(layer, x, limits=None):
         f"  {matrix} takes {_size(plan.r_bytes)} a direction",
         f"  {plan.groups} group(s) of programs a direction share the rows, {plan.tiles} tile(s) of {plan.block_b} rows "
         "each",
+        *order,
         f"  launches of the time loop a layer: {forward} forward, {backward} backward",
         *["  the first layer's forward loop multiplies x by W itself"] * plan.multiplies_input(layer.input_size),
         f"  a step of a layer's time loop: {cycles:.0f} cycles predicted, {cycles / limits.mhz:.2f} us at "

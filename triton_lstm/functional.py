@@ -101,19 +101,7 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, weight_hr=None, lengths
     else:
         T, B = x.shape[:2]
     h0, c0 = hx if hx is not None else (x.new_zeros(D, B, P), x.new_zeros(D, B, H))
-    tensors = dict(weight_ih=(weight_ih, (D, 4 * H, I)), weight_hh=(weight_hh, (D, 4 * H, P)), bias=(bias, (D, 4 * H)),
-                   weight_hr=(weight_hr, (D, P, H)), h0=(h0, (D, B, P)), c0=(c0, (D, B, H)))
-    if D not in (1, 2):
-        raise ValueError(f"weights must be of 1 or 2 directions, got {D}")
-    for name, (tensor, shape) in tensors.items():
-        if tensor is None and name in ("bias", "weight_hr"):
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"{name} must have the input's dtype {x.dtype}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise RuntimeError(f"{name} must be on the input's device {x.device}, got {tensor.device}")
+    check(x, (D, B, I, H, P), weight_ih, weight_hh, bias, h0, c0, weight_hr)
     if plan is not None and not isinstance(plan, Plan):
         raise TypeError(f"plan must be a triton_lstm.Plan, got {type(plan).__name__}")
     if keep_every is not None and keep_every < 1:
@@ -160,6 +148,24 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, weight_hr=None, lengths
     y, h_n, c_n, _ = differentiable(lstm_op)(*inputs, marks, batch_sizes, plan, keep_every, save, seed,
                                              *map(float, rates))
     return y, (h_n, c_n)
+
+
+def check(x, sizes, weight_ih, weight_hh, bias, h0, c0, weight_hr=None):
+    """Raise as ``lstm`` unless the tensors have shapes of ``sizes`` (D, B, I, H, P), and the dtype and device of x."""
+    D, B, I, H, P = sizes
+    tensors = dict(weight_ih=(weight_ih, (D, 4 * H, I)), weight_hh=(weight_hh, (D, 4 * H, P)), bias=(bias, (D, 4 * H)),
+                   weight_hr=(weight_hr, (D, P, H)), h0=(h0, (D, B, P)), c0=(c0, (D, B, H)))
+    if D not in (1, 2):
+        raise ValueError(f"weights must be of 1 or 2 directions, got {D}")
+    for name, (tensor, shape) in tensors.items():
+        if tensor is None and name in ("bias", "weight_hr"):
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"{name} must have the input's dtype {x.dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise RuntimeError(f"{name} must be on the input's device {x.device}, got {tensor.device}")
 
 
 def _symbolic_keep_every(B, H, D):

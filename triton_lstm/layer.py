@@ -5,6 +5,7 @@ import torch
 from torch.nn.modules.rnn import LSTM as _TorchLSTM  # stays torch's where a program puts ours in torch.nn
 from torch.nn.utils.rnn import PackedSequence
 
+from . import wavefront
 from .functional import DTYPES, lstm, runs_kernels, zoneout_rates
 from .op import automatic_plan
 from .plan import PlanError
@@ -24,9 +25,10 @@ class LSTM(torch.nn.RNNBase):
     """Drop-in for ``torch.nn.LSTM``: same arguments, parameters, initialisation, ``state_dict`` and results.
 
     On CUDA tensors in float16, bfloat16 or float32 (and on CPU tensors under ``TRITON_INTERPRET=1``) each layer is one
-    call of ``triton_lstm.lstm``. Everything else is computed by torch's own LSTM: silently on other devices, with one
-    warning for what the kernels do not cover (float64, R larger than the chip, and with ``proj_size`` R W_hr, which the
-    kernels take in its place, (4H, H), larger than what the chip can hold).
+    call of ``triton_lstm.lstm``, or layers overlap in time, where they fit on the chip side by side. Everything else is
+    computed by torch's own LSTM: silently on other devices, with one warning for what the kernels do not cover
+    (float64, R larger than the chip, and with ``proj_size`` R W_hr, which the kernels take in its place, (4H, H),
+    larger than what the chip can hold).
     Wrong input raises what nn.LSTM raises. Weights are read anew at each call, so that whatever replaces one
     (assignment, parametrizations, ``torch.func.functional_call``, FSDP) takes effect.
 
@@ -116,6 +118,11 @@ class LSTM(torch.nn.RNNBase):
         D = 2 if self.bidirectional else 1
         dtype = self._compute_dtype(x)
         x, hx = x.to(dtype), hx and tuple(s.to(dtype) for s in hx)
+        if self._may_overlap() and batch_sizes is None and all(mask is None for mask in masks.values()):
+            plan = wavefront.plan_of_all(x, hx, weights, self.num_layers, self.hidden_size, self.plan)
+            if plan is not None:
+                layers = [self._stacked(weights, layer, dtype)[:3] for layer in range(self.num_layers)]
+                return wavefront.lstm_layers(x, hx, layers, plan, self.dropout if self.training else 0.)
         h_n, c_n = [], []
         for layer in range(self.num_layers):
             if layer and self.dropout:
@@ -128,6 +135,11 @@ class LSTM(torch.nn.RNNBase):
             c_n.append(c)
         h_n, c_n = (torch.cat(s) if len(s) > 1 else s[0] for s in (h_n, c_n))
         return x, (h_n, c_n)
+
+    def _may_overlap(self):
+        """Whether ``wavefront`` has code for such layers."""
+        return (self.num_layers > 1 and not torch.compiler.is_compiling()
+                and not (self.bidirectional or self.proj_size or self._zoned()))
 
     def _stacked(self, weights, layer, dtype):
         """W (D, 4H, I), R (D, 4H, P), the summed bias (D, 4H) or None, and W_hr (D, P, H) or None, of a layer."""

@@ -1,0 +1,177 @@
+"""Layers as a wavefront: a layer runs over a chunk of steps as soon as the layer before it has."""
+import torch
+from torch.autograd import forward_ad
+
+from . import op
+from .functional import check, lstm
+from .kernels.wavefront import run_diagonals
+from .plan import Plan
+
+CHUNK, CHUNKS = 64, 8       # steps of a chunk at least, and how many chunks there are of a long input
+
+
+def chunk_steps(T):
+    """Steps of a chunk of the forward pass, in sixteens: numbers for which the kernels are compiled anyway."""
+    return max(-(-T // (16 * CHUNKS)) * 16, CHUNK)
+
+
+def why_not(plan, T, layers, limits):
+    """Why so many layers of ``plan`` run one after the other all the same; None if they run as a wavefront."""
+    if limits is None:
+        return "the interpreter runs one program at a time"
+    if plan.directions == 2:
+        return "the reverse direction begins where the layer before ends"
+    if T < 2 * CHUNK:
+        return f"{T} steps are fewer than two chunks of {CHUNK}"
+    if plan.launched * layers > limits.multiprocessors:
+        return (f"{plan.launched * layers} programs of all layers do not run side by side on {limits.multiprocessors} "
+                "multiprocessors")
+
+
+def plan_of_all(x, hx, weights, layers, hidden_size, plan):
+    """The plan by which ``layers`` layers without masks run over x (T, B, I) as a wavefront, or None where they cannot
+    or had better not. ``plan`` is the layer's own or None."""
+    # tensors of other classes and dispatch modes need to see operators
+    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, *(hx or ()), *weights))
+    if (not plain or x.numel() == 0 or op.transformed() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+            or torch._C._len_torch_dispatch_stack() or not isinstance(plan, (Plan, type(None)))):
+        return None
+    T, B = x.shape[:2]
+    plan = plan or op.automatic_plan(B, hidden_size, x.dtype, 1, x.device)
+    return None if why_not(plan, T, layers, op.limits_of(x.device)) else plan
+
+
+def lstm_layers(x, hx, layers, plan, dropout):
+    """All of ``layers``, (w (1, 4H, I), r (1, 4H, H), b (1, 4H) or None) each, over x (T, B, I), by one plan.
+
+    hx: (h0, c0), (layers, B, H) each, or None for zeros. dropout: the rate between layers, 0 for none. Random numbers
+    are those that torch.nn.functional.dropout draws between one layer and the next. Returns ``y, (h_n, c_n)``.
+    """
+    B, H = x.shape[1], plan.hidden_size
+    h0, c0 = hx or (x.new_zeros(len(layers), B, H), x.new_zeros(len(layers), B, H))
+    for n, (w, r, b) in enumerate(layers):
+        check(x, (1, B, H if n else x.shape[2], H, H), w, r, b, h0[n:n + 1], c0[n:n + 1])
+    op.plan_for(x, h0[:1], plan.encode(), plan.keep_every, zoned=False)
+    inputs = x, h0, c0, *(t for layer in layers for t in layer)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        y, h_n, c_n = _Wavefront.apply(plan, dropout, *inputs)
+    else:
+        y, h_n, c_n = _forward(plan, dropout, False, *inputs)[0]
+    return y, (h_n, c_n)
+
+
+def _by_layer(flat):
+    return [flat[n:n + 3] for n in range(0, len(flat), 3)]
+
+
+def _scale(x, dropout):
+    """What dropout multiplies by where it keeps. On CPUs torch rounds it to the type of x."""
+    if dropout == 1:
+        return 0.
+    return 1 / (1 - dropout) if x.is_cuda else x.new_ones(()).div(1 - dropout).item()
+
+
+def _forward(plan, dropout, save, x, h0, c0, *weights):
+    """(y, h_n, c_n), then what backward needs of each layer: x where dropout made it of the y before, else None; y; c;
+    and what dropout keeps of x."""
+    layers, T = _by_layer(weights), x.shape[0]
+    steps, scale = min(chunk_steps(T), plan.forward_steps(T, x.element_size())), _scale(x, dropout)
+    chunks, dropped, ys, keep = [], [], [], []
+    for n, (w, r, b) in enumerate(layers):
+        keep.append(torch.nn.functional.dropout(torch.ones_like(x), dropout) != 0 if n and dropout else None)
+        dropped.append(x.new_empty(x.shape) if n and dropout else None)
+        x = x if dropped[n] is None else dropped[n]
+        state = h0[n:n + 1], c0[n:n + 1]
+        chunks.append(op.launch.forward_chunks(x, w, r, b, *state, None, plan, save, steps=steps))
+        x = next(chunks[n])
+        ys.append(x)
+
+    def drop(n, k):
+        if n and dropout:
+            now = slice(k * steps, (k + 1) * steps)
+            torch.mul(ys[n - 1][now], keep[n][now], out=dropped[n][now]).mul_(scale)
+
+    with torch.autocast(x.device.type, enabled=False):
+        run_diagonals(chunks, -(-T // steps), drop, x.device)
+        _, h_n, c_n, kept = zip(*map(op.launch.finish, chunks))
+    return (ys[-1], torch.cat(h_n), torch.cat(c_n)), (dropped, ys, kept, keep)
+
+
+def _backward(plan, scale, needs, gradients, inputs, saved):
+    """Gradients of the inputs of ``_forward`` by the kernels, None where ``needs`` says False."""
+    (dy, *state_gradients), (x, h0, c0, *weights) = gradients, inputs
+    dropped, ys, kept, keep = saved
+    xs = [x, *(before if made is None else made for before, made in zip(ys, dropped[1:]))]
+    layers, needed, K, T = _by_layer(weights), _by_layer(needs[3:]), plan.keep_every, len(x)
+    lowest = 0 if any(needs[:3]) else next(n for n, of in enumerate(needed) if any(of))
+    order = list(reversed(range(lowest, len(layers))))
+    of_layer = lambda t, n: None if t is None else t[n:n + 1]
+    chunks, dys = [], []
+    for n in order:
+        w, r, b = layers[n]
+        wants = [needs[0] if n == 0 else n > lowest, *needed[n], *needs[1:3]]
+        chunks.append(op.launch.backward_chunks(dy, *(of_layer(g, n) for g in state_gradients), xs[n], w, r, b,
+                                                h0[n:n + 1], c0[n:n + 1], None, ys[n], kept[n], plan, wants))
+        dys.append(dy)
+        dy = next(chunks[-1])
+    count = -(-T // K)
+
+    def drop(i, k):
+        if i and keep[order[i - 1]] is not None:
+            now = slice((count - 1 - k) * K, (count - k) * K)
+            dys[i][now].mul_(keep[order[i - 1]][now]).mul_(scale)
+
+    with torch.autocast(x.device.type, enabled=False):
+        run_diagonals(chunks, count, drop, x.device)
+        results = dict(zip(order, map(op.launch.finish, chunks)))
+    states = [torch.cat([results[n][which] for n in range(len(layers))]) if needs[which - 3] else None
+              for which in (4, 5)]
+    of_weights = [g for n in range(len(layers)) for g in (results[n][1:4] if n in results else (None,) * 3)]
+    return results[0][0] if needs[0] else None, *states, *of_weights
+
+
+def _differentiably(plan, keep, scale, needs, gradients, inputs):
+    """``_backward`` in operators that can be differentiated and mapped over: layer by layer, from the inputs anew."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # aliases: one input may have been computed from another
+        inputs = [t.view_as(t) if need else t for t, need in zip(inputs, needs)]
+        x, h0, c0, *weights = inputs
+        h_n, c_n = [], []
+        for n, (w, r, b) in enumerate(_by_layer(weights)):
+            if keep[n] is not None:
+                x = x * keep[n] * scale
+            x, (h, c) = lstm(x, w, r, b, (h0[n:n + 1], c0[n:n + 1]), plan=plan)
+            h_n.append(h)
+            c_n.append(c)
+        outputs = x, torch.cat(h_n), torch.cat(c_n)
+    outputs, gradients = zip(*((t, g) for t, g in zip(outputs, gradients) if g is not None))
+    found = iter(torch.autograd.grad(outputs, [t for t, need in zip(inputs, needs) if need], gradients,
+                                     create_graph=create_graph, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+class _Wavefront(torch.autograd.Function):
+    """``_forward`` with its gradients; the arguments are its, without ``save``."""
+
+    @staticmethod
+    def forward(ctx, plan, dropout, *inputs):
+        outputs, saved = _forward(plan, dropout, True, *inputs)
+        ctx.plan, ctx.scale = plan, _scale(inputs[0], dropout)
+        ctx.save_for_backward(*inputs, *(t for of in saved for t in of))
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        needs = ctx.needs_input_grad[2:]
+        if all(g is None for g in gradients):
+            return (None,) * (2 + len(needs))
+        tensors = ctx.saved_tensors         # once: checkpoints give them only once
+        inputs, rest = tensors[:len(needs)], tensors[len(needs):]
+        layers = len(rest) // 4
+        saved = [rest[n:n + layers] for n in range(0, len(rest), layers)]
+        mapped = any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+        if torch.is_grad_enabled() or op.transformed() or mapped:
+            return None, None, *_differentiably(ctx.plan, saved[3], ctx.scale, needs, gradients, inputs)
+        return None, None, *_backward(ctx.plan, ctx.scale, needs, gradients, inputs, saved)

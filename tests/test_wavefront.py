@@ -329,6 +329,9 @@ def test_errors():
             layer(torch.randn(7, 4, 6))
         with pytest.raises(ValueError, match=r"weight_ih must have the shape \(1, 36, 9\), got \(1, 36, 8\)"):
             torch.func.functional_call(layer, dict(weight_ih_l1=torch.randn(36, 8)), (x,))
+        layer.plan = dataclasses.replace(layer.plan, hidden_size=8)
+        with pytest.raises(ValueError, match="hidden_size 8"):
+            layer(x)
         layer.plan = "grid"
         with pytest.raises(TypeError, match="plan must be"):
             layer(x)

@@ -278,6 +278,7 @@ class Plan:
             raise PlanError(f"{self.held_bytes} bytes of R pass through shared memory once, which has "
                             f"{limits.shared_memory}")
 
+    @functools.lru_cache        # noqa: B019 - few plans, which are small
     def encode(self):
         """A string from which ``Plan.decode`` makes an equal plan: custom operators take no objects."""
         return json.dumps(dataclasses.asdict(self))

@@ -47,7 +47,7 @@ def lstm_layers(x, hx, layers, plan, dropout):
     hx: (h0, c0), (layers, B, H) each, or None for zeros. dropout: the rate between layers, 0 for none. Random numbers
     are those that torch.nn.functional.dropout draws between one layer and the next. Returns ``y, (h_n, c_n)``.
     """
-    B, H = x.shape[1], plan.hidden_size
+    B, H = x.shape[1], layers[0][1].shape[-1]
     h0, c0 = hx or (x.new_zeros(len(layers), B, H), x.new_zeros(len(layers), B, H))
     for n, (w, r, b) in enumerate(layers):
         check(x, (1, B, H if n else x.shape[2], H, H), w, r, b, h0[n:n + 1], c0[n:n + 1])

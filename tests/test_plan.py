@@ -178,5 +178,6 @@ def test_few_inputs_are_multiplied_in_the_loop():
     """By the Gluon kernels; in TF32 where programs fill half the chip."""
     multiplies = lambda inputs, *args: make_plan(*args, limits=CLUSTERS).multiplies_input(inputs)
     assert multiplies(16, 16, 128, torch.bfloat16) and not multiplies(17, 16, 128, torch.bfloat16)
+    assert not multiplies(0, 16, 128, torch.bfloat16)       # the kernel takes none for pre-activations
     assert multiplies(1, 1024, 64, torch.float32) and not multiplies(1, 64, 128, torch.float32)
     assert not make_plan(16, 128, torch.bfloat16, limits=PORTABLE).multiplies_input(1)

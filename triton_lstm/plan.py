@@ -176,7 +176,7 @@ class Plan:
         In 16-bit types that takes it 16 to 38 cycles more a step. In TF32 100 to 400 (by ``bench.machine_code``), less
         than to read pre-activations once programs fill half the chip: 18 bytes a cycle of device memory each, at most.
         """
-        return self.gluon and input_size <= FUSED_INPUTS and (self.precision == "native" or self.launched >= 64)
+        return self.gluon and 0 < input_size <= FUSED_INPUTS and (self.precision == "native" or self.launched >= 64)
 
     def step_cycles(self, multiprocessors):
         """Cycles that the time loop is predicted to take for a step of all rows, forward and backward alike.

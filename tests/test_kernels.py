@@ -106,9 +106,9 @@ def wide(problem, schedule):
     return dataclasses.replace(plan, groups=2, tiles=2, block_b=32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("schedule, dtype", [*(("grid", dtype) for dtype in DTYPES), ("streamed", torch.float32),
+                                             ("streamed", torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("masks", [{}, dict(ragged=True, resets=True)], ids=" ".join)
-@pytest.mark.parametrize("schedule", ["grid", "streamed"])
 def test_tiles_of_32_rows(schedule, masks, dtype):
     problem = Problem(3, 70, 4, 20, 2, dtype=dtype, **masks)
     with harness.interleaved(seed=5):

@@ -121,7 +121,7 @@ def check(call, backward):
         assert difference <= allowed, f"{name}: error {difference:.2e}, allowed {allowed:.2e}"
 
 
-@settings(SETTINGS, max_examples=240)
+@settings(SETTINGS, max_examples=160)
 @given(calls())
 def test_forward(call):
     check(call, backward=False)

@@ -291,6 +291,7 @@ def test_the_plan_of_ours_has_a_floor(tmp_path):
         return layer
     ours, theirs = run(tmp_path / "a.csv", planned, CASES[:1])[0]
     assert (ours.floor_us, ours.exchange_us, ours.plan) == (2.5, 1., "resident 1 x 1")
+    assert ours.predicted_us == pytest.approx(make_plan(3, 8, torch.float16).step_cycles(132) / ours.sm_mhz)
     assert theirs.floor_us is None and theirs.plan == ""
 
 
@@ -384,7 +385,7 @@ def test_compile_all_compiles_each_kernel_once():
 
 def test_rows_survive_the_file(tmp_path):
     full = Row(dataclasses.replace(CASES[0], dropout=0.25), OURS, HERE, "ok", 0.001, 1.5, 2., 2.25, 7, 0.5, 10, 20,
-               0.75, 0.125, 500., 1980, 2619, "grid 4 x 2")
+               0.75, 0.125, 0.5, 500., 1980, 2619, "grid 4 x 2")
     bare = Row(CASES[1], CUDNN, HERE, 'why, "not"\nthat')
     with rows.Writer(tmp_path / "a.csv") as file:
         file.write(full)
@@ -469,11 +470,11 @@ def test_compare():
 
 
 def test_report_has_all_of_it():
-    found = timed_rows([w.case() for w in workloads.WORKLOADS], 3., floor_us=1.25)
+    found = timed_rows([w.case() for w in workloads.WORKLOADS], 3., floor_us=1.25, predicted_us=1.5)
     text = report.report(found + [Row(CASES[0], "TorchRL", HERE, "not installed")])
     assert "48 timings" in text and str(HERE) in text and "TorchRL: not installed (1 cases)" in text
     line = next(line for line in text.splitlines() if line.startswith("| flashrnn_768"))
-    assert [cell.strip() for cell in line.split("|")[2:7]] == ["0.98", "1.25", "2.93", "3.00", "PERSIST_STATIC"]
+    assert [cell.strip() for cell in line.split("|")[2:8]] == ["0.98", "1.25", "1.50", "2.93", "3.00", "PERSIST_STATIC"]
     assert report.report([]) == "Nothing was measured."
 
 

@@ -265,8 +265,9 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, of
     """
     p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     AREA: tl.constexpr = BLOCK_B * BLOCK_H
-    share_ptr += ((d * tl.num_programs(1) + group) * tiles).to(tl.int64) * (OWNERS * PROGRAMS * AREA)
-    half = (tl.num_programs(2) * tl.num_programs(1) * tiles).to(tl.int64) * (OWNERS * PROGRAMS * AREA)
+    of_tile = tl.full((), OWNERS * PROGRAMS * AREA, tl.int64)      # many tiles of wide layers pass 2^31
+    share_ptr += (d * tl.num_programs(1) + group) * tiles * of_tile
+    half = tl.num_programs(2) * tl.num_programs(1) * tiles * of_tile
     r_ptr += d * (4 * H * H)
     shift = chunk_shift(offsets_ptr, d, T, S, B, first)
     rows = tl.arange(0, BLOCK_B)[:, None]
@@ -296,7 +297,7 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, of
             dy_t += row.to(tl.int64) * stride_dyb * DY_UNIT
             dy = tl.load(dy_t + (d * H + unit[None, :]) * stride_dyh, mask=here & live, other=0.).to(tl.float32)
         turn = T - 1 - first - s        # steps of all launches before this one
-        tile = share_ptr + m * (OWNERS * PROGRAMS * AREA)
+        tile = share_ptr + m * of_tile
         if s == S - 1:
             dh = tl.load(dh_ptr + at_state, mask=mask, other=0.)
         else:
@@ -335,7 +336,7 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, of
         row = (group * tiles + m) * BLOCK_B + rows
         mask = (row < B) & (unit[None, :] < H)
         turn = T - 1 - first
-        tile = share_ptr + m * (OWNERS * PROGRAMS * AREA)
+        tile = share_ptr + m * of_tile
         dh = add_shares(tile + turn % 2 * half + p * (PROGRAMS * AREA), flag_of(turn), PROGRAMS, AREA, BLOCK_B, BLOCK_H)
         if COUNT == 8:
             dh += tl.load(dh_ptr + (d * B + row).to(tl.int64) * H + unit[None, :], mask=mask, other=0.)

@@ -131,9 +131,10 @@ def test_third_derivative():
         assert error(third(layer, x.float()), right) < 1e-5
 
 
-def test_hessian():
+@pytest.mark.parametrize("options", [dict(), dict(proj_size=2)], ids=str)
+def test_hessian(options):
     """torch.func's jacrev of jacrev, through the same operators."""
-    _, layer, exact = pair(2, 3)
+    _, layer, exact = pair(2, 3, **options)
     x = torch.randn(2, 1, 2, dtype=torch.float64)
     right = torch.autograd.functional.hessian(lambda x: exact(x)[0].square().sum(), x)
     with harness.interpreter():

@@ -36,7 +36,8 @@ def send(ptr, bits, INTERPRET: tl.constexpr):
 def send_h(ptr, h, INTERPRET: tl.constexpr):
     """``send``, with another NaN in the place of the one that means "nothing yet", all of whose bits are set."""
     integer: tl.constexpr = tl.int16 if h.dtype.primitive_bitwidth == 16 else tl.int32
-    send(ptr, tl.where(h == h, h, float("nan")).to(h.dtype).to(integer, bitcast=True), INTERPRET)
+    nan: tl.constexpr = 0x7FFF if h.dtype.primitive_bitwidth == 16 else 0x7FFFFFFF
+    send(ptr, tl.where(h == h, h.to(integer, bitcast=True), nan).to(integer), INTERPRET)
 
 
 @triton.jit

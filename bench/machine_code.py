@@ -32,7 +32,8 @@ class Loop:
     ``held`` counts the bytes, of all threads of a program, that matrix products read from registers as second factor
     and that nothing in the loop writes. The bounds are in cycles of one multiprocessor: issue slots, tensor cores,
     special functions, and ``chain``: one warp in order against the waits that the compiler encoded, which is what a
-    pass costs when nothing hides latency. A nested loop's instructions belong to it, once.
+    pass costs when nothing hides latency. A nested loop's instructions belong to it, once; the bounds leave out those that
+    only look again for what others send.
     """
     start: int
     end: int
@@ -108,15 +109,26 @@ def _disassemble(cubin):
 def _loops(code, warps, arch):
     """The loops of ``code``, longest first."""
     index = {instruction.address: n for n, instruction in enumerate(code)}
-    loops = []
+    spans = []
     for n, instruction in enumerate(code):
         target = re.search(r"0x([0-9a-f]+)", instruction.operands) if instruction.op == "BRA" else None
         first = index.get(int(target[1], 16), n) if target else n
         if first < n:                                   # a branch backwards
-            body = code[first:n + 1]
-            loops.append(Loop(code[first].address, instruction.address, collections.Counter(i.op for i in body),
-                              _held(body, warps), *_bounds(body, warps, arch)))
+            spans.append((first, n + 1))
+    # warps of the Gluon grid kernels vote whether to look again at what they have loaded before
+    again = {n for span in spans for n in range(*span) if _looks_again(code[slice(*span)])}
+    loops = []
+    for first, end in spans:
+        body = code[first:end]
+        once = [code[n] for n in range(first, end) if n not in again or first in again]
+        loops.append(Loop(code[first].address, code[end - 1].address, collections.Counter(i.op for i in body),
+                          _held(body, warps), *_bounds(once, warps, arch)))
     return sorted(loops, key=lambda loop: -loop.instructions)
+
+
+def _looks_again(body):
+    ops = {i.op for i in body}
+    return "VOTE" in ops and ops.isdisjoint(("HMMA", "HGMMA"))
 
 
 def _parse(text):

@@ -33,11 +33,17 @@ def send(ptr, bits, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def send_h(ptr, h, INTERPRET: tl.constexpr):
-    """``send``, with another NaN in the place of the one that means "nothing yet", all of whose bits are set."""
+def bits_of(h):
+    """h as integers, with another NaN in the place of the one that means "nothing yet", all of whose bits are set."""
     integer: tl.constexpr = tl.int16 if h.dtype.primitive_bitwidth == 16 else tl.int32
     nan: tl.constexpr = 0x7FFF if h.dtype.primitive_bitwidth == 16 else 0x7FFFFFFF
-    send(ptr, tl.where(h == h, h.to(integer, bitcast=True), nan).to(integer), INTERPRET)
+    return tl.where(h == h, h.to(integer, bitcast=True), nan).to(integer)
+
+
+@triton.jit
+def send_h(ptr, h, INTERPRET: tl.constexpr):
+    """``send`` h, so that none of it means "nothing yet"."""
+    send(ptr, bits_of(h), INTERPRET)
 
 
 @triton.jit

@@ -130,12 +130,11 @@ def cell(i, f, g, o, c, dtype: gl.constexpr):
 
 
 @gluon.jit
-def split_gates(a, BLOCK_H: gl.constexpr):
-    """The accumulator of forward (BLOCK_B, columns) as four gates (BLOCK_B, units) each. Moves nothing."""
+def split_gates(a, BLOCK_H: gl.constexpr, THREADS: gl.constexpr, UNIT: gl.constexpr):
+    """The accumulator of forward (BLOCK_B, columns) as four gates (BLOCK_B, units) each, in the layout ``UNIT``, where
+    THREADS threads have the units of a row and CTA. Moves nothing."""
     B: gl.constexpr = a.shape[0]
     CTAS: gl.constexpr = gl.num_ctas()
-    THREADS: gl.constexpr = 4 * gl.num_warps()
-    UNIT: gl.constexpr = unit_layout(B, BLOCK_H, gl.num_warps(), CTAS)
     a = a.reshape(B, CTAS, 2, BLOCK_H // THREADS, THREADS, 2).permute(0, 1, 4, 3, 2, 5)
     even, odd = a.reshape(B, CTAS * BLOCK_H, 2, 2).split()
     i, g = even.split()
@@ -145,11 +144,10 @@ def split_gates(a, BLOCK_H: gl.constexpr):
 
 
 @gluon.jit
-def join_gates(i, f, g, o, BLOCK_H: gl.constexpr):
-    """The reverse of ``split_gates``."""
+def join_gates(i, f, g, o, BLOCK_H: gl.constexpr, THREADS: gl.constexpr, ACC: gl.constexpr):
+    """The reverse of ``split_gates``, in the accumulator's layout ``ACC``."""
     B: gl.constexpr = i.shape[0]
     CTAS: gl.constexpr = gl.num_ctas()
-    THREADS: gl.constexpr = 4 * gl.num_warps()
     a = gl.join(gl.join(i, g), gl.join(f, o)).reshape(B, CTAS, THREADS, BLOCK_H // THREADS, 2, 2)
     a = a.permute(0, 1, 4, 3, 2, 5).reshape(B, 4 * CTAS * BLOCK_H)
-    return gl.convert_layout(a, gates_layout(gl.num_warps(), CTAS), assert_trivial=True)
+    return gl.convert_layout(a, ACC, assert_trivial=True)

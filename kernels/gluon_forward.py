@@ -79,6 +79,7 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
     BITS: gl.constexpr = dtype.primitive_bitwidth
     CTAS: gl.constexpr = gl.num_ctas()
     UNITS: gl.constexpr = BLOCK_H * CTAS
+    THREADS: gl.constexpr = 4 * gl.num_warps()
     UNIT: gl.constexpr = unit_layout(BLOCK_B, BLOCK_H, gl.num_warps(), CTAS)
     ACC: gl.constexpr = gates_layout(gl.num_warps(), CTAS)
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 32 // BITS)
@@ -147,7 +148,8 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
         if CTAS > 1:
             mbarrier.wait(bars.index(s % 2), s // 2 % 2)
             rows = received.index(s % 2).reinterpret(dtype, [BLOCK_B, UNITS], ROWS)
-        a = join_gates(x[0].to(gl.float32), x[1].to(gl.float32), x[2].to(gl.float32), x[3].to(gl.float32), BLOCK_H)
+        a = join_gates(x[0].to(gl.float32), x[1].to(gl.float32), x[2].to(gl.float32), x[3].to(gl.float32), BLOCK_H,
+                       THREADS, ACC)
         # the next x, to arrive during the products
         ahead = gl.minimum(s + 1, S - 1)
         time = gl.where(d == 0, first + ahead, T - 1 - first - ahead)
@@ -175,7 +177,7 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
             until_kept = keep_every
             at_kept += 1
         until_kept -= 1
-        i, f, g, o = split_gates(a, BLOCK_H)
+        i, f, g, o = split_gates(a, BLOCK_H, THREADS, UNIT)
         y, new_c = cell(i, f, g, o, c, dtype)
         h = y
         if MARKED:

@@ -14,6 +14,7 @@ INTERPRET = isinstance(forward_resident, InterpretedFunction)
 if not INTERPRET:       # which knows no Gluon
     from .gluon_backward import backward_gluon
     from .gluon_forward import forward_gluon
+    from .gluon_grid import forward_grid_gluon
 # Triton's interpreter runs a launch's programs one after the other, so one that waits for another waits for ever.
 # Tests that interleave them set this.
 interleaved = False
@@ -73,7 +74,7 @@ def options(kernel, plan, waits, constants):
     if gluon and kernel is forward_gluon and not constants["MARKED"]:       # marks take the registers for more
         num_warps = plan.forward_warps
     chosen = dict(num_warps=num_warps, enable_fp_fusion=True, maxnreg=min(65536 // (32 * num_warps), 255))
-    if gluon:
+    if gluon and not plan.wgmma:
         chosen["num_ctas"] = plan.programs
     if waits:
         chosen["launch_cooperative_grid"] = True
@@ -127,6 +128,9 @@ def _has(marks, bit):
 
 
 def _loop_constants(plan, marks):
+    if plan.wgmma:
+        return dict(CHUNKS=plan.chunks, BLOCK_H=plan.block_h, OWNERS=plan.owners, BLOCK_B=plan.block_b,
+                    MARKED=marks is not None, PRECISION=plan.precision)
     if plan.gluon:
         return dict(BLOCK_H=plan.block_h, BLOCK_B=plan.block_b, HELD=plan.register_bytes, MARKED=marks is not None,
                     PRECISION=plan.precision)
@@ -283,15 +287,15 @@ def forward_chunks(x, w, r, b, h0, c0, marks, plan, save, sizes=None, zoneout=No
             h = _state(y, h0, marks, rows, first)
         head = (buffer, r, h, c, y, kept, kept if marks is None else marks, rows.offsets)
         shape, constants = (T, S, B, first, keep_every), {**_loop_constants(plan, marks), **more}
-        if plan.gluon or plan.schedule == "resident":
+        if not through_l2:
             run(forward_gluon if plan.gluon else forward_resident, plan, (plan.groups, D), *head, *shape, waits=False,
                 **constants)
         else:
             if zoneout is not None:
                 constants["h0_ptr"] = h0.contiguous()
             _clear_after(h.view(B, D, H).transpose(0, 1), sent[:S], marks, first, T, plan)
-            run(forward_grid, plan, (plan.programs, plan.groups, D), *head, sent, *shape, plan.tiles, waits=True,
-                **constants)
+            run(forward_grid_gluon if plan.wgmma else forward_grid, plan, (plan.programs, plan.groups, D), *head, sent,
+                *shape, plan.tiles, waits=True, **constants)
         yield
     if sizes is not None:
         last = y[:, :H].index_select(0, rows.begins[1])
@@ -375,7 +379,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, ne
     Allocates all that outlives a chunk and yields dx, to be filled; then runs a chunk before each further yield. dy
     need not be there before the chunk that reads it.
     """
-    run = run or launch_kernel
+    run, plan = run or launch_kernel, plan.backward
     B, D, H, K = h0.shape[1], plan.directions, plan.hidden_size, plan.keep_every
     rows = _Rows(x, B, sizes)
     T = rows.T

@@ -187,6 +187,16 @@ class Problem:
         return plan if schedule == "grid" else dataclasses.replace(plan, schedule="streamed", chunks=((0, 16),),
                                                                    block_k=16)
 
+    def warp_group_plan(self, block_h=16, warps=4, tiles=1, keep_every=2):
+        """A grid plan that multiplies by warp groups, though so few rows make no plan take one."""
+        backward = self.shared_plan("grid", keep_every=keep_every)
+        width = 128 if self.dtype.itemsize == 2 else 64
+        rows = 16 * warps
+        return dataclasses.replace(
+            backward, gluon=True, backward_plan=backward, programs=-(-self.H // block_h), block_h=block_h, block_b=rows,
+            num_warps=warps, tiles=tiles, groups=-(-self.B // (rows * tiles)),
+            chunks=tuple((start, width) for start in range(0, self.H, width)))
+
     def check(self, ours):
         """Every result of ours is finite and within the budget."""
         exact, torchs = self.exact(), self.torch()

@@ -19,6 +19,8 @@ NUM_WARPS = 8                           # of every program of the grid and strea
 HELD_BYTES = 128 * 4 * 32 * NUM_WARPS   # of R in registers at most: 128 of a thread's 255, the rest is the step's
 BLOCK_BYTES = 1 << 14                   # of R that a streamed plan reads at a time
 GLUON_BYTES = 128                       # along a row of R, of one product of the Gluon kernels
+WARP_GROUP_ROWS = 64                    # of a batch tile, of one wgmma
+WARP_GROUP_BYTES = 256                  # along a row of R, between two looks at h by a warp group
 FUSED_INPUTS = 16                       # features that the Gluon forward loop multiplies by W itself, at most
 BACKWARD_ELEMENTS = 1 << 21             # units x rows x steps that backward recomputes at a time, if it can choose
 FORWARD_BYTES = 1 << 28                 # of pre-activations that forward holds at a time, if it can choose
@@ -29,6 +31,10 @@ FORWARD_BYTES = 1 << 28                 # of pre-activations that forward holds 
 GLUON_STEP, RESIDENT_STEP, TILE_STEP, TILE_WORK = 650, 2400, 1500, 0.3
 CLUSTER_EXCHANGE, L2_EXCHANGE = 400, 1000
 MULTIPLY_ADDS, CELL_CYCLES, L2_BYTES = {"native": 1280, "tf32": 640, "tf32x3": 640 / 3}, 0.5, 32
+# Of a tile's step by warp groups: cycles of one beyond its products, for each unit of the program, for each look at h;
+# then what all of them share, multiply-adds a cycle and bytes of h a cycle that one multiprocessor reads at most.
+WARP_GROUP_STEP, WARP_GROUP_UNIT, WARP_GROUP_LOOK = 900, 46, 110
+WARP_GROUP_MULTIPLY_ADDS, WARP_GROUP_L2_BYTES = {"native": 2048, "tf32": 1024}, 64
 
 
 class PlanError(ValueError):
@@ -38,11 +44,13 @@ class PlanError(ValueError):
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """What a plan must fit: multiprocessors, shared memory of one program in bytes, and how many programs a cluster may
-    have at most, 0 where the Gluon kernels do not run. The highest clock in MHz turns predicted cycles into time."""
+    have at most, 0 where the Gluon kernels do not run. The highest clock in MHz turns predicted cycles into time.
+    ``wgmma``: whether there are the products by warp groups of compute capability 9.0."""
     multiprocessors: int
     shared_memory: int
     cluster: int = 0
     mhz: int = 1980
+    wgmma: bool = False
 
     @staticmethod
     def of(device):
@@ -50,7 +58,8 @@ class Limits:
         p = torch.cuda.get_device_properties(device)
         return Limits(p.multi_processor_count, p.shared_memory_per_block_optin,
                       _cluster((p.major, p.minor), p.multi_processor_count),
-                      getattr(p, "clock_rate", 1000 * Limits.mhz) // 1000)      # older versions of torch tell none
+                      getattr(p, "clock_rate", 1000 * Limits.mhz) // 1000,      # older versions of torch tell none
+                      (p.major, p.minor) == (9, 0))
 
 
 def _cluster(capability, multiprocessors):
@@ -63,7 +72,7 @@ def _cluster(capability, multiprocessors):
     return 16 if multiprocessors >= 132 else 8
 
 
-H200 = H100 = Limits(132, 232448, _cluster((9, 0), 132))
+H200 = H100 = Limits(132, 232448, _cluster((9, 0), 132), wgmma=True)
 A100 = Limits(108, 166912, _cluster((8, 0), 108), 1410)
 RTX_4090 = Limits(128, 101376, _cluster((8, 9), 128), 2520)
 
@@ -87,8 +96,11 @@ class Plan:
                  which reach hidden_size unless the plan is streamed
     block_k      feeding units whose part of R is streamed at a time
     keep_every   c is kept every so many steps for backward, which recomputes that many steps at a time
-    gluon        whether the Gluon kernels run it: always in a cluster, never in grid and streamed plans
-    block_b      batch rows of a tile: 16, in grid and streamed plans 32 where a group has several tiles
+    gluon        whether the Gluon kernels run it: always in a cluster, never in streamed plans; in grid plans they
+                 multiply by warp groups, with R in shared memory, and only forward
+    block_b      batch rows of a tile: 16, in grid and streamed plans 32 where a group has several tiles, in Gluon's
+                 grid plans 64 for each four warps
+    backward_plan   the plan of the backward loop where it is another, else None; see ``backward``
     """
     schedule: str
     hidden_size: int
@@ -105,6 +117,17 @@ class Plan:
     keep_every: int
     gluon: bool = False
     block_b: int = BLOCK_B
+    backward_plan: "Plan | None" = None
+
+    @property
+    def backward(self):
+        """The plan of the backward loop."""
+        return self.backward_plan or self
+
+    @property
+    def wgmma(self):
+        """Whether the forward loop multiplies by warp groups, 64 rows each."""
+        return self.gluon and self.schedule == "grid"
 
     @property
     def held(self):
@@ -119,8 +142,9 @@ class Plan:
     @property
     def held_bytes(self):
         """Bytes of R that one program holds on chip, padding included: in registers, but those of a streamed plan in
-        shared memory or registers, as the compiler likes. The Gluon backward kernel's, which pads both sides alike."""
-        if self.gluon:
+        shared memory or registers, as the compiler likes, and those of warp groups in shared memory. Of a cluster or
+        one CTA the Gluon backward kernel's, which pads both sides alike."""
+        if self.gluon and not self.wgmma:
             return 4 * self.block_h * self._units * _element(self.precision)
         rows = self.held if self.schedule == "resident" else self.block_h
         return 4 * rows * self.held * _element(self.precision)
@@ -140,11 +164,13 @@ class Plan:
     @property
     def register_bytes(self):
         """Bytes of R that one Gluon program holds in registers; the rest is in shared memory."""
-        return min(self.held_bytes, HELD_BYTES)
+        return 0 if self.wgmma else min(self.held_bytes, HELD_BYTES)
 
     @property
     def shared_bytes(self):
         """Bytes of shared memory of a Gluon program: R beyond the registers, tiles of a step, and two mbarriers."""
+        if self.wgmma:
+            return self.held_bytes
         element, row = _element(self.precision), self.block_b * self._units
         forward, backward = row * element, self.block_b * 4 * self.block_h * element
         if self.programs > 1:
@@ -176,13 +202,15 @@ class Plan:
         In 16-bit types that takes it 16 to 38 cycles more a step. In TF32 100 to 400 (by ``bench.machine_code``), less
         than to read pre-activations once programs fill half the chip: 18 bytes a cycle of device memory each, at most.
         """
-        return self.gluon and 0 < input_size <= FUSED_INPUTS and (self.precision == "native" or self.launched >= 64)
+        return (self.gluon and not self.wgmma and 0 < input_size <= FUSED_INPUTS
+                and (self.precision == "native" or self.launched >= 64))
 
     def step_cycles(self, multiprocessors):
-        """Cycles that the time loop is predicted to take for a step of all rows, forward and backward alike.
+        """Cycles that the time loop is predicted to take for a step of all rows, forward and, unless ``backward`` is
+        another plan, backward alike.
 
         Programs that wait for none outside their cluster run in waves. Those of grid and streamed plans run all at
-        once, and take their tiles in turn: while h of one travels, the others are computed.
+        once, and take their tiles in turn: while h of one travels, the others are computed. So do warp groups.
         """
         units = self.hidden_size if self.schedule == "resident" else self.block_h
         work = self.block_b * units * (4 * self.hidden_size / MULTIPLY_ADDS[self.precision] + CELL_CYCLES)
@@ -192,6 +220,12 @@ class Plan:
                 return waves * (RESIDENT_STEP + work / 2)
             return waves * (GLUON_STEP + work / 4 + (CLUSTER_EXCHANGE if self.programs > 1 else 0))
         h = self.block_b * self.hidden_size * (2 if self.precision == "native" else 4)
+        if self.wgmma:
+            products = 4 * self.block_b * self.block_h * self.held / WARP_GROUP_MULTIPLY_ADDS[self.precision]
+            alone = (WARP_GROUP_STEP + WARP_GROUP_UNIT * self.block_h + WARP_GROUP_LOOK * len(self.chunks)
+                     + products * WARP_GROUP_ROWS / self.block_b)
+            tile = max(alone, products + WARP_GROUP_STEP, h / WARP_GROUP_L2_BYTES)
+            return self.tiles * tile + max(L2_EXCHANGE - (self.tiles - 1) * tile, 0)
         tile = TILE_STEP + self.hidden_size + TILE_WORK * (work + h / L2_BYTES) + self.streamed_bytes / L2_BYTES
         return self.tiles * tile + max(L2_EXCHANGE - (self.tiles - 1) * tile, 0)
 
@@ -208,6 +242,8 @@ class Plan:
         with lengths or resets takes up to three copies of the chunk's h on top, a packed one a copy and an index of its
         rows.
         """
+        if self.backward is not self:
+            return self.backward.backward_bytes(T, input_size, element, zoneout)
         chunk = min(T, self.keep_every) * self.batch
         unit = 4 * element + (8 if zoneout else 6) * 4
         work = chunk * (self.directions * self.hidden_size * unit + input_size * element)
@@ -238,10 +274,12 @@ class Plan:
             raise PlanError(f"{self.schedule} with {self.held} of {self.hidden_size} units' R on chip")
         if self.schedule == "streamed" and (self.block_k < 16 or self.block_k & (self.block_k - 1)):
             raise PlanError(f"block_k must be a power of two from 16 up, got {self.block_k}")
-        if self.gluon != (self.schedule == "cluster") and not (self.gluon and self.schedule == "resident"):
+        if self.gluon and self.schedule == "streamed" or not self.gluon and self.schedule == "cluster":
             raise PlanError(f"gluon={self.gluon} with {self.schedule}")
-        if self.gluon and (self.programs & (self.programs - 1) or self.block_h & (self.block_h - 1)
-                           or self.block_h < max(16, 4 * self.num_warps)):
+        if self.wgmma:
+            self._check_wgmma()
+        elif self.gluon and (self.programs & (self.programs - 1) or self.block_h & (self.block_h - 1)
+                             or self.block_h < max(16, 4 * self.num_warps)):
             raise PlanError(f"Gluon programs and their units must be powers of two, from 16 and four a warp up, got "
                             f"{self.programs} of {self.block_h} units and {self.num_warps} warps")
         if self.gluon and self.precision == "tf32x3":
@@ -253,22 +291,29 @@ class Plan:
                 raise PlanError(f"a resident plan has one program, got {self.programs}")
         elif self.programs * self.block_h < self.hidden_size:
             raise PlanError(f"{self.programs} programs of {self.block_h} units hold fewer than {self.hidden_size}")
-        if self.block_b not in ((16, 32) if self.schedule in ("grid", "streamed") else (16,)):
+        if not self.wgmma and self.block_b not in ((16, 32) if self.schedule in ("grid", "streamed") else (16,)):
             raise PlanError(f"{self.schedule} with tiles of {self.block_b} batch rows")
         if self.groups * self.tiles * self.block_b < self.batch:
             raise PlanError(f"{self.groups} groups of {self.tiles} tiles hold fewer than {self.batch} batch rows")
+        if self.wgmma or self.backward_plan:
+            same = ("hidden_size", "directions", "batch", "precision", "keep_every")
+            if self.backward.wgmma or any(getattr(self.backward, name) != getattr(self, name) for name in same):
+                raise PlanError(f"no plan of the same layer's backward loop: {self.backward_plan}")
+            self.backward.check(limits)
         if limits is None:
             return
         if self.gluon:
             if limits.cluster == 0:
                 raise PlanError("the Gluon kernels need compute capability 8.0, 8.9 or 9.0")
-            if self.programs > limits.cluster:
+            if self.wgmma and not limits.wgmma:
+                raise PlanError("products by warp groups need compute capability 9.0")
+            if not self.wgmma and self.programs > limits.cluster:
                 raise PlanError(f"a cluster of {self.programs} programs, where at most {limits.cluster} run")
-        elif self.schedule != "resident" and self.launched > limits.multiprocessors:
+        if self.schedule in ("grid", "streamed") and self.launched > limits.multiprocessors:
             raise PlanError(f"{self.launched} programs wait for each other but only {limits.multiprocessors} "
                             f"multiprocessors can run them at the same time")
         room = HELD_BYTES * self.num_warps // NUM_WARPS
-        if self.schedule != "cluster" and self.held_bytes > room:
+        if self.schedule != "cluster" and not self.wgmma and self.held_bytes > room:
             raise PlanError(f"{self.held_bytes} bytes of R for a program's registers, which hold {room} beside a "
                             f"step's own")
         if self.gluon and self.shared_bytes > limits.shared_memory:
@@ -278,6 +323,18 @@ class Plan:
             raise PlanError(f"{self.held_bytes} bytes of R pass through shared memory once, which has "
                             f"{limits.shared_memory}")
 
+    def _check_wgmma(self):
+        """Raise PlanError unless warp groups can multiply as this plan says."""
+        if self.precision == "tf32x3":
+            raise PlanError("the Gluon kernels have no exact fp32")
+        if self.block_b != 16 * self.num_warps or self.block_b not in (WARP_GROUP_ROWS, 2 * WARP_GROUP_ROWS):
+            raise PlanError(f"four warps multiply {WARP_GROUP_ROWS} rows, one or two such groups, got {self.block_b} rows "
+                            f"and {self.num_warps} warps")
+        if self.block_h not in (8, 16, 32, 64):
+            raise PlanError(f"a program with warp groups has 8, 16, 32 or 64 units, got {self.block_h}")
+        if {width for _, width in self.chunks} != {WARP_GROUP_BYTES // _element(self.precision)}:
+            raise PlanError(f"warp groups look at {WARP_GROUP_BYTES} bytes of a row at a time, got {self.chunks}")
+
     @functools.lru_cache        # noqa: B019 - few plans, which are small
     def encode(self):
         """A string from which ``Plan.decode`` makes an equal plan: custom operators take no objects."""
@@ -286,12 +343,11 @@ class Plan:
     @staticmethod
     @functools.lru_cache
     def decode(text):
-        fields = json.loads(text)
-        return Plan(**{**fields, "chunks": tuple(map(tuple, fields["chunks"]))})
+        return _plan(json.loads(text))
 
     def __str__(self):
         kib = lambda n: f"{n / 1024:.0f} KiB"
-        where = f"{kib(self.held_bytes)} of R in the registers of each program"
+        where = f"{kib(self.held_bytes)} of R in the {'shared memory' if self.wgmma else 'registers'} of each program"
         if self.schedule == "cluster" and self.held_bytes > HELD_BYTES:
             where = f"{kib(self.held_bytes)} of R in the registers and shared memory of each program"
         if self.streamed_bytes:
@@ -303,9 +359,18 @@ class Plan:
             how = f"clusters of {self.programs} programs share R and exchange h through shared memory"
         else:
             how = f"{self.programs} programs share R and exchange h through L2"
-        return (f"{self.schedule}: H={self.hidden_size} B={self.batch} x {self.directions} direction(s), "
+        if self.wgmma:
+            how += " and multiply by warp groups"
+        text = (f"{self.schedule}: H={self.hidden_size} B={self.batch} x {self.directions} direction(s), "
                 f"{self.precision}; {where}; {how}; {self.launched} programs of {self.num_warps} warps; "
                 f"c kept every {self.keep_every} steps")
+        return f"{text}; backward {self.backward}" if self.backward_plan else text
+
+
+def _plan(fields):
+    """The plan of which ``fields`` are what JSON makes of it."""
+    chunks, backward = tuple(map(tuple, fields["chunks"])), fields["backward_plan"]
+    return Plan(**{**fields, "chunks": chunks, "backward_plan": backward and _plan(backward)})
 
 
 def _element(precision):
@@ -439,4 +504,30 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
         plans.append(plan)
     if not plans:
         raise PlanError("; ".join(reasons))
-    return min(plans, key=lambda plan: plan.step_cycles(limits.multiprocessors) if limits else 0)
+    cycles = lambda plan: plan.step_cycles(limits.multiprocessors) if limits else 0
+    best = min(plans, key=cycles)
+    if schedule in (None, "grid"):
+        best = min([best, *_with_warp_groups(best, limits)], key=cycles)
+    return best
+
+
+def _with_warp_groups(backward, limits):
+    """Plans of the layer of ``backward`` whose forward loop multiplies by warp groups."""
+    if limits is None or not (limits.wgmma and limits.cluster) or backward.precision == "tf32x3":
+        return
+    H, width = backward.hidden_size, WARP_GROUP_BYTES // _element(backward.precision)
+    chunks = tuple((start, width) for start in range(0, H, width))
+    for block_h, block_b in itertools.product((8, 16, 32, 64), (WARP_GROUP_ROWS, 2 * WARP_GROUP_ROWS)):
+        programs, all_tiles = -(-H // block_h), -(-backward.batch // block_b)
+        groups = min(limits.multiprocessors // (programs * backward.directions), all_tiles)
+        if groups == 0:
+            continue
+        tiles = -(-all_tiles // groups)
+        plan = dataclasses.replace(backward, schedule="grid", programs=programs, groups=-(-all_tiles // tiles),
+                                   tiles=tiles, block_h=block_h, num_warps=block_b // 16, chunks=chunks, block_k=0,
+                                   gluon=True, block_b=block_b, backward_plan=backward)
+        try:
+            plan.check(limits)
+        except PlanError:
+            continue
+        yield plan

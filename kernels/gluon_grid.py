@@ -1,0 +1,205 @@
+"""The forward time loop for many batch rows in Gluon: programs share R and exchange h through the second-level cache as
+in ``forward_grid``, but multiply 64 rows a warp group at a time (wgmma), with R in shared memory.
+
+A warp has 16 rows, and the same rows in every program: it waits for h by itself, takes it from the cache straight into
+the registers from which the tensor core reads it, and never meets the program's other warp groups in the loop. So while
+h of one group's rows is on its way, the other multiplies.
+
+A thread has a quarter of the units of two rows. Columns of the product are, from the highest bit of their number on,
+
+    gate's high bit, 2 | unit within a thread, BLOCK_H / 4 | thread's units, 4 | gate's low bit, 2
+
+(see ``gluon_cell``), and the units that feed come in such an order that what a thread multiplies lies side by side.
+"""
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
+
+from .cell import FRESH, LIVE, chunk_shift, round_tf32, rows_at
+from .exchange import bits_of, send
+from .forward import load_gates, load_marks
+from .gluon_cell import cell, join_gates, powers, split_gates
+
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier     # its name before Triton 3.7
+
+
+@gluon.constexpr_function
+def rows_layout(own, blocks, warps):
+    """(rows, columns): of each block of columns a thread has ``own`` adjacent ones, of two rows, and four threads have
+    all; a warp has 16 rows."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, n] for n in powers(own)] + [[0, 4 * own * n] for n in powers(blocks)] + [[8, 0]],
+        lane_bases=[[0, own], [0, 2 * own], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16 * n, 0] for n in powers(warps)], block_bases=[], shape=[16 * warps, 4 * own * blocks])
+
+
+@gluon.constexpr_function
+def look_again(count):
+    """Assembly: its ``count`` outputs are the words that it is given in the same registers, or those at ``count``
+    addresses, once no word has all bits set. Its operands' constraints are the second result."""
+    lines = [".reg .pred p; .reg .b32 m, n;", "LOOK:", "max.u32 m, $0, $1;", "max.u32 n, $2, $3;"]
+    for n in range(4, count, 2):
+        lines += [f"max.u32 m, m, ${n};", f"max.u32 n, n, ${n + 1};"]
+    lines += ["max.u32 m, m, n;", "setp.eq.u32 p, m, 0xffffffff;", "vote.sync.any.pred p, p, 0xffffffff;",
+              "@!p bra THERE;"]
+    for n in range(0, count, 4):
+        lines += [f"ld.volatile.global.v4.b32 {{${n}, ${n + 1}, ${n + 2}, ${n + 3}}}, [${2 * count + n}];"]
+    lines += ["bra LOOK;", "THERE:"]
+    same = [str(n) for n in range(count)]
+    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * count + same + ["l"] * count)
+
+
+@gluon.jit
+def wait_for(words, at):
+    """``words`` of h, read from ``at``, once all have arrived; each warp for itself. They arrive whole (see ``send``),
+    and no two halves of one that has arrived have all bits set."""
+    COUNT: gl.constexpr = words.shape[0] * words.shape[1] // (32 * gl.num_warps())
+    ASM: gl.constexpr = look_again(COUNT)
+    return gl.inline_asm_elementwise(ASM[0], ASM[1], [words, at.to(gl.uint64)], dtype=gl.int32, is_pure=False,
+                                     pack=COUNT)
+
+
+@gluon.jit
+def first_factor(words, dtype: gl.constexpr, A: gl.constexpr):
+    """Words of h as first factor of a product, whose sum has the units in the order of ``unit_of``. Moves nothing."""
+    ROWS: gl.constexpr = words.shape[0]
+    WORDS: gl.constexpr = words.shape[1]
+    if dtype.primitive_bitwidth == 16:
+        low, high = words.to(gl.int16).to(dtype, bitcast=True), (words >> 16).to(gl.int16).to(dtype, bitcast=True)
+        h = gl.join(low, high).reshape(ROWS, WORDS // 16, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5)
+        return gl.convert_layout(h.reshape(ROWS, 2 * WORDS), A, assert_trivial=True)
+    else:
+        h = words.to(dtype, bitcast=True).reshape(ROWS, WORDS // 16, 4, 2, 2).permute(0, 1, 3, 4, 2)
+        return gl.convert_layout(h.reshape(ROWS, WORDS), A, assert_trivial=True)
+
+
+@gluon.jit
+def unit_of(k, BITS: gl.constexpr):
+    """The unit that is the ``k``-th of a product's sum: four threads have 16 adjacent bytes of h each."""
+    if BITS == 16:
+        return k // 32 * 32 + k // 2 % 4 * 8 + k // 16 % 2 * 4 + k // 8 % 2 * 2 + k % 2
+    else:
+        return k // 16 * 16 + k % 4 * 4 + k // 8 % 2 * 2 + k // 4 % 2
+
+
+@gluon.jit
+def load_r(r_ptr, first_unit, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr):
+    """R from WIDTH units that feed on to all columns of the program, (columns, WIDTH)."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [gl.num_warps(), 1], [1, 0])
+    n = gl.arange(0, 4 * BLOCK_H, gl.SliceLayout(1, layout))[:, None]
+    k = start + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
+    gate = n // (2 * BLOCK_H) * 2 + n % 2
+    unit = first_unit + n // 2 % 4 * (BLOCK_H // 4) + n // 8 % (BLOCK_H // 4)
+    source = unit_of(k, r_ptr.dtype.element_ty.primitive_bitwidth)
+    return gl.load(r_ptr + (gate * H + unit) * H + source, mask=(unit < H) & (source < H), other=0.)
+
+
+@gluon.jit
+def send_h(tile, h, p, UNITS: gl.constexpr):
+    """Program p's units of h into a tile (rows, UNITS), for ``wait_for`` to find: 8 bytes at a time if a thread has as
+    many side by side, or 4."""
+    ROWS: gl.constexpr = h.shape[0]
+    words = bits_of(h)
+    if h.dtype.primitive_bitwidth == 16:
+        low, high = words.reshape(ROWS, words.shape[1] // 2, 2).split()
+        words = (low.to(gl.int32) & 0xFFFF) | (high.to(gl.int32) << 16)
+    if words.shape[1] > 4:
+        low, high = words.reshape(ROWS, words.shape[1] // 2, 2).split()
+        words = low.to(gl.uint32, bitcast=True).to(gl.int64) | (high.to(gl.int64) << 32)
+    OWN: gl.constexpr = words.shape[1]
+    ALL: gl.constexpr = UNITS * h.dtype.primitive_bitwidth // words.dtype.primitive_bitwidth
+    TO: gl.constexpr = rows_layout(OWN // 4, 1, gl.num_warps())
+    to = (gl.arange(0, ROWS, gl.SliceLayout(1, TO))[:, None] * ALL + p * OWN
+          + gl.arange(0, OWN, gl.SliceLayout(0, TO))[None, :])
+    send(tile.to(gl.pointer_type(words.dtype)) + to, gl.convert_layout(words, TO, assert_trivial=True), False)
+
+
+@gluon.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles"])
+def forward_grid_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offsets_ptr, sent_ptr,
+                       T, S, B, first, keep_every, tiles,
+                       H: gl.constexpr, DIRECTIONS: gl.constexpr, CHUNKS: gl.constexpr, BLOCK_H: gl.constexpr,
+                       OWNERS: gl.constexpr, BLOCK_B: gl.constexpr, MARKED: gl.constexpr, PRECISION: gl.constexpr):
+    """As ``forward_grid``, 64 rows to each four warps. CHUNKS are of equal width: so many units of h are waited for at
+    a time."""
+    p, group, d = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    dtype: gl.constexpr = y_ptr.dtype.element_ty
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    UNITS: gl.constexpr = OWNERS * BLOCK_H
+    AREA: gl.constexpr = BLOCK_B * UNITS
+    WIDTH: gl.constexpr = CHUNKS[0][1]
+    WORDS: gl.constexpr = WIDTH * BITS // 32
+    AHEAD: gl.constexpr = 2         # chunks of h on their way during a product
+    W: gl.constexpr = gl.num_warps()
+    UNIT: gl.constexpr = rows_layout(BLOCK_H // 4, 1, W)
+    FOUND: gl.constexpr = rows_layout(4, WORDS // 16, W)
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, 4 * BLOCK_H, 256 // BITS])
+    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 32 // BITS)
+    sent_ptr += ((d * gl.num_programs(1) + group) * tiles).to(gl.int64) * AREA
+    step_of_sent = (gl.num_programs(2) * gl.num_programs(1) * tiles).to(gl.int64) * AREA
+    r_ptr += d * (4 * H * H)
+    x_ptr += chunk_shift(offsets_ptr, d, T, S, B, first) * (4 * H)
+    r = gl.allocate_shared_memory(dtype, [len(CHUNKS), 4 * BLOCK_H, WIDTH], gl.NVMMASharedLayout(128, BITS, 2))
+    for k in gl.static_range(len(CHUNKS)):
+        r.index(k).store(load_r(r_ptr, p * BLOCK_H, CHUNKS[k][0], WIDTH, H, BLOCK_H))
+    fence_async_shared()
+    barrier()
+    rows = gl.arange(0, BLOCK_B, gl.SliceLayout(1, UNIT))[:, None]
+    unit = p * BLOCK_H + gl.arange(0, BLOCK_H, gl.SliceLayout(0, UNIT))[None, :]
+    word = (gl.arange(0, BLOCK_B, gl.SliceLayout(1, FOUND))[:, None] * (UNITS * BITS // 32)
+            + gl.arange(0, WORDS, gl.SliceLayout(0, FOUND))[None, :])
+    row = group * tiles * BLOCK_B + rows
+    time = gl.where(d == 0, first, T - 1 - first)
+    base, count = rows_at(offsets_ptr, time, B)
+    x = load_gates(x_ptr + base * (4 * H), row * (4 * H) + unit, (row < count) & (unit < H), H)
+    if MARKED:
+        marks_ptr += d.to(gl.int64) * T * B
+    s, m = 0, 0
+    while s < S:
+        row = (group * tiles + m) * BLOCK_B + rows
+        mask = (row < B) & (unit < H)
+        at_c = (d * B + row).to(gl.int64) * H + unit
+        c_prev = gl.load(c_ptr + at_c, mask=mask, other=0.)
+        if MARKED:
+            mark = load_marks(marks_ptr, time.to(gl.int64), row, B)
+            live = (mark & LIVE) != 0
+            ahead = first + gl.minimum(s + 1, S - 1)
+            next_mark = load_marks(marks_ptr, gl.where(d == 0, ahead, T - 1 - ahead).to(gl.int64), row, B)
+            waiting = gl.load(h_ptr + row * (DIRECTIONS * H) + d * H + unit, mask=mask & ((mark & LIVE) == 0), other=0.)
+            c_prev = gl.where((mark & FRESH) == 0, c_prev, 0.)
+        tile = sent_ptr + s * step_of_sent + m * AREA
+        at = tile.to(gl.pointer_type(gl.int32)) + word
+        words = (gl.load(at, volatile=True),)
+        a = join_gates(x[0].to(gl.float32), x[1].to(gl.float32), x[2].to(gl.float32), x[3].to(gl.float32), BLOCK_H, 4,
+                       ACC)
+        for k in gl.static_range(len(CHUNKS)):
+            h = first_factor(wait_for(words[k], at + k * WORDS), dtype, A)
+            # once the first is there, the others are likely to be
+            for n in gl.static_range(len(words), min(k + AHEAD + 1, len(CHUNKS))):
+                words += (gl.load(at + n * WORDS, volatile=True),)
+            a = warpgroup_mma(h, r.index(k).permute((1, 0)), a, precision="tf32")
+        i, f, g, o = split_gates(a, BLOCK_H, 4, UNIT)
+        y, c = cell(i, f, g, o, c_prev, dtype)
+        h_next = y
+        if MARKED:
+            # a row that has yet to begin still waits with its first h
+            h_next = gl.where((next_mark & FRESH) == 0, gl.where(live, y, waiting.to(gl.float32)), 0.)
+            y = gl.where(live, y, 0.)
+            c = gl.where(live, c, c_prev)
+        if s < S - 1:
+            if PRECISION == "tf32":
+                h_next = round_tf32(h_next, False)
+            send_h(tile + step_of_sent, h_next.to(dtype), p, UNITS)
+        gl.store(y_ptr + (base + row) * (DIRECTIONS * H) + d * H + unit, y.to(dtype), mask=(row < count) & (unit < H))
+        if ((first + s) % keep_every == 0) & (first + s > 0):
+            at_kept = ((first + s) // keep_every - 1).to(gl.int64) * DIRECTIONS + d
+            gl.store(kept_ptr + (at_kept * B + row) * H + unit, c_prev, mask=mask)
+        gl.store(c_ptr + at_c, c, mask=mask)
+        # the next tile, or the first one of the next step
+        last = m == tiles - 1
+        m = gl.where(last, 0, m + 1)
+        s = gl.where(last, s + 1, s)
+        ahead = first + gl.minimum(s, S - 1)
+        time = gl.where(d == 0, ahead, T - 1 - ahead)
+        base, count = rows_at(offsets_ptr, time, B)
+        row = (group * tiles + m) * BLOCK_B + rows
+        x = load_gates(x_ptr + base * (4 * H), row * (4 * H) + unit, (row < count) & (unit < H), H)

@@ -18,6 +18,7 @@ LATENCY = {
     "LDL": 40, "STG": 30, "SHFL": 24, "BAR": 25, "S2R": 25, "UCGABAR_WAIT": 190, "ATOMG": 700, "REDG": 350,
     "MEMBAR": 350, "CCTL": 30, "ERRBAR": 5,
 }
+READ_LATENCY = 30                               # until an instruction has read its operands, of those that tell
 WAITS = ("BAR", "UCGABAR_WAIT", "MEMBAR")       # nothing of the warp issues before these are through
 # Multiply-adds of 16-bit types that a scheduler's tensor core does in a cycle; TF32 runs at half the rate.
 HGMMA_RATE = 512
@@ -194,8 +195,8 @@ def _bounds(body, warps, arch):
             clock = max(clock, mufu_free)
             mufu_free = clock + MUFU_CYCLES
         done = clock + LATENCY.get(i.op, 12)
-        for scoreboard in (i.wr, i.rd):
+        for scoreboard, then in (i.wr, done), (i.rd, min(done, clock + READ_LATENCY)):
             if scoreboard < 6:
-                ready[scoreboard] = max(ready[scoreboard], done)
+                ready[scoreboard] = max(ready[scoreboard], then)
         clock = max(1, i.stall) + (done if i.op in WAITS else clock)
     return issue, tensor, mufu, clock

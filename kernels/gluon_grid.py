@@ -17,8 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .cell import FRESH, LIVE, chunk_shift, round_tf32, rows_at
 from .exchange import bits_of, send
-from .forward import load_gates, load_marks
-from .gluon_cell import cell, join_gates, powers, split_gates
+from .forward import load_marks
+from .gluon_cell import cell, join_gates, load, powers, split_gates
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier     # its name before Triton 3.7
 
@@ -34,27 +34,29 @@ def rows_layout(own, blocks, warps):
 
 
 @gluon.constexpr_function
-def look_again(count):
-    """Assembly: its ``count`` outputs are the words that it is given in the same registers, or those at ``count``
-    addresses, once no word has all bits set. Its operands' constraints are the second result."""
+def look_again(count, start):
+    """Assembly: its ``count`` outputs are the words that it is given in the same registers, or those in memory, once no
+    word has all bits set. Of ``count`` addresses it takes those of the thread's two rows and counts on from them, from
+    ``start`` bytes behind. Its operands' constraints are the second result."""
     lines = [".reg .pred p; .reg .b32 m, n;", "LOOK:", "max.u32 m, $0, $1;", "max.u32 n, $2, $3;"]
     for n in range(4, count, 2):
         lines += [f"max.u32 m, m, ${n};", f"max.u32 n, n, ${n + 1};"]
     lines += ["max.u32 m, m, n;", "setp.eq.u32 p, m, 0xffffffff;", "vote.sync.any.pred p, p, 0xffffffff;",
               "@!p bra THERE;"]
     for n in range(0, count, 4):
-        lines += [f"ld.volatile.global.v4.b32 {{${n}, ${n + 1}, ${n + 2}, ${n + 3}}}, [${2 * count + n}];"]
+        row, behind = n - n % (count // 2), start + n % (count // 2) // 4 * 64
+        lines += [f"ld.volatile.global.v4.b32 {{${n}, ${n + 1}, ${n + 2}, ${n + 3}}}, [${2 * count + row}+{behind}];"]
     lines += ["bra LOOK;", "THERE:"]
     same = [str(n) for n in range(count)]
     return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * count + same + ["l"] * count)
 
 
 @gluon.jit
-def wait_for(words, at):
-    """``words`` of h, read from ``at``, once all have arrived; each warp for itself. They arrive whole (see ``send``),
-    and no two halves of one that has arrived have all bits set."""
+def wait_for(words, at, START: gl.constexpr):
+    """``words`` of h, read START words behind ``at``, once all have arrived; each warp for itself. They arrive whole
+    (see ``send``), and no two halves of one that has arrived have all bits set."""
     COUNT: gl.constexpr = words.shape[0] * words.shape[1] // (32 * gl.num_warps())
-    ASM: gl.constexpr = look_again(COUNT)
+    ASM: gl.constexpr = look_again(COUNT, 4 * START)
     return gl.inline_asm_elementwise(ASM[0], ASM[1], [words, at.to(gl.uint64)], dtype=gl.int32, is_pure=False,
                                      pack=COUNT)
 
@@ -95,6 +97,12 @@ def load_r(r_ptr, first_unit, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK
 
 
 @gluon.jit
+def load_gates(x, inside, H: gl.constexpr):
+    """The four gates' pre-activations x W^T + b of some units, (rows, units) each."""
+    return load(x, inside), load(x + H, inside), load(x + 2 * H, inside), load(x + 3 * H, inside)
+
+
+@gluon.jit
 def send_h(tile, h, p, UNITS: gl.constexpr):
     """Program p's units of h into a tile (rows, UNITS), for ``wait_for`` to find: 8 bytes at a time if a thread has as
     many side by side, or 4."""
@@ -128,7 +136,9 @@ def forward_grid_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, o
     AREA: gl.constexpr = BLOCK_B * UNITS
     WIDTH: gl.constexpr = CHUNKS[0][1]
     WORDS: gl.constexpr = WIDTH * BITS // 32
-    AHEAD: gl.constexpr = 2         # chunks of h on their way during a product
+    ROW: gl.constexpr = UNITS * BITS // 32
+    AHEAD: gl.constexpr = 3         # chunks of h on their way during a product
+    FIRST: gl.constexpr = 6         # chunks of R whose eight addresses each stay in uniform registers, which are 63
     W: gl.constexpr = gl.num_warps()
     UNIT: gl.constexpr = rows_layout(BLOCK_H // 4, 1, W)
     FOUND: gl.constexpr = rows_layout(4, WORDS // 16, W)
@@ -145,14 +155,18 @@ def forward_grid_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, o
     barrier()
     rows = gl.arange(0, BLOCK_B, gl.SliceLayout(1, UNIT))[:, None]
     unit = p * BLOCK_H + gl.arange(0, BLOCK_H, gl.SliceLayout(0, UNIT))[None, :]
-    word = (gl.arange(0, BLOCK_B, gl.SliceLayout(1, FOUND))[:, None] * (UNITS * BITS // 32)
-            + gl.arange(0, WORDS, gl.SliceLayout(0, FOUND))[None, :])
-    row = group * tiles * BLOCK_B + rows
+    row_found = gl.arange(0, BLOCK_B, gl.SliceLayout(1, FOUND))[:, None]
+    word = gl.arange(0, WORDS, gl.SliceLayout(0, FOUND))[None, :]
+    inside = None if OWNERS * BLOCK_H == H else unit < H
     time = gl.where(d == 0, first, T - 1 - first)
     base, count = rows_at(offsets_ptr, time, B)
-    x = load_gates(x_ptr + base * (4 * H), row * (4 * H) + unit, (row < count) & (unit < H), H)
+    # rows past the end repeat the last one, and nothing of them is stored: a masked load is waited for at once
+    x = load_gates(x_ptr + base * (4 * H) + gl.minimum(group * tiles * BLOCK_B + rows, count - 1) * (4 * H) + unit,
+                   inside, H)
     if MARKED:
         marks_ptr += d.to(gl.int64) * T * B
+    until_kept = gl.where(first == 0, keep_every, (keep_every - first % keep_every) % keep_every)
+    at_kept = gl.where(first == 0, 0, (first - 1) // keep_every)
     s, m = 0, 0
     while s < S:
         row = (group * tiles + m) * BLOCK_B + rows
@@ -167,16 +181,28 @@ def forward_grid_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, o
             waiting = gl.load(h_ptr + row * (DIRECTIONS * H) + d * H + unit, mask=mask & ((mark & LIVE) == 0), other=0.)
             c_prev = gl.where((mark & FRESH) == 0, c_prev, 0.)
         tile = sent_ptr + s * step_of_sent + m * AREA
-        at = tile.to(gl.pointer_type(gl.int32)) + word
+        # rows past the end read the last one's, which is in the same cache lines
+        last_row = B - 1 - (group * tiles + m) * BLOCK_B
+        at = tile.to(gl.pointer_type(gl.int32)) + gl.minimum(row_found, gl.maximum(last_row, 0)) * ROW + word
         words = (gl.load(at, volatile=True),)
         a = join_gates(x[0].to(gl.float32), x[1].to(gl.float32), x[2].to(gl.float32), x[3].to(gl.float32), BLOCK_H, 4,
                        ACC)
+        # x of the next tile, or of the first one in the next step, to arrive during the products
+        last = m == tiles - 1
+        next_m, next_s = gl.where(last, 0, m + 1), gl.where(last, s + 1, s)
+        ahead = first + gl.minimum(next_s, S - 1)
+        next_time = gl.where(d == 0, ahead, T - 1 - ahead)
+        next_base, next_count = rows_at(offsets_ptr, next_time, B)
+        next_row = gl.minimum((group * tiles + next_m) * BLOCK_B + rows, next_count - 1)
+        x = load_gates(x_ptr + next_base * (4 * H) + next_row * (4 * H) + unit, inside, H)
+        # the compiler takes this for another number each time, and computes the addresses from it when they are wanted
+        zero = gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [s], dtype=gl.int32, is_pure=False, pack=1)
         for k in gl.static_range(len(CHUNKS)):
-            h = first_factor(wait_for(words[k], at + k * WORDS), dtype, A)
+            h = first_factor(wait_for(words[k], at, k * WORDS), dtype, A)
             # once the first is there, the others are likely to be
             for n in gl.static_range(len(words), min(k + AHEAD + 1, len(CHUNKS))):
                 words += (gl.load(at + n * WORDS, volatile=True),)
-            a = warpgroup_mma(h, r.index(k).permute((1, 0)), a, precision="tf32")
+            a = warpgroup_mma(h, (r.index(k) if k < FIRST else r.index(k + zero)).permute((1, 0)), a, precision="tf32")
         i, f, g, o = split_gates(a, BLOCK_H, 4, UNIT)
         y, c = cell(i, f, g, o, c_prev, dtype)
         h_next = y
@@ -190,16 +216,10 @@ def forward_grid_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, o
                 h_next = round_tf32(h_next, False)
             send_h(tile + step_of_sent, h_next.to(dtype), p, UNITS)
         gl.store(y_ptr + (base + row) * (DIRECTIONS * H) + d * H + unit, y.to(dtype), mask=(row < count) & (unit < H))
-        if ((first + s) % keep_every == 0) & (first + s > 0):
-            at_kept = ((first + s) // keep_every - 1).to(gl.int64) * DIRECTIONS + d
-            gl.store(kept_ptr + (at_kept * B + row) * H + unit, c_prev, mask=mask)
+        if until_kept == 0:
+            gl.store(kept_ptr + ((at_kept * DIRECTIONS + d).to(gl.int64) * B + row) * H + unit, c_prev, mask=mask)
+        if last:
+            at_kept += (until_kept == 0).to(gl.int32)
+            until_kept = gl.where(until_kept == 0, keep_every, until_kept) - 1
         gl.store(c_ptr + at_c, c, mask=mask)
-        # the next tile, or the first one of the next step
-        last = m == tiles - 1
-        m = gl.where(last, 0, m + 1)
-        s = gl.where(last, s + 1, s)
-        ahead = first + gl.minimum(s, S - 1)
-        time = gl.where(d == 0, ahead, T - 1 - ahead)
-        base, count = rows_at(offsets_ptr, time, B)
-        row = (group * tiles + m) * BLOCK_B + rows
-        x = load_gates(x_ptr + base * (4 * H), row * (4 * H) + unit, (row < count) & (unit < H), H)
+        s, m, time, base, count = next_s, next_m, next_time, next_base, next_count

@@ -31,10 +31,11 @@ FORWARD_BYTES = 1 << 28                 # of pre-activations that forward holds 
 GLUON_STEP, RESIDENT_STEP, TILE_STEP, TILE_WORK = 650, 2400, 1500, 0.3
 CLUSTER_EXCHANGE, L2_EXCHANGE = 400, 1000
 MULTIPLY_ADDS, CELL_CYCLES, L2_BYTES = {"native": 1280, "tf32": 640, "tf32x3": 640 / 3}, 0.5, 32
-# Of a tile's step by warp groups: cycles of one beyond its products, for each unit of the program, for each look at h;
-# then what all of them share, multiply-adds a cycle and bytes of h a cycle that one multiprocessor reads at most.
-WARP_GROUP_STEP, WARP_GROUP_UNIT, WARP_GROUP_LOOK = 900, 46, 110
-WARP_GROUP_MULTIPLY_ADDS, WARP_GROUP_L2_BYTES = {"native": 2048, "tf32": 1024}, 64
+# A step of one warp group: cycles beyond its products, and for each unit of the program and each look at h. Then what
+# all of a program's share: multiply-adds a cycle. One multiprocessor reads at most twice its share of L2_BYTES.
+WARP_GROUP_STEP = {"native": 900, "tf32": 600}
+WARP_GROUP_UNIT, WARP_GROUP_LOOK = {"native": 31, "tf32": 70}, {"native": 70, "tf32": 170}
+WARP_GROUP_MULTIPLY_ADDS = {"native": 2048, "tf32": 1024}
 
 
 class PlanError(ValueError):
@@ -222,9 +223,12 @@ class Plan:
         h = self.block_b * self.hidden_size * (2 if self.precision == "native" else 4)
         if self.wgmma:
             products = 4 * self.block_b * self.block_h * self.held / WARP_GROUP_MULTIPLY_ADDS[self.precision]
-            alone = (WARP_GROUP_STEP + WARP_GROUP_UNIT * self.block_h + WARP_GROUP_LOOK * len(self.chunks)
-                     + products * WARP_GROUP_ROWS / self.block_b)
-            tile = max(alone, products + WARP_GROUP_STEP, h / WARP_GROUP_L2_BYTES)
+            own = products * WARP_GROUP_ROWS / self.block_b
+            own += WARP_GROUP_STEP[self.precision] + WARP_GROUP_UNIT[self.precision] * self.block_h
+            own += WARP_GROUP_LOOK[self.precision] * len(self.chunks)
+            rows = -(-self.batch // (self.groups * self.tiles))
+            read = h * rows / self.block_b / L2_BYTES * max(self.launched / multiprocessors, 0.5)
+            tile = max(own, products, read)
             return self.tiles * tile + max(L2_EXCHANGE - (self.tiles - 1) * tile, 0)
         tile = TILE_STEP + self.hidden_size + TILE_WORK * (work + h / L2_BYTES) + self.streamed_bytes / L2_BYTES
         return self.tiles * tile + max(L2_EXCHANGE - (self.tiles - 1) * tile, 0)

@@ -33,8 +33,8 @@ class Loop:
     ``held`` counts the bytes, of all threads of a program, that matrix products read from registers as second factor
     and that nothing in the loop writes. The bounds are in cycles of one multiprocessor: issue slots, tensor cores,
     special functions, and ``chain``: one warp in order against the waits that the compiler encoded, which is what a
-    pass costs when nothing hides latency. A nested loop's instructions belong to it, once; the bounds leave out those that
-    only look again for what others send.
+    pass costs when nothing hides latency. A nested loop's instructions belong to it, once; the bounds leave out those
+    that only look again for what others send.
     """
     start: int
     end: int

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import pathlib
 import random
 import sys
 from unittest import mock
@@ -158,6 +159,21 @@ def emulator(arch=90, seed=0, memory="sc", edit=None, only=None):
     with _use(compiled_launch), mock.patch.object(compiled_launch, "launch_kernel", launch), \
             mock.patch.object(triton_lstm.functional, "runs_kernels", lambda x, dtype: True), \
             mock.patch.object(triton_lstm.op, "limits_of", lambda device: LIMITS.get(arch, PORTABLE)):
+        yield
+
+
+@contextlib.contextmanager
+def edited(module, function, tmp_path, old, new):
+    """The kernel ``function`` compiled from the source of its ``module`` with ``old`` replaced."""
+    text = pathlib.Path(module.__file__).read_text()
+    assert old in text
+    name = module.__name__.rpartition(".")[2]
+    copy = tmp_path / f"edited_{name}.py"
+    copy.write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location(f"triton_lstm.kernels.edited_{name}", copy)
+    changed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(changed)
+    with mock.patch.object(compiled_launch, function, getattr(changed, function)):
         yield
 
 

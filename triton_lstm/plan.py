@@ -332,8 +332,8 @@ class Plan:
         if self.precision == "tf32x3":
             raise PlanError("the Gluon kernels have no exact fp32")
         if self.block_b != 16 * self.num_warps or self.block_b not in (WARP_GROUP_ROWS, 2 * WARP_GROUP_ROWS):
-            raise PlanError(f"four warps multiply {WARP_GROUP_ROWS} rows, one or two such groups, got {self.block_b} rows "
-                            f"and {self.num_warps} warps")
+            raise PlanError(f"four or eight warps multiply {WARP_GROUP_ROWS} rows for each four, got {self.block_b} "
+                            f"rows and {self.num_warps} warps")
         if self.block_h not in (8, 16, 32, 64):
             raise PlanError(f"a program with warp groups has 8, 16, 32 or 64 units, got {self.block_h}")
         if {width for _, width in self.chunks} != {WARP_GROUP_BYTES // _element(self.precision)}:

@@ -1,0 +1,184 @@
+"""The Gluon grid kernel, which multiplies by warp groups: its PTX, executed on CPU tensors, and its machine code."""
+import dataclasses
+import re
+
+import pytest
+import torch
+from triton_lstm.kernels.ahead import compile_plan
+
+import harness
+from bench.machine_code import read
+from problems import NotFinite, Problem, error
+from ptx_emulator import Deadlock, EmulatorError
+from triton_lstm import Plan, PlanError, make_plan
+from triton_lstm.kernels import gluon_grid, launch
+from triton_lstm.plan import A100, H200
+
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+DTYPES = [FP16, BF16, FP32]
+
+
+def problem(shape, dtype, **change):
+    return Problem(*shape, dtype=dtype, tf32=dtype == FP32, **change)
+
+
+def run(problem, seed=0, **layout):
+    """``layout``: of ``Problem.warp_group_plan``."""
+    with harness.emulator(90, seed=seed, memory="weak"):
+        problem.check(problem.ours(plan=problem.warp_group_plan(**layout)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, block_h", [((1, 1, 1, 1, 2), 8), ((3, 3, 4, 5, 1), 8), ((3, 17, 4, 33, 2), 16)],
+                         ids=str)
+def test_small(shape, block_h, dtype):
+    run(problem(shape, dtype), block_h=block_h)
+
+
+@pytest.mark.parametrize("shape, dtype, layout", [
+    ((2, 70, 3, 100, 1), BF16, dict(block_h=32, warps=8)),              # two groups in a program, four CTAs
+    ((2, 140, 3, 100, 1), FP32, dict(block_h=16, warps=8, tiles=2)),
+    ((3, 140, 3, 33, 2), FP16, dict(block_h=16, tiles=3)),              # of which the last has 12 rows
+    ((2, 3, 2, 160, 1), FP16, dict(block_h=64)),                        # two looks at h, the second half empty
+    ((2, 17, 2, 200, 1), FP32, dict(block_h=32)),                       # four looks
+    ((2, 1, 1, 520, 1), BF16, dict(block_h=32)),                        # five, more than are on their way at a time
+], ids=str)
+def test_large(shape, dtype, layout):
+    run(problem(shape, dtype), **layout)
+
+
+def test_computed_addresses_of_r(tmp_path):
+    """As for the last of more than six looks, which so few units have not."""
+    with harness.edited(gluon_grid, "forward_grid_gluon", tmp_path, "FIRST: gl.constexpr = 6", "FIRST: gl.constexpr = 1"):
+        run(problem((2, 3, 2, 200, 1), FP32), block_h=32)
+
+
+@pytest.mark.parametrize("change", [dict(ragged=True, resets=True), dict(packed=True), dict(bias=False)], ids=str)
+@pytest.mark.parametrize("shape, dtype", [((5, 17, 3, 33, 2), FP16), ((5, 4, 3, 20, 2), FP32)], ids=str)
+def test_lengths_resets_packed(shape, dtype, change):
+    run(problem(shape, dtype, **change), block_h=8)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_weak_memory(seed):
+    """Three to five programs, one or two tiles or warp groups, chunks of two steps."""
+    layout = [dict(block_h=8), dict(block_h=16), dict(block_h=16, tiles=2), dict(block_h=16, warps=8)][seed % 4]
+    run(problem((5, 3 if seed % 4 < 2 else 66, 2, 33, 1), DTYPES[seed % 3]), seed, **layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nans_arrive(dtype):
+    run(NotFinite(4, 4, 2, 33, dtype=dtype, tf32=dtype == FP32))
+
+
+BROKEN = Problem(4, 12, 2, 33, dtype=BF16)          # rows in both halves of a warp's
+
+
+def caught(**options):
+    """Whether a run under one of a few seeds raises or gives a wrong number."""
+    plan, exact = BROKEN.warp_group_plan(block_h=8), BROKEN.exact()
+    for seed in range(4):
+        try:
+            with harness.emulator(seed=seed, memory="weak", **options):
+                results = BROKEN.ours(plan=plan)
+        except EmulatorError:
+            return True
+        if any(not error(results[name], exact[name]) < 0.03 for name in exact):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("old, new", [
+    ('"@!p bra THERE;"', '"bra THERE;"'), ("range(4, count, 2)", "range(4, count // 2, 2)")],
+    ids=["no wait", "half a wait"])
+def test_a_broken_wait_is_caught(old, new, tmp_path):
+    assert not caught()
+    with harness.edited(gluon_grid, "forward_grid_gluon", tmp_path, old, new):
+        assert caught()
+
+
+def test_a_missing_barrier_is_caught():
+    """The only one, between R's way into shared memory and the time loop."""
+    def edit(ptx):
+        assert len(re.findall(r"bar\.sync", ptx)) == 1
+        return ptx.replace("bar.sync", "// bar.sync")
+
+    assert caught(edit=edit, only=["forward_grid_gluon"])
+
+
+def test_a_lost_store_is_caught():
+    def edit(ptx):
+        return re.sub(r"st\.relaxed[^;]*;", "", ptx, count=1)
+
+    with harness.emulator(edit=edit, only=["forward_grid_gluon"]), pytest.raises(Deadlock):
+        BROKEN.ours(plan=BROKEN.warp_group_plan())
+
+
+@pytest.mark.parametrize("batch, hidden_size, dtype", [
+    (64, 640, BF16), (128, 1024, FP16), (1024, 512, BF16), (16, 1024, FP32), (4096, 256, FP32)], ids=str)
+@pytest.mark.parametrize("marked", [False, True])
+def test_machine_code(batch, hidden_size, dtype, marked):
+    """No barrier and no load from shared memory in the time loop, which multiplies by R from there; few registers
+    spill with marks, none without."""
+    plan = make_plan(batch, hidden_size, dtype, limits=H200)
+    assert plan.wgmma
+    kernel = compile_plan(plan, dtype, marked=marked)["forward_grid_gluon"]
+    report = read(kernel)
+    counts = report.time_loop.counts
+    assert counts["HGMMA"] == plan.held // (16 if dtype.itemsize == 2 else 8)
+    assert not counts["BAR"] and not counts["LDS"] and not counts["LDSM"] and not counts["STS"]
+    assert report.time_loop.spills <= (16 if marked else 0)
+    assert report.shared == plan.shared_bytes <= H200.shared_memory
+    assert kernel.metadata.num_ctas == 1 and kernel.metadata.launch_cooperative_grid
+
+
+def test_plan():
+    plan = make_plan(128, 1024, FP16, limits=H200)
+    assert (plan.schedule, plan.gluon, plan.wgmma, plan.block_b, plan.num_warps) == ("grid", True, True, 64, 4)
+    assert plan.launched <= 132 and plan.held_bytes == 4 * plan.block_h * 1024 * 2 == plan.shared_bytes
+    assert not plan.backward.wgmma and plan.backward.backward is plan.backward
+    assert plan.backward == make_plan(128, 1024, FP16, limits=dataclasses.replace(H200, wgmma=False))
+    assert plan.backward_bytes(64, 8, 2) == plan.backward.backward_bytes(64, 8, 2)
+    assert Plan.decode(plan.encode()) == plan
+    assert not plan.multiplies_input(1)
+    assert "128 KiB of R in the shared memory" in str(plan) and "backward grid" in str(plan)
+    # R of fp32 at H=1024 fits all multiprocessors' shared memory, though not their registers
+    assert make_plan(16, 1024, FP32, limits=H200).wgmma
+    assert make_plan(16, 1024, FP32, limits=dataclasses.replace(H200, wgmma=False)).schedule == "streamed"
+    assert not make_plan(128, 1024, FP32, limits=H200, tf32=False).wgmma
+    assert not make_plan(128, 1024, FP16, limits=A100).wgmma
+    assert make_plan(16, 512, BF16, limits=H200).backward_plan is None
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(backward_plan=None), "no plan of the same layer's backward loop: None"),
+    (dict(keep_every=7), "no plan of the same layer's backward loop"),
+    (dict(num_warps=8), "got 64 rows and 8 warps"),
+    (dict(block_b=96, num_warps=6), "got 96 rows and 6 warps"),
+    (dict(block_h=24), "8, 16, 32 or 64 units, got 24"),
+    (dict(chunks=((0, 1024),)), "256 bytes of a row at a time"),
+    (dict(precision="tf32x3"), "no exact fp32"),
+    (dict(groups=1), "hold fewer than 128 batch rows"),
+    (dict(programs=3), "3 programs of 16 units hold fewer than 1024"),
+])
+def test_check(change, message):
+    plan = make_plan(128, 1024, FP16, limits=H200)
+    with pytest.raises(PlanError, match=re.escape(message)):
+        dataclasses.replace(plan, **change).check(H200)
+
+
+def test_limits():
+    plan = make_plan(128, 1024, FP16, limits=H200)
+    for limits, message in ((dataclasses.replace(H200, wgmma=False), "compute capability 9.0"),
+                            (dataclasses.replace(H200, cluster=0), "the Gluon kernels need"),
+                            (dataclasses.replace(H200, multiprocessors=100), "128 programs wait for each other"),
+                            (dataclasses.replace(H200, shared_memory=100000), "131072 bytes of R")):
+        with pytest.raises(PlanError, match=message):
+            plan.check(limits)
+
+
+def test_zoneout_has_portable_kernels_only():
+    assert launch.forward_grid_gluon is gluon_grid.forward_grid_gluon
+    small = Problem(3, 3, 4, 33, dtype=BF16)
+    with harness.emulator(), pytest.raises(ValueError, match="no zoneout"):
+        small.ours(plan=small.warp_group_plan(), zoneout=(0.1, 0.1))

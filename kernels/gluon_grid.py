@@ -202,7 +202,7 @@ def forward_grid_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, o
             # once the first is there, the others are likely to be
             for n in gl.static_range(len(words), min(k + AHEAD + 1, len(CHUNKS))):
                 words += (gl.load(at + n * WORDS, volatile=True),)
-            a = warpgroup_mma(h, (r.index(k) if k < FIRST else r.index(k + zero)).permute((1, 0)), a, precision="tf32")
+            a = warpgroup_mma(h, (r.index(k) if k < FIRST else r.index(k + zero)).permute((1, 0)), a)
         i, f, g, o = split_gates(a, BLOCK_H, 4, UNIT)
         y, c = cell(i, f, g, o, c_prev, dtype)
         h_next = y

@@ -26,6 +26,9 @@ def test_every_size_has_a_plan_that_fits(hidden_size, dtype, tf32, limits):
                 assert plan.register_bytes <= HELD_BYTES and plan.shared_bytes <= limits.shared_memory
                 assert 2 <= plan.programs <= limits.cluster
                 continue
+            if plan.wgmma:
+                assert plan.held_bytes == plan.shared_bytes <= limits.shared_memory
+                plan = plan.backward
             assert plan.held_bytes <= HELD_BYTES
             assert plan.programs * plan.block_h >= hidden_size
             assert plan.groups * plan.tiles * plan.block_b >= batch

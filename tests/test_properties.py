@@ -18,15 +18,6 @@ SETTINGS = settings(deadline=None, print_blob=True, database=None,
                     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For products this small, waiting threads double the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @dataclasses.dataclass(frozen=True)
 class Call:
     """A layer and one call of it, all but the values, which come from ``seed``."""

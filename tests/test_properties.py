@@ -12,8 +12,8 @@ import triton_lstm
 from problems import BUDGET
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-# The interpreter takes 20 ms a step, so no deadline and no word on slowness. conftest's fixture, which Hypothesis sets
-# up once for all examples, has no state. The printed blob reproduces a failure; no database lies about.
+# The interpreter is slow, so no deadline and no word on it. conftest's fixture, which Hypothesis sets up once for all
+# examples, has no state. The printed blob reproduces a failure; no database lies about.
 SETTINGS = settings(deadline=None, print_blob=True, database=None,
                     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 

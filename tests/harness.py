@@ -5,6 +5,7 @@ interleaved    the same, programs switching at random at loads, stores and atomi
 emulator       the PTX that the compiler made, in ``ptx_emulator``: the compiled kernel and its synchronisation
 """
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -16,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import triton
+import triton.language as tl
 import triton.runtime.interpreter as triton_interpreter
 from triton_lstm.kernels.ahead import compile_launch
 
@@ -62,12 +64,79 @@ def _use(launch):
     triton_lstm.op.limits_of.cache_clear()
 
 
+def _reduce(element_by_element):
+    """``ReduceOps.generic_reduce`` of a whole block by halves, which spares a call for each element."""
+    def reduce(self, inputs):
+        if self.axis is not None or self.keep_dims or len(inputs) != 1:
+            return element_by_element(self, inputs)
+        block, = inputs
+        data = block.handle.data.reshape(-1)
+        while len(data) > 1:        # a power of two
+            halves = [self.to_tensor(half, block.dtype) for half in np.split(data, 2)]
+            data = self.combine_fn.fn(*halves).handle.data
+        return [self.to_tensor(data.item(), block.dtype)]
+    return reduce
+
+
+def _call(self, *args, **kwargs):
+    """``InterpretedFunction.__call__`` but for the patches of the language, which the launch has made already."""
+    try:
+        return self.rewrite()(*args, **kwargs)
+    except Exception as e:
+        raise triton_interpreter.InterpreterError(repr(e)) from e
+
+
+def _once(function):
+    """``function`` of a type, called once for each name of one."""
+    known = {}
+
+    def remembered(dtype):
+        name = str(dtype)
+        if name not in known:
+            known[name] = function(dtype)
+        return known[name]
+    return remembered
+
+
+def _init_once(cls, key, own=()):
+    """``cls.__init__`` that works out the attributes once for each ``key`` of its arguments; ``own`` are the arguments
+    themselves."""
+    init, known = cls.__init__, {}
+
+    def remembered(self, *args):
+        name = key(*args)
+        if name not in known:
+            init(self, *args)
+            known[name] = {k: v for k, v in vars(self).items() if k not in own}
+        vars(self).update(known[name])
+        vars(self).update(zip(own, args))
+    return remembered
+
+
+# The interpreter spends most of its time on types, on reductions and on patches of the language, again and again.
+FASTER = (
+    (triton_interpreter.ReduceOps, "generic_reduce", _reduce(triton_interpreter.ReduceOps.generic_reduce)),
+    (triton_interpreter.InterpretedFunction, "__call__", _call),
+    (triton_interpreter, "_get_np_dtype", _once(triton_interpreter._get_np_dtype)),
+    (tl.block_type, "__init__", _init_once(
+        tl.block_type, lambda element, shape: (str(element), *(getattr(n, "value", n) for n in shape)))),
+    (tl.tensor, "__init__", _init_once(tl.tensor, lambda handle, dtype: str(dtype), ("handle", "type"))),
+    # the assertions of overflow, in int64, are off without ``debug``, but what they assert is computed
+    (triton_interpreter.interpreter_builder, "options",
+     dataclasses.replace(triton_interpreter.interpreter_builder.options, sanitize_overflow=False)))
+
+
 @contextlib.contextmanager
 def interpreter():
     if TRITON < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
     # exp overflows on purpose, and numpy, unlike a GPU, remarks on it
-    with _use(interpreted_launch), interpreting(), np.errstate(over="ignore", invalid="ignore"):
+    with contextlib.ExitStack() as stack:
+        for owner, name, faster in FASTER:
+            stack.enter_context(mock.patch.object(owner, name, faster))
+        stack.enter_context(_use(interpreted_launch))
+        stack.enter_context(interpreting())
+        stack.enter_context(np.errstate(over="ignore", invalid="ignore"))
         yield
 
 
@@ -149,12 +218,14 @@ def interleaved(seed, patience=3000):
 
 
 @contextlib.contextmanager
-def emulator(arch=90, seed=0, memory="sc", edit=None, only=None):
-    """The compiled kernels in the PTX emulator. ``edit`` may change the PTX text of the kernels named in ``only``."""
+def emulator(arch=90, seed=0, memory="sc", edit=None, only=None, **options):
+    """The compiled kernels in the PTX emulator. ``edit`` may change the PTX text of the kernels named in ``only``.
+
+    Further options as in ``ptx_emulator.run``."""
     def launch(kernel, plan, grid, *args, waits, **constants):
         compiled, run_time = compile_launch(kernel, plan, args, waits, constants, arch)
         changed = dict(ptx=edit(compiled.asm["ptx"])) if edit is not None and kernel.__name__ in only else {}
-        emulate(compiled, grid, *run_time, seed=seed, memory=memory, **changed)
+        emulate(compiled, grid, *run_time, seed=seed, memory=memory, **changed, **options)
 
     with _use(compiled_launch), mock.patch.object(compiled_launch, "launch_kernel", launch), \
             mock.patch.object(triton_lstm.functional, "runs_kernels", lambda x, dtype: True), \

@@ -12,19 +12,10 @@ import triton_lstm
 from problems import BUDGET
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-# The interpreter takes 20 ms a step, so no deadline and no word on slowness. conftest's fixture, which Hypothesis sets
-# up once for all examples, has no state. The printed blob reproduces a failure; no database lies about.
+# The interpreter is slow, so no deadline and no word on it. conftest's fixture, which Hypothesis sets up once for all
+# examples, has no state. The printed blob reproduces a failure; no database lies about.
 SETTINGS = settings(deadline=None, print_blob=True, database=None,
                     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For products this small, waiting threads double the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclasses.dataclass(frozen=True)

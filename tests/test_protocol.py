@@ -167,7 +167,7 @@ def test_emulator_catches_what_never_arrives(kernel):
         assert stores
         return "\n".join(line for n, line in enumerate(ptx.splitlines()) if n != stores[-1])
 
-    with harness.emulator(edit=edit, only=[kernel]), pytest.raises(Deadlock):
+    with harness.emulator(edit=edit, only=[kernel], patience=200), pytest.raises(Deadlock):
         WEAK.ours(plan=plan(WEAK))
 
 

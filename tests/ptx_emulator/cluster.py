@@ -27,7 +27,7 @@ class Cluster:
         warp = np.minimum(thread - cta.first, cta.n - 1) >> 5
         other_warp = (other - cta.first) >> 5
         local = (other_warp >= 0) & (other_warp < cta.warps)
-        clipped = np.clip(other_warp, 0, cta.warps - 1)
+        clipped = np.minimum(np.maximum(other_warp, 0), cta.warps - 1)
         before = np.where(other_warp == warp, cta.warp_barrier_time[clipped],
                           np.minimum(passed[clipped], passed[warp]))
         if len(self.ctas) > 1:

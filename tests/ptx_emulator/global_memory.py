@@ -7,6 +7,8 @@ In the weak model a CTA has, besides the memory that all share,
     acquired    threads that have acquired since the snapshot was taken, and so must not see it any more
 """
 
+import mmap
+
 import numpy as np
 
 from .addresses import GLOBAL_BASE
@@ -15,6 +17,11 @@ from .formats import UINT
 
 GAP = 1 << 20  # guard bytes between buffers
 WIDTHS = (1, 2, 4, 8)
+
+
+def zeros(n):
+    """n bytes of which only the pages that are touched cost anything; numpy's own zeros come in pages of 2 MiB."""
+    return np.frombuffer(mmap.mmap(-1, n), np.uint8)
 
 
 class GlobalMemory:
@@ -38,8 +45,8 @@ class GlobalMemory:
 
     def seal(self):
         """Fill the arena once all buffers are known."""
-        self.raw = np.zeros(self.size, np.uint8)
-        self.owner = np.zeros(self.size, np.uint8)  # 0 in the gaps
+        self.raw = zeros(self.size)
+        self.owner = zeros(self.size)  # 0 in the gaps
         for k, (off, n, _, data) in enumerate(self.buffers):
             self.owner[off:off + n] = 1 + k % 255
             if data is not None:
@@ -118,7 +125,7 @@ class GlobalMemory:
     def start(self, cta):
         """Give a new CTA its picture of memory."""
         if self.weak:
-            snap, dirty = np.zeros(self.size, np.uint8), np.zeros(self.size, np.uint8)
+            snap, dirty = zeros(self.size), zeros(self.size)
             for off, n, _, _ in self.buffers:
                 snap[off:off + n] = self.raw[off:off + n]
             cta.snap = {w: snap.view(UINT[8 * w]) for w in WIDTHS}

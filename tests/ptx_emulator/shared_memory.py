@@ -75,9 +75,7 @@ def store(cta, mask, addr, width, values, any_thread=False):
         b = k >> (width.bit_length() - 1)
         memory = owner.shared[width]
         if owner.races:
-            same = np.ones(len(k), bool)
-            for j, x in enumerate(xs):
-                same &= memory[b + j] == x
+            same = lambda: np.logical_and.reduce([memory[b + j] == x for j, x in enumerate(xs)])  # noqa: B023
             duplicate = owner.races.write(cta, k, nbytes, threads, same, any_thread)
         for j, x in enumerate(xs):
             memory[b + j] = x

@@ -6,6 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .cell import FRESH, LIVE, chunk_shift, place_of, round_tf32, rows_at
 from .gluon_cell import (
+    buffers,
     chains,
     coalesced_layout,
     factor,
@@ -67,6 +68,37 @@ def stage(staged, i, f, g, o, PRECISION: gl.constexpr):
     staged.store(gl.join(gl.join(i, g), gl.join(f, o)).reshape(B, CTAS, staged.shape[2]).permute(1, 0, 2))
 
 
+@gluon.jit
+def place(offsets_ptr, shift, s, d, T, S, B, first):
+    """Of step s of the chunk: its time, its rows' base and count, and their place among the chunk's coefficients."""
+    time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
+    base, count = rows_at(offsets_ptr, time, B)
+    at = place_of(offsets_ptr, (d * S + gl.where(d == 0, s, S - 1 - s)).to(gl.int64) * B, shift + base)
+    return time, base, count, at
+
+
+@gluon.jit
+def step(inputs, dh, dc, staged, da, here, H: gl.constexpr, HAS_DY: gl.constexpr, MARKED: gl.constexpr,
+         PRECISION: gl.constexpr):
+    """Stage the four da of a step and store them. Returns its dh with dy added, and dc before it."""
+    dtype: gl.constexpr = staged.dtype
+    ko, kh, ki = inputs[0], inputs[1], inputs[2]
+    kf, kg, f = inputs[3], inputs[4], inputs[5]
+    dy, mark = inputs[6], inputs[7]
+    if HAS_DY:
+        if MARKED:
+            dy = gl.where((mark & LIVE) != 0, dy, 0.)
+        dh += dy.to(gl.float32)
+    dc += dh * kh
+    da_i, da_f, da_g, da_o = (dc * ki).to(dtype), (dc * kf).to(dtype), (dc * kg).to(dtype), (dh * ko).to(dtype)
+    stage(staged, da_i, da_f, da_g, da_o, PRECISION)
+    gl.store(da, da_i, mask=here)
+    gl.store(da + H, da_f, mask=here)
+    gl.store(da + 2 * H, da_g, mask=here)
+    gl.store(da + 3 * H, da_o, mask=here)
+    return dh, dc * f
+
+
 @gluon.jit(do_not_specialize=["T", "S", "B", "first", "stride_dyt", "stride_dyb"])
 def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, offsets_ptr, T, S, B, first,
                    stride_dyt, stride_dyb, stride_dyh,
@@ -114,62 +146,49 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
     shift = chunk_shift(offsets_ptr, d, T, S, B, first)
     coef_ptr += row * (6 * H) + unit
     da_ptr += row * (4 * H) + unit
-    staged = gl.allocate_shared_memory(dtype, [CTAS, BLOCK_B, 4 * BLOCK_H],
+    # Two buffers for da where a step ends with the next one's da: see ``gluon_cell.buffers``.
+    BUFFERS: gl.constexpr = buffers(CTAS, MARKED)
+    staged = gl.allocate_shared_memory(dtype, [BUFFERS, CTAS, BLOCK_B, 4 * BLOCK_H],
                                        shared_layout(BITS, WIDTH, [2, 1, 0], 0, CTAS))
     if CTAS > 1:
         shares = gl.allocate_shared_memory(gl.float32, [2, CTAS, BLOCK_B, UNITS],
                                            shared_layout(32, BLOCK_H, [2, 1, 0], 2, CTAS))
         bars = allocate_mbarriers()
-    s = S - 1
-    time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
-    base, count = rows_at(offsets_ptr, time, B)
-    at = place_of(offsets_ptr, (d * S + gl.where(d == 0, s, S - 1 - s)).to(gl.int64) * B, shift + base)
+    n = 0
+    time, base, count, at = place(offsets_ptr, shift, S - 1, d, T, S, B, first)
     inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
                          coef_ptr + at * (6 * H), marks_ptr + time * B,
                          offsets_ptr, row, count, inside, H, HAS_DY, MARKED)
-    while s >= 0:
-        ko, kh, ki = inputs[0], inputs[1], inputs[2]
-        kf, kg, f = inputs[3], inputs[4], inputs[5]
-        dy, mark = inputs[6], inputs[7]
-        if HAS_DY:
-            if MARKED:
-                dy = gl.where((mark & LIVE) != 0, dy, 0.)
-            dh += dy.to(gl.float32)
-        dc += dh * kh
-        da_i, da_f, da_g, da_o = (dc * ki).to(dtype), (dc * kf).to(dtype), (dc * kg).to(dtype), (dh * ko).to(dtype)
-        dc *= f
-        stage(staged, da_i, da_f, da_g, da_o, PRECISION)
-        da, here = da_ptr + at * (4 * H), there(offsets_ptr, row, count, mask)
-        gl.store(da, da_i, mask=here)
-        gl.store(da + H, da_f, mask=here)
-        gl.store(da + 2 * H, da_g, mask=here)
-        gl.store(da + 3 * H, da_o, mask=here)
+    if BUFFERS == 2:
+        dh, dc = step(inputs, dh, dc, staged.index(0), da_ptr + at * (4 * H), there(offsets_ptr, row, count, mask),
+                      H, HAS_DY, MARKED, PRECISION)
+    while n < S:
+        if BUFFERS == 1:
+            dh, dc = step(inputs, dh, dc, staged.index(0), da_ptr + at * (4 * H),
+                          there(offsets_ptr, row, count, mask), H, HAS_DY, MARKED, PRECISION)
+        mark = inputs[7]
         # The next inputs arrive during the products; in a cluster, which has few registers left, during the exchange.
-        s -= 1
-        ahead = gl.maximum(s, 0)
-        time = gl.where(d == 0, first + ahead, T - 1 - first - ahead).to(gl.int64)
-        base, count = rows_at(offsets_ptr, time, B)
-        at = place_of(offsets_ptr, (d * S + gl.where(d == 0, ahead, S - 1 - ahead)).to(gl.int64) * B, shift + base)
+        time, base, count, at = place(offsets_ptr, shift, gl.maximum(S - 2 - n, 0), d, T, S, B, first)
         if CTAS == 1:
             inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
                                  coef_ptr + at * (6 * H), marks_ptr + time * B,
                                  offsets_ptr, row, count, inside, H, HAS_DY, MARKED)
+        da = staged.index(n % BUFFERS)
         sums = ()
-        for n in gl.static_range(CHAINS):
+        for chain in gl.static_range(CHAINS):
             total = gl.full((CTAS, BLOCK_B, UNITS), 0., gl.float32, ACC)
-            for k in gl.static_range(n, PARTS, CHAINS):
-                total = mma_v2(staged.slice(k * WIDTH, WIDTH, 2).load(A), factor(r[k], R), total,
+            for k in gl.static_range(chain, PARTS, CHAINS):
+                total = mma_v2(da.slice(k * WIDTH, WIDTH, 2).load(A), factor(r[k], R), total,
                                input_precision="tf32")
             sums += (total,)
         share = sums[0]
-        for n in gl.static_range(1, CHAINS):
-            share += sums[n]
+        for chain in gl.static_range(1, CHAINS):
+            share += sums[chain]
         share = by_units(share)
         dh_before = dh
         if CTAS == 1:
             dh = gl.convert_layout(share.reshape(BLOCK_B, UNITS), UNIT)
         else:
-            n = S - 2 - s
             send_shares(share, shares.index(n % 2), bars.index(n % 2), BLOCK_H)
             inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
                                  coef_ptr + at * (6 * H), marks_ptr + time * B,
@@ -179,5 +198,10 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
         if MARKED:      # dh passes a step that is not live, and ends before a fresh one
             dh = gl.where((mark & LIVE) != 0, dh, dh_before)
             dh = gl.where((mark & FRESH) == 0, dh, 0.)
+        n += 1
+        if BUFFERS == 2:
+            if n < S:
+                dh, dc = step(inputs, dh, dc, staged.index(n % 2), da_ptr + at * (4 * H),
+                              there(offsets_ptr, row, count, mask), H, HAS_DY, MARKED, PRECISION)
     gl.store(dh_ptr + at_state, dh, mask=mask)
     gl.store(dc_ptr + at_state, dc, mask=mask)

@@ -69,6 +69,18 @@ def chains(columns, warps, parts):
     return max(min(parts, 32 * warps // columns), 1)
 
 
+@gluon.constexpr_function
+def buffers(ctas, marked):
+    """How many buffers in shared memory the first factor of a step takes turns in, within a CTA.
+
+    With one, a step has two barriers: before the buffer is read, and before the next step's factor is stored. With two
+    it is stored past the slow readers of the other one, and only the first barrier is left. The compiler places them,
+    and (Triton 3.9) tells buffers n % 2 and (n + 1) % 2 apart within a pass of the loop, not between two; so a pass
+    reads one, then stores into the other. With marks that did not pay, and in a cluster the exchange sets the order.
+    """
+    return 2 if ctas == 1 and not marked else 1
+
+
 @gluon.jit
 def factor(r, layout: gl.constexpr):
     """A part of R in registers, from wherever it is."""

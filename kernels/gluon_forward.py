@@ -6,6 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .cell import FRESH, LIVE, chunk_shift, place_of, round_tf32, rows_at
 from .gluon_cell import (
+    buffers,
     cell,
     chains,
     factor,
@@ -134,8 +135,9 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
         x = load_gates(x_ptr + at * (4 * H) + at_x, offsets_ptr, row, count, inside, H)
     ROWS: gl.constexpr = shared_layout(BITS, WIDTH, [1, 0], None, CTAS)
     if CTAS == 1:
-        rows = gl.allocate_shared_memory(dtype, [BLOCK_B, UNITS], ROWS)
-        rows.store(h)
+        BUFFERS: gl.constexpr = buffers(CTAS, MARKED)
+        staged = gl.allocate_shared_memory(dtype, [BUFFERS, BLOCK_B, UNITS], ROWS)
+        staged.index(0).store(h)
     else:
         received = gl.allocate_shared_memory(dtype, [2, CTAS, BLOCK_B, UNITS],
                                              shared_layout(BITS, WIDTH, [2, 1, 0], 0, CTAS))
@@ -145,7 +147,9 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
     at_kept = gl.where(first == 0, 0, (first - 1) // keep_every)
     s = 0
     while s < S:
-        if CTAS > 1:
+        if CTAS == 1:
+            rows = staged.index(s % BUFFERS)
+        else:
             mbarrier.wait(bars.index(s % 2), s // 2 % 2)
             rows = received.index(s % 2).reinterpret(dtype, [BLOCK_B, UNITS], ROWS)
         a = join_gates(x[0].to(gl.float32), x[1].to(gl.float32), x[2].to(gl.float32), x[3].to(gl.float32), BLOCK_H,
@@ -194,7 +198,7 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
         at = place_of(offsets_ptr, time.to(gl.int64) * B, base)
         s += 1
         if CTAS == 1:
-            rows.store(h)
+            staged.index(s % BUFFERS).store(h)
         else:
             send_to_all(h, received.index(s % 2), bars.index(s % 2), BLOCK_H)
         gl.store(y_ptr + at * (DIRECTIONS * H) + at_y, y.to(dtype), mask=there(offsets_ptr, row, count, mask))

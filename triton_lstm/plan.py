@@ -176,6 +176,8 @@ class Plan:
         forward, backward = row * element, self.block_b * 4 * self.block_h * element
         if self.programs > 1:
             forward, backward = 2 * forward + 16, backward + 2 * row * 4 + 16
+        else:
+            forward, backward = 2 * forward, 2 * backward
         return self.held_bytes - self.register_bytes + max(forward, backward)
 
     @property

@@ -10,6 +10,7 @@ from bench.machine_code import read
 from bench.workloads import WORKLOADS
 from problems import PORTABLE
 from test_gluon import check_compiled as check_gluon
+from test_warp_groups import check_compiled as check_warp_groups
 from triton_lstm import make_plan
 from triton_lstm.plan import A100, H200, RTX_4090
 
@@ -18,6 +19,10 @@ OPERAND = {"native": 2, "tf32": 4, "tf32x3": 8}        # bytes of an operand of 
 
 
 def check(plan, dtype, arch, limits):
+    if plan.wgmma:
+        check_warp_groups(plan, dtype)
+        check(plan.backward, dtype, arch, limits)
+        return
     if plan.gluon:
         check_gluon(plan, dtype, arch, limits)
         return

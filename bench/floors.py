@@ -1,7 +1,7 @@
 """What a step cannot go below: microbenchmarks of this GPU, and the arithmetic of a plan.
 
-Rates are a Hopper multiprocessor's: mma.sync reaches 1280 of its 2048 multiply-adds a cycle (arXiv 2402.13499 measures
-63 %), TF32 half; 16 special functions and 64 bytes from the second-level cache a cycle.
+Rates are a Hopper multiprocessor's: 2048 multiply-adds a cycle, of which mma.sync reaches 1280 (arXiv 2402.13499
+measures 63 %), TF32 half; 16 special functions and 64 bytes from the second-level cache a cycle.
 """
 import functools
 import types
@@ -17,6 +17,7 @@ from triton_lstm.kernels import launch
 from .correctness import dtype_of
 
 MULTIPLY_ADDS = {"native": 1280, "tf32": 640, "tf32x3": 640 / 3}
+WGMMA_MULTIPLY_ADDS = {"native": 2048, "tf32": 1024}
 SPECIAL_FUNCTIONS, L2_BYTES = 16, 64
 LAUNCH = dict(num_warps=8, launch_cooperative_grid=True, enable_fp_fusion=True)
 CELL_SPECIAL_FUNCTIONS = 10         # three sigmoids and two tanh of an exponential and a reciprocal each
@@ -51,15 +52,16 @@ class Floors:
         return min(self._gpu.sample(call) for _ in range(repeat))
 
     def exchange_us(self, plan, dtype, steps=500):
-        """An exchange of one tile of h in every group of programs of a grid or streamed ``plan``, all at once."""
-        groups = plan.groups * plan.directions
-        sent = torch.empty(steps + 1, groups, plan.block_b, plan.owners * plan.block_h, dtype=dtype_of(dtype),
+        """An exchange of one tile of h in every group of programs of a grid or streamed ``plan``, all at once; of 16
+        rows of it where warp groups wait for so many each."""
+        groups, rows = plan.groups * plan.directions, 16 if plan.wgmma else plan.block_b
+        sent = torch.empty(steps + 1, groups, rows, plan.owners * plan.block_h, dtype=dtype_of(dtype),
                            device=self._gpu.device)
 
         def call(n):
             launch.clear(sent, plan)
-            exchanges[(plan.programs, groups)](sent, n, plan.chunks, plan.owners, plan.block_h, plan.block_b,
-                                               launch.INTERPRET, **LAUNCH)
+            exchanges[(plan.programs, groups)](sent, n, plan.chunks, plan.owners, plan.block_h, rows, launch.INTERPRET,
+                                               **LAUNCH)
         # the difference leaves out launch and start, and clearing, which takes in all steps each time
         few, many = (self._best(functools.partial(call, n)) for n in (steps // 10, steps))
         return 1000 * (many - few) / (steps - steps // 10)
@@ -95,16 +97,22 @@ def step_floor(plan, case, exchange_us, sm_mhz, gemm_tflops, multiprocessors):
     second loop of the same products. The products over all steps take what ``gemm_tflops`` allows: x W^T forward; in
     backward once more, h R^T for the gates, and those of dx, dW and dR.
     """
-    units = case.hidden_size if plan.schedule == "resident" else plan.block_h
-    rows = plan.block_b * plan.tiles
-    tensor = rows * 4 * units * case.hidden_size / MULTIPLY_ADDS[plan.precision]
-    stream = plan.tiles * plan.streamed_bytes / L2_BYTES
-    special = rows * units * CELL_SPECIAL_FUNCTIONS / SPECIAL_FUNCTIONS
     training = case.mode == "train"
-    waves = -(-plan.launched // multiprocessors)        # of programs that wait for nobody outside their cluster
-    cycles = waves * (max(tensor, stream, special) + training * max(tensor, stream))
+    cycles = _loop_cycles(plan, multiprocessors, CELL_SPECIAL_FUNCTIONS)
+    if training:
+        cycles += _loop_cycles(plan.backward, multiprocessors, 0)
     loop = cycles / sm_mhz + (1 + training) * exchange_us
     widths = [case.input_size] + [case.directions * case.hidden_size] * (case.layers - 1)
     columns = sum(4 * width + 2 * case.hidden_size if training else width for width in widths)
     gemm = 2 * case.batch * 4 * case.hidden_size * columns * case.directions / gemm_tflops / 1e6
     return case.layers * loop + gemm
+
+
+def _loop_cycles(plan, multiprocessors, special_functions):
+    """Cycles of a step of a time loop at least, of which each cell takes so many ``special_functions``."""
+    units = plan.hidden_size if plan.schedule == "resident" else plan.block_h
+    rows = plan.block_b * plan.tiles
+    rate = (WGMMA_MULTIPLY_ADDS if plan.wgmma else MULTIPLY_ADDS)[plan.precision]
+    waves = -(-plan.launched // multiprocessors)        # of programs that wait for nobody outside their cluster
+    return waves * max(rows * 4 * units * plan.hidden_size / rate, plan.tiles * plan.streamed_bytes / L2_BYTES,
+                       rows * units * special_functions / SPECIAL_FUNCTIONS)

@@ -15,13 +15,14 @@ LIMITS = {80: A100, 90: H200, 100: dataclasses.replace(H200, cluster=0)}     # b
 L2_BYTES_PER_CYCLE = 64             # that one multiprocessor reads at most
 
 LEGEND = """\
-Two numbers are of the forward / backward time loop. "R planned" is KiB of R that the plan holds on chip in each
-program, "R in registers" KiB that the compiled loop finds in registers at each step, copies that warps share included;
-what is planned but not found there is read from shared memory. "R from L2" is KiB that a program reads again for each
-tile of a step. Registers are of a thread, shared memory (KiB) of a program. Spills and barriers are instructions in
-the time loop. Cycles a step are a bound for all tiles of a program, read from the machine code with assumed latencies;
-it counts the exchange once a tile and no waiting for other programs, nor that clusters run in waves where there are
-more than fit. Nothing here is measured."""
+Two numbers are of the forward / backward time loop; where the two have plans of their own, the plan's columns have two
+as well. "wgmma" is a grid plan that multiplies by warp groups, which read R from shared memory. "R planned" is KiB of R
+that the plan holds on chip in each program, "R in registers" KiB that the compiled loop finds in registers at each
+step, copies that warps share included; what is planned but not found there is read from shared memory. "R from L2" is
+KiB that a program reads again for each tile of a step. Registers are of a thread, shared memory (KiB) of a program.
+Spills and barriers are instructions in the time loop. Cycles a step are a bound for all tiles of a program, read from
+the machine code with assumed latencies; it counts the exchange once a tile and no waiting for other programs, nor that
+clusters run in waves where there are more than fit. Nothing here is measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +79,14 @@ def table(found):
             rows.append((f.workload, f.dtype, "no plan") + ("",) * (len(header) - 3))
             continue
         both = lambda value, f=f: f"{value(f.forward)} / {value(f.backward)}"
-        groups = f"{f.plan.groups}" if f.plan.directions == 1 else f"{f.plan.groups} x {f.plan.directions}"
-        rows.append((f.workload, f.dtype, f.plan.schedule, f"{f.plan.programs} x {groups}", kib(f.plan.held_bytes),
-                     both(lambda r: kib(r.time_loop.held)), kib(f.plan.streamed_bytes), both(lambda r: r.registers),
-                     both(lambda r: kib(r.shared)), both(lambda r: r.time_loop.spills),
-                     both(lambda r: r.time_loop.counts["BAR"]), both(lambda r, f=f: f"{step_cycles(f.plan, r):.0f}")))
+        plans = [f.plan] if f.plan.backward is f.plan else [f.plan, f.plan.backward]
+        each = lambda value, plans=plans: " / ".join(value(plan) for plan in plans)
+        rows.append((f.workload, f.dtype, each(lambda p: "wgmma" if p.wgmma else p.schedule),
+                     each(lambda p: f"{p.programs} x {p.groups}" + f" x {p.directions}" * (p.directions > 1)),
+                     each(lambda p: kib(p.held_bytes)), both(lambda r: kib(r.time_loop.held)),
+                     each(lambda p: kib(p.streamed_bytes)), both(lambda r: r.registers), both(lambda r: kib(r.shared)),
+                     both(lambda r: r.time_loop.spills), both(lambda r: r.time_loop.counts["BAR"]),
+                     f"{step_cycles(f.plan, f.forward):.0f} / {step_cycles(f.plan.backward, f.backward):.0f}"))
     notes = [f"{f.workload}: {f.reason}" for f in found if f.plan is None]
     return "\n".join([markdown(header, rows)] + notes)
 

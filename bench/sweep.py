@@ -120,10 +120,10 @@ def measure(case, providers, gpu, floors, environment, effort):
         p20, median, p80 = torch.tensor(samples[name]).quantile(torch.tensor([.2, .5, .8])).tolist()
         if (plan := getattr(run.layer, "plan", None)) is not None:
             floor_us, exchange_us = floors.step_us(plan, case, sm_mhz)
-            loops = case.layers * (2 if case.mode == "train" else 1)
-            figures.update(floor_us=floor_us, exchange_us=exchange_us,
-                           predicted_us=sm_mhz and loops * plan.step_cycles(gpu.multiprocessors) / sm_mhz,
-                           plan=f"{plan.schedule} {plan.programs} x {plan.groups}")
+            loops = (plan, plan.backward) if case.mode == "train" else (plan,)
+            cycles = case.layers * sum(loop.step_cycles(gpu.multiprocessors) for loop in loops)
+            figures.update(floor_us=floor_us, exchange_us=exchange_us, predicted_us=sm_mhz and cycles / sm_mhz,
+                           plan=f"{plan.schedule} {plan.programs} x {plan.groups}{' wgmma' * plan.wgmma}")
         yield row(name, **figures, ms_p20=p20, ms_median=median, ms_p80=p80, samples=len(samples[name]), sm_mhz=sm_mhz,
                   memory_mhz=memory_mhz, gemm_tflops=floors.gemm_tflops(case.dtype))
 
@@ -183,7 +183,9 @@ def compile_all(cases, limits, arch):
         except triton_lstm.PlanError:
             continue                    # its row will say why
         # sizes that are no constants of the kernels make no other kernel
-        key = dataclasses.replace(plan, batch=0, groups=0, tiles=0, keep_every=1)
+        sizes = dict(batch=0, groups=0, tiles=0, keep_every=1)
+        backward = plan.backward_plan and dataclasses.replace(plan.backward_plan, **sizes)
+        key = dataclasses.replace(plan, backward_plan=backward, **sizes)
         widths = {case.input_size, *[case.directions * case.hidden_size] * (case.layers > 1)}
         for inputs in {width if plan.multiplies_input(width) else 64 for width in widths}:
             wanted.setdefault((key, case.dtype, case.sequences != "padded", inputs), plan)

@@ -122,6 +122,24 @@ def test_r_in_registers_and_shared_memory(shape, ctas, dtype):
     problem.check(problem.ours(plan=plan))
 
 
+@pytest.mark.parametrize("masks", [{}, dict(packed=True), dict(ragged=True, resets=True)], ids=" ".join)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, layout", [
+    ((1, 1, 1, 1, 2), dict(block_h=8)), ((40, 17, 6, 33, 2), dict(block_h=8)), ((30, 70, 6, 100, 1), dict(warps=8)),
+    ((20, 300, 6, 100, 2), dict(block_h=32, tiles=2)), ((20, 128, 16, 640, 1), dict()),
+    ((12, 500, 16, 256, 1), dict(block_h=32, warps=8, tiles=2))], ids=str)
+def test_warp_groups(shape, layout, dtype, masks):
+    limits = Limits.of("cuda")
+    if not limits.wgmma:
+        pytest.skip("products by warp groups need compute capability 9.0")
+    if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+        pytest.skip("nn.LSTM does not use TF32")
+    problem = cuda(*shape, dtype=dtype, tf32=True, **masks)
+    plan = problem.warp_group_plan(**layout, keep_every=16)
+    plan.check(limits)
+    problem.check(problem.ours(plan=plan))
+
+
 def test_clusters_take_turns():
     """More clusters than run at the same time: they wait for nobody else."""
     problem = cuda(20, 16 * 150, 8, 100, 1, dtype=torch.bfloat16)

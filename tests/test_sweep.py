@@ -24,6 +24,7 @@ from bench.workloads import Case
 from problems import PORTABLE
 from triton_lstm import make_plan
 from triton_lstm.kernels import launch
+from triton_lstm.plan import H200
 
 HERE = Environment("a GPU", "2.0", "9", "3.6.0", "abc1234", "2026-01-02T03:04")
 CASES = [Case("grid", mode, dtype, 3, 4, hidden, hidden) for mode in ("forward", "train") for dtype in ("fp16", "fp32")
@@ -536,6 +537,13 @@ def test_step_floor():
     assert floors.step_floor(plan, case, 1., 1000, 700, 132) == pytest.approx(tensor / 1000 + 1 + gemm)
     training = dataclasses.replace(case, mode="train")
     assert floors.step_floor(plan, training, 1., 1000, 700, 132) == pytest.approx(2 * tensor / 1000 + 2 + 6 * gemm)
+    # forward by warp groups multiplies 64 rows at all of the tensor cores' rate, backward 32 as before
+    groups = make_plan(128, 1024, torch.float16, limits=H200)
+    assert groups.wgmma and groups.block_b == 64 and groups.tiles == 1 and groups.backward.tiles == 2
+    large = Case("grid", "train", "fp16", 128, 10, 1024, 1024)
+    units = 4 * 1024 * 64
+    assert floors.step_floor(groups, large, 1., 1000, math.inf, 132) == pytest.approx(
+        (units * groups.block_h / 2048 + units * groups.backward.block_h / 1280) / 1000 + 2)
     # two layers have two loops; a narrow one is bound by its special functions, a wide one by what it reads again
     layers = dataclasses.replace(case, layers=2, input_size=128)
     assert floors.step_floor(plan, layers, 1., 1000, 700, 132) == pytest.approx(2 * tensor / 1000 + 2 + 1.25 * gemm)

@@ -23,9 +23,9 @@ def why_not(plan, T, layers, limits):
         return "the reverse direction begins where the layer before ends"
     if T < 2 * CHUNK:
         return f"{T} steps are fewer than two chunks of {CHUNK}"
-    if plan.launched * layers > limits.multiprocessors:
-        return (f"{plan.launched * layers} programs of all layers do not run side by side on {limits.multiprocessors} "
-                "multiprocessors")
+    programs = max(plan.launched, plan.backward.launched) * layers
+    if programs > limits.multiprocessors:
+        return f"{programs} programs of all layers do not run side by side on {limits.multiprocessors} multiprocessors"
 
 
 def plan_of_all(x, hx, weights, layers, hidden_size, plan):

@@ -178,7 +178,6 @@ def forward_grid_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, o
             live = (mark & LIVE) != 0
             ahead = first + gl.minimum(s + 1, S - 1)
             next_mark = load_marks(marks_ptr, gl.where(d == 0, ahead, T - 1 - ahead).to(gl.int64), row, B)
-            waiting = gl.load(h_ptr + row * (DIRECTIONS * H) + d * H + unit, mask=mask & ((mark & LIVE) == 0), other=0.)
             c_prev = gl.where((mark & FRESH) == 0, c_prev, 0.)
         tile = sent_ptr + s * step_of_sent + m * AREA
         # rows past the end read the last one's, which is in the same cache lines
@@ -208,6 +207,7 @@ def forward_grid_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, o
         h_next = y
         if MARKED:
             # a row that has yet to begin still waits with its first h
+            waiting = gl.load(h_ptr + row * (DIRECTIONS * H) + d * H + unit, mask=mask & ((mark & LIVE) == 0), other=0.)
             h_next = gl.where((next_mark & FRESH) == 0, gl.where(live, y, waiting.to(gl.float32)), 0.)
             y = gl.where(live, y, 0.)
             c = gl.where(live, c, c_prev)

@@ -130,7 +130,7 @@ def check_compiled(plan, dtype, marked=False):
 
 @pytest.mark.parametrize("batch, hidden_size, dtype", [(1024, 512, BF16), (16, 1024, FP32), (4096, 256, FP32)], ids=str)
 def test_machine_code(batch, hidden_size, dtype):
-    plan = make_plan(batch, hidden_size, dtype, limits=H200)
+    plan = make_plan(batch, hidden_size, dtype, limits=dataclasses.replace(H200, cluster=1))
     assert plan.wgmma
     check_compiled(plan, dtype)
     check_compiled(plan, dtype, marked=True)

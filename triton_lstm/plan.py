@@ -28,7 +28,8 @@ FORWARD_BYTES = 1 << 28                 # of pre-activations that forward holds 
 # step beyond its work: of the Gluon kernels, of portable resident ones, and of each tile of grid and streamed plans,
 # with one more for each unit of h; what an exchange adds in a cluster, and through L2. Then the work, of which a tile
 # hides most: multiply-adds a cycle, cycles an element of the cell, bytes a cycle from L2.
-GLUON_STEP, RESIDENT_STEP, TILE_STEP, TILE_WORK = 650, 2400, 1500, 0.3
+GLUON_STEP = {"native": 350, "tf32": 650}
+RESIDENT_STEP, TILE_STEP, TILE_WORK = 2400, 1500, 0.3
 CLUSTER_EXCHANGE, L2_EXCHANGE = 400, 1000
 MULTIPLY_ADDS, CELL_CYCLES, L2_BYTES = {"native": 1280, "tf32": 640, "tf32x3": 640 / 3}, 0.5, 32
 # A step of one warp group: cycles beyond its products, and for each unit of the program and each look at h. Then what
@@ -216,12 +217,14 @@ class Plan:
         once, and take their tiles in turn: while h of one travels, the others are computed. So do warp groups.
         """
         units = self.hidden_size if self.schedule == "resident" else self.block_h
-        work = self.block_b * units * (4 * self.hidden_size / MULTIPLY_ADDS[self.precision] + CELL_CYCLES)
+        products = 4 * self.block_b * units * self.hidden_size / MULTIPLY_ADDS[self.precision]
+        work = products + self.block_b * units * CELL_CYCLES
         if self.schedule in ("resident", "cluster"):
             waves = -(-self.groups * self.directions // max(multiprocessors // self.programs, 1))
             if not self.gluon:
                 return waves * (RESIDENT_STEP + work / 2)
-            return waves * (GLUON_STEP + work / 4 + (CLUSTER_EXCHANGE if self.programs > 1 else 0))
+            step = max(GLUON_STEP[self.precision] + work / 4, products)
+            return waves * (step + (CLUSTER_EXCHANGE if self.programs > 1 else 0))
         h = self.block_b * self.hidden_size * (2 if self.precision == "native" else 4)
         if self.wgmma:
             products = 4 * self.block_b * self.block_h * self.held / WARP_GROUP_MULTIPLY_ADDS[self.precision]

@@ -102,6 +102,6 @@ def too_large_together(plan):
 
     ``plan`` is the one of a batch of one row, so that no layer changes between implementations with the batch.
     """
-    if plan.schedule == "streamed":
+    if plan.backward.schedule == "streamed":
         return (f"proj_size: the product of weight_hh and weight_hr, {4 * plan.hidden_size} x {plan.hidden_size}, does "
                 "not fit on the chip")

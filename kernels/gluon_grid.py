@@ -52,6 +52,16 @@ def look_again(count, start):
 
 
 @gluon.jit
+def places(tile, last_row, ROW: gl.constexpr, WORDS: gl.constexpr):
+    """Where the first WORDS words of each of 16 rows a warp are in a tile of h with ROW words a row. Rows past the last
+    one's read that one's, which are in the same cache lines."""
+    LAYOUT: gl.constexpr = rows_layout(4, WORDS // 16, gl.num_warps())
+    row = gl.arange(0, 16 * gl.num_warps(), gl.SliceLayout(1, LAYOUT))[:, None]
+    word = gl.arange(0, WORDS, gl.SliceLayout(0, LAYOUT))[None, :]
+    return tile.to(gl.pointer_type(gl.int32)) + gl.minimum(row, last_row) * ROW + word
+
+
+@gluon.jit
 def wait_for(words, at, START: gl.constexpr):
     """``words`` of h, read START words behind ``at``, once all have arrived; each warp for itself. They arrive whole
     (see ``send``), and no two halves of one that has arrived have all bits set."""
@@ -127,36 +137,32 @@ def forward_grid_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, o
                        T, S, B, first, keep_every, tiles,
                        H: gl.constexpr, DIRECTIONS: gl.constexpr, CHUNKS: gl.constexpr, BLOCK_H: gl.constexpr,
                        OWNERS: gl.constexpr, BLOCK_B: gl.constexpr, MARKED: gl.constexpr, PRECISION: gl.constexpr):
-    """As ``forward_grid``, 64 rows to each four warps. CHUNKS are of equal width: so many units of h are waited for at
-    a time."""
+    """As ``forward_grid``, 64 rows to each four warps. CHUNKS are as wide as units of h are waited for at a time; the
+    last one may have half the width."""
     p, group, d = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     BITS: gl.constexpr = dtype.primitive_bitwidth
     UNITS: gl.constexpr = OWNERS * BLOCK_H
     AREA: gl.constexpr = BLOCK_B * UNITS
-    WIDTH: gl.constexpr = CHUNKS[0][1]
-    WORDS: gl.constexpr = WIDTH * BITS // 32
     ROW: gl.constexpr = UNITS * BITS // 32
-    AHEAD: gl.constexpr = 3         # chunks of h on their way during a product
-    FIRST: gl.constexpr = 6         # chunks of R whose eight addresses each stay in uniform registers, which are 63
+    FIRST: gl.constexpr = 3         # chunks of R whose 16 addresses each stay in uniform registers, which are 63
     W: gl.constexpr = gl.num_warps()
     UNIT: gl.constexpr = rows_layout(BLOCK_H // 4, 1, W)
-    FOUND: gl.constexpr = rows_layout(4, WORDS // 16, W)
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, 4 * BLOCK_H, 256 // BITS])
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 32 // BITS)
     sent_ptr += ((d * gl.num_programs(1) + group) * tiles).to(gl.int64) * AREA
     step_of_sent = (gl.num_programs(2) * gl.num_programs(1) * tiles).to(gl.int64) * AREA
     r_ptr += d * (4 * H * H)
     x_ptr += chunk_shift(offsets_ptr, d, T, S, B, first) * (4 * H)
-    r = gl.allocate_shared_memory(dtype, [len(CHUNKS), 4 * BLOCK_H, WIDTH], gl.NVMMASharedLayout(128, BITS, 2))
+    r = ()
     for k in gl.static_range(len(CHUNKS)):
-        r.index(k).store(load_r(r_ptr, p * BLOCK_H, CHUNKS[k][0], WIDTH, H, BLOCK_H))
+        part = gl.allocate_shared_memory(dtype, [1, 4 * BLOCK_H, CHUNKS[k][1]], gl.NVMMASharedLayout(128, BITS, 2))
+        part.index(0).store(load_r(r_ptr, p * BLOCK_H, CHUNKS[k][0], CHUNKS[k][1], H, BLOCK_H))
+        r += (part,)
     fence_async_shared()
     barrier()
     rows = gl.arange(0, BLOCK_B, gl.SliceLayout(1, UNIT))[:, None]
     unit = p * BLOCK_H + gl.arange(0, BLOCK_H, gl.SliceLayout(0, UNIT))[None, :]
-    row_found = gl.arange(0, BLOCK_B, gl.SliceLayout(1, FOUND))[:, None]
-    word = gl.arange(0, WORDS, gl.SliceLayout(0, FOUND))[None, :]
     inside = None if OWNERS * BLOCK_H == H else unit < H
     time = gl.where(d == 0, first, T - 1 - first)
     base, count = rows_at(offsets_ptr, time, B)
@@ -180,10 +186,8 @@ def forward_grid_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, o
             next_mark = load_marks(marks_ptr, gl.where(d == 0, ahead, T - 1 - ahead).to(gl.int64), row, B)
             c_prev = gl.where((mark & FRESH) == 0, c_prev, 0.)
         tile = sent_ptr + s * step_of_sent + m * AREA
-        # rows past the end read the last one's, which is in the same cache lines
-        last_row = B - 1 - (group * tiles + m) * BLOCK_B
-        at = tile.to(gl.pointer_type(gl.int32)) + gl.minimum(row_found, gl.maximum(last_row, 0)) * ROW + word
-        words = (gl.load(at, volatile=True),)
+        last_row = gl.maximum(B - 1 - (group * tiles + m) * BLOCK_B, 0)
+        words = gl.load(places(tile, last_row, ROW, CHUNKS[0][1] * BITS // 32), volatile=True)
         a = join_gates(x[0].to(gl.float32), x[1].to(gl.float32), x[2].to(gl.float32), x[3].to(gl.float32), BLOCK_H, 4,
                        ACC)
         # x of the next tile, or of the first one in the next step, to arrive during the products
@@ -197,11 +201,13 @@ def forward_grid_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, o
         # the compiler takes this for another number each time, and computes the addresses from it when they are wanted
         zero = gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [s], dtype=gl.int32, is_pure=False, pack=1)
         for k in gl.static_range(len(CHUNKS)):
-            h = first_factor(wait_for(words[k], at, k * WORDS), dtype, A)
-            # once the first is there, the others are likely to be
-            for n in gl.static_range(len(words), min(k + AHEAD + 1, len(CHUNKS))):
-                words += (gl.load(at + n * WORDS, volatile=True),)
-            a = warpgroup_mma(h, (r.index(k) if k < FIRST else r.index(k + zero)).permute((1, 0)), a)
+            at = places(tile, last_row, ROW, CHUNKS[k][1] * BITS // 32)
+            h = first_factor(wait_for(words, at, CHUNKS[k][0] * BITS // 32), dtype, A)
+            if k + 1 < len(CHUNKS):
+                # once the first is there, the others are likely to be
+                at = places(tile, last_row, ROW, CHUNKS[k + 1][1] * BITS // 32)
+                words = gl.load(at + CHUNKS[k + 1][0] * BITS // 32, volatile=True)
+            a = warpgroup_mma(h, r[k].index(0 if k < FIRST else zero).permute((1, 0)), a)
         i, f, g, o = split_gates(a, BLOCK_H, 4, UNIT)
         y, c = cell(i, f, g, o, c_prev, dtype)
         h_next = y

@@ -4,7 +4,7 @@ import dataclasses
 import torch
 
 import triton_lstm
-from triton_lstm.plan import H200
+from triton_lstm.plan import H200, _wgmma_chunks
 from triton_lstm.reference import lstm_reference
 
 PORTABLE = dataclasses.replace(H200, cluster=0)     # where no Gluon kernel runs
@@ -190,12 +190,12 @@ class Problem:
     def warp_group_plan(self, block_h=16, warps=4, tiles=1, keep_every=2):
         """A grid plan that multiplies by warp groups, though so few rows make no plan take one."""
         backward = self.plan(keep_every=keep_every)
-        width = 128 if self.dtype.itemsize == 2 else 64
+        chunks = _wgmma_chunks(self.H, 256 if self.dtype.itemsize == 2 else 128)
         rows = 16 * warps
         return dataclasses.replace(
             backward, schedule="grid", gluon=True, backward_plan=backward, block_k=0, programs=-(-self.H // block_h),
             block_h=block_h, block_b=rows, num_warps=warps, tiles=tiles, groups=-(-self.B // (rows * tiles)),
-            chunks=tuple((start, width) for start in range(0, self.H, width)))
+            chunks=chunks)
 
     def check(self, ours):
         """Every result of ours is finite and within the budget."""

@@ -39,18 +39,18 @@ def test_small(shape, block_h, dtype):
     ((2, 70, 3, 100, 1), BF16, dict(block_h=32, warps=8)),              # two groups in a program, four CTAs
     ((2, 140, 3, 100, 1), FP32, dict(block_h=16, warps=8, tiles=2)),
     ((3, 140, 3, 33, 2), FP16, dict(block_h=16, tiles=3)),              # of which the last has 12 rows
-    ((2, 3, 2, 160, 1), FP16, dict(block_h=64)),                        # two looks at h, the second half empty
-    ((2, 17, 2, 200, 1), FP32, dict(block_h=32)),                       # four looks
-    ((2, 1, 1, 520, 1), BF16, dict(block_h=32)),                        # five, more than are on their way at a time
+    ((2, 3, 2, 160, 1), FP16, dict(block_h=64)),                        # a whole look at h
+    ((2, 17, 2, 200, 1), FP32, dict(block_h=32)),                       # two
+    ((2, 1, 1, 520, 1), BF16, dict(block_h=32)),                        # two and a half
 ], ids=str)
 def test_large(shape, dtype, layout):
     run(problem(shape, dtype), **layout)
 
 
 def test_computed_addresses_of_r(tmp_path):
-    """As for the last of more than six looks, which so few units have not."""
+    """As for the last of more than three looks, which so few units have not."""
     first = "FIRST: gl.constexpr = "
-    with harness.edited(gluon_grid, "forward_grid_gluon", tmp_path, first + "6", first + "1"):
+    with harness.edited(gluon_grid, "forward_grid_gluon", tmp_path, first + "3", first + "1"):
         run(problem((2, 3, 2, 200, 1), FP32), block_h=32)
 
 
@@ -160,7 +160,7 @@ def test_plan():
     (dict(num_warps=8), "got 64 rows and 8 warps"),
     (dict(block_b=96, num_warps=6), "got 96 rows and 6 warps"),
     (dict(block_h=24), "8, 16, 32 or 64 units, got 24"),
-    (dict(chunks=((0, 1024),)), "256 bytes of a row at a time"),
+    (dict(chunks=((0, 1024),)), "512 bytes of a row at a time"),
     (dict(precision="tf32x3"), "no exact fp32"),
     (dict(groups=1), "hold fewer than 128 batch rows"),
     (dict(programs=3), "3 programs of 16 units hold fewer than 1024"),

@@ -20,7 +20,7 @@ HELD_BYTES = 128 * 4 * 32 * NUM_WARPS   # of R in registers at most: 128 of a th
 BLOCK_BYTES = 1 << 14                   # of R that a streamed plan reads at a time
 GLUON_BYTES = 128                       # along a row of R, of one product of the Gluon kernels
 WARP_GROUP_ROWS = 64                    # of a batch tile, of one wgmma
-WARP_GROUP_BYTES = 256                  # along a row of R, between two looks at h by a warp group
+WARP_GROUP_BYTES = 512                  # along a row of R, between two looks at h by a warp group; half at the end
 FUSED_INPUTS = 16                       # features that the Gluon forward loop multiplies by W itself, at most
 BACKWARD_ELEMENTS = 1 << 21             # units x rows x steps that backward recomputes at a time, if it can choose
 FORWARD_BYTES = 1 << 28                 # of pre-activations that forward holds at a time, if it can choose
@@ -32,10 +32,11 @@ GLUON_STEP = {"native": 350, "tf32": 650}
 RESIDENT_STEP, TILE_STEP, TILE_WORK = 2400, 1500, 0.3
 CLUSTER_EXCHANGE, L2_EXCHANGE = 400, 1000
 MULTIPLY_ADDS, CELL_CYCLES, L2_BYTES = {"native": 1280, "tf32": 640, "tf32x3": 640 / 3}, 0.5, 32
-# A step of one warp group: cycles beyond its products, and for each unit of the program and each look at h. Then what
-# all of a program's share: multiply-adds a cycle. One multiprocessor reads at most twice its share of L2_BYTES.
-WARP_GROUP_STEP = {"native": 900, "tf32": 600}
-WARP_GROUP_UNIT, WARP_GROUP_LOOK = {"native": 31, "tf32": 70}, {"native": 70, "tf32": 170}
+# A step of one warp group: cycles beyond its products, for each unit of the program, for each look at h, and of a
+# product along 32 bytes at least. Then multiply-adds a cycle, which all of a program's share. One multiprocessor reads
+# at most twice its share of L2_BYTES.
+WARP_GROUP_STEP, WARP_GROUP_UNIT = {"native": 700, "tf32": 900}, {"native": 30, "tf32": 70}
+WARP_GROUP_LOOK, WARP_GROUP_PRODUCT = {"native": 170, "tf32": 130}, 28
 WARP_GROUP_MULTIPLY_ADDS = {"native": 2048, "tf32": 1024}
 
 
@@ -228,7 +229,8 @@ class Plan:
         h = self.block_b * self.hidden_size * (2 if self.precision == "native" else 4)
         if self.wgmma:
             products = 4 * self.block_b * self.block_h * self.held / WARP_GROUP_MULTIPLY_ADDS[self.precision]
-            own = products * WARP_GROUP_ROWS / self.block_b
+            own = max(products * WARP_GROUP_ROWS / self.block_b,
+                      WARP_GROUP_PRODUCT * self.held * _element(self.precision) / 32)
             own += WARP_GROUP_STEP[self.precision] + WARP_GROUP_UNIT[self.precision] * self.block_h
             own += WARP_GROUP_LOOK[self.precision] * len(self.chunks)
             rows = -(-self.batch // (self.groups * self.tiles))
@@ -341,7 +343,7 @@ class Plan:
                             f"rows and {self.num_warps} warps")
         if self.block_h not in (8, 16, 32, 64):
             raise PlanError(f"a program with warp groups has 8, 16, 32 or 64 units, got {self.block_h}")
-        if {width for _, width in self.chunks} != {WARP_GROUP_BYTES // _element(self.precision)}:
+        if self.chunks != _wgmma_chunks(self.hidden_size, WARP_GROUP_BYTES // _element(self.precision)):
             raise PlanError(f"warp groups look at {WARP_GROUP_BYTES} bytes of a row at a time, got {self.chunks}")
 
     @functools.lru_cache        # noqa: B019 - few plans, which are small
@@ -394,6 +396,15 @@ def _chunks(units, width):
         size = min(width, 1 << ((end - start).bit_length() - 1))
         chunks.append((start, size))
         start += size
+    return tuple(chunks)
+
+
+def _wgmma_chunks(units, width):
+    """As ``_chunks``, of ``width`` each but for the last, which may have half of it."""
+    chunks = [(start, width) for start in range(0, units, width)]
+    start, _ = chunks[-1]
+    if units - start <= width // 2:
+        chunks[-1] = start, width // 2
     return tuple(chunks)
 
 
@@ -524,8 +535,8 @@ def _with_warp_groups(backward, limits):
     """Plans of the layer of ``backward`` whose forward loop multiplies by warp groups."""
     if limits is None or not (limits.wgmma and limits.cluster) or backward.precision == "tf32x3":
         return
-    H, width = backward.hidden_size, WARP_GROUP_BYTES // _element(backward.precision)
-    chunks = tuple((start, width) for start in range(0, H, width))
+    H = backward.hidden_size
+    chunks = _wgmma_chunks(H, WARP_GROUP_BYTES // _element(backward.precision))
     for block_h, block_b in itertools.product((8, 16, 32, 64), (WARP_GROUP_ROWS, 2 * WARP_GROUP_ROWS)):
         programs, all_tiles = -(-H // block_h), -(-backward.batch // block_b)
         groups = min(limits.multiprocessors // (programs * backward.directions), all_tiles)

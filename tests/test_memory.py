@@ -97,3 +97,6 @@ def test_forward_holds_few_pre_activations():
     steps = plan.forward_steps(10_000, 2)
     assert steps == 512 and steps * 64 * 4 * 1024 * 2 == 2**28
     assert plan.forward_steps(20, 2) == 20
+    # h on its way has whole tiles of rows: more than the pre-activations of few
+    few = triton_lstm.make_plan(1, 1024, torch.float32, limits=H200)
+    assert few.block_b == 64 and few.forward_steps(10_000, 4) * 64 * 1024 * 4 == 2**28

@@ -23,7 +23,7 @@ WARP_GROUP_ROWS = 64                    # of a batch tile, of one wgmma
 WARP_GROUP_BYTES = 512                  # along a row of R, between two looks at h by a warp group; half at the end
 FUSED_INPUTS = 16                       # features that the Gluon forward loop multiplies by W itself, at most
 BACKWARD_ELEMENTS = 1 << 21             # units x rows x steps that backward recomputes at a time, if it can choose
-FORWARD_BYTES = 1 << 28                 # of pre-activations that forward holds at a time, if it can choose
+FORWARD_BYTES = 1 << 28                 # of pre-activations, or h on its way, that forward holds at a time, if it can
 # The cost model, fitted to bounds that ``bench.residency`` reads from machine code, not to measurements. Cycles of a
 # step beyond its work: of the Gluon kernels, of portable resident ones, and of each tile of grid and streamed plans,
 # with one more for each unit of h; what an exchange adds in a cluster, and through L2. Then the work, of which a tile
@@ -267,8 +267,12 @@ class Plan:
         return work + self.directions * (self.r_bytes * 2 + weights * (4 + element)) + states
 
     def forward_steps(self, T, element):
-        """Steps whose pre-activations forward holds at a time: all of them or a multiple of keep_every."""
+        """Steps whose pre-activations, and h on its way through L2, forward holds at a time: all of them or a multiple
+        of keep_every."""
         step = 4 * self.hidden_size * self.batch * self.directions * element
+        if self.schedule in ("grid", "streamed"):
+            rows = self.directions * self.groups * self.tiles * self.block_b
+            step = max(step, rows * self.owners * self.block_h * element)
         steps = max(FORWARD_BYTES // max(step, 1) // self.keep_every, 1) * self.keep_every
         return min(steps, T)
 

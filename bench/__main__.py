@@ -175,7 +175,7 @@ def sweep(args):
     compiling_s = sweeping.compile_all(cases, Limits.of(torch.device("cuda")), 10 * major + minor)
     gpu = instrument.Gpu()
     floor = floors.Floors(gpu)
-    plans = [make_plan(16, 16 * n, torch.bfloat16, schedule="grid") for n in (2, 8, 32, 64)]
+    plans = [make_plan(16, 16 * n, torch.bfloat16, schedule="grid", limits=floors.PORTABLE) for n in (2, 8, 32, 64)]
     print(f"launch {floor.launch_us():.2f} us, exchange between 2 to 64 programs "
           + ", ".join(f"{floor.exchange_us(plan, 'bf16'):.2f}" for plan in plans) + " us, GEMM "
           + ", ".join(f"{name} {floor.gemm_tflops(name):.0f}" for name in DTYPES) + " TFLOP/s", flush=True)

@@ -3,6 +3,7 @@
 Rates are a Hopper multiprocessor's: 2048 multiply-adds a cycle, of which mma.sync reaches 1280 (arXiv 2402.13499
 measures 63 %), TF32 half; 16 special functions and 64 bytes from the second-level cache a cycle.
 """
+import dataclasses
 import functools
 import types
 
@@ -13,14 +14,20 @@ from triton_lstm.kernels.exchange import receive, send_h
 
 from triton_lstm import make_plan
 from triton_lstm.kernels import launch
+from triton_lstm.plan import H200
 
 from .correctness import dtype_of
+
+if not launch.INTERPRET:        # which knows no Gluon
+    from .cluster_exchange import cluster_exchanges
 
 MULTIPLY_ADDS = {"native": 1280, "tf32": 640, "tf32x3": 640 / 3}
 WGMMA_MULTIPLY_ADDS = {"native": 2048, "tf32": 1024}
 SPECIAL_FUNCTIONS, L2_BYTES = 16, 64
 LAUNCH = dict(num_warps=8, launch_cooperative_grid=True, enable_fp_fusion=True)
-CELL_SPECIAL_FUNCTIONS = 10         # three sigmoids and two tanh of an exponential and a reciprocal each
+# Of a cell: three sigmoids and two tanh, each an exponential and a reciprocal, or one tanh in Gluon's 16-bit loops
+EXACT_CELL, FAST_CELL = 10, 5
+PORTABLE = dataclasses.replace(H200, cluster=0)         # for plans of plain Triton, to time exchanges through L2
 
 
 @triton.jit(do_not_specialize=["steps"])
@@ -52,23 +59,33 @@ class Floors:
         return min(self._gpu.sample(call) for _ in range(repeat))
 
     def exchange_us(self, plan, dtype, steps=500):
-        """An exchange of one tile of h in every group of programs of a grid or streamed ``plan``, all at once; of 16
-        rows of it where warp groups wait for so many each."""
+        """An exchange of one tile of h in every group of programs of ``plan``, all that run at once; 0 where a program
+        has all of R. Of 16 rows of the tile where warp groups wait for so many each."""
+        if plan.programs == 1:
+            return 0.
         groups, rows = plan.groups * plan.directions, 16 if plan.wgmma else plan.block_b
-        sent = torch.empty(steps + 1, groups, rows, plan.owners * plan.block_h, dtype=dtype_of(dtype),
-                           device=self._gpu.device)
+        if plan.schedule == "cluster":
+            groups = min(groups, self._gpu.multiprocessors // plan.programs)
+            h = torch.zeros(groups, rows, plan.programs * plan.block_h, dtype=dtype_of(dtype), device=self._gpu.device)
 
-        def call(n):
-            launch.clear(sent, plan)
-            exchanges[(plan.programs, groups)](sent, n, plan.chunks, plan.owners, plan.block_h, rows, launch.INTERPRET,
-                                               **LAUNCH)
+            def call(n):
+                cluster_exchanges[(groups,)](h, n, plan.block_h, rows, num_warps=plan.num_warps,
+                                             num_ctas=plan.programs, enable_fp_fusion=True)
+        else:
+            sent = torch.empty(steps + 1, groups, rows, plan.owners * plan.block_h, dtype=dtype_of(dtype),
+                               device=self._gpu.device)
+
+            def call(n):
+                launch.clear(sent, plan)
+                exchanges[(plan.programs, groups)](sent, n, plan.chunks, plan.owners, plan.block_h, rows,
+                                                   launch.INTERPRET, **LAUNCH)
         # the difference leaves out launch and start, and clearing, which takes in all steps each time
         few, many = (self._best(functools.partial(call, n)) for n in (steps // 10, steps))
         return 1000 * (many - few) / (steps - steps // 10)
 
     def launch_us(self):
         """One of many launches in a row."""
-        plan = make_plan(16, 32, torch.float16, schedule="grid")
+        plan = make_plan(16, 32, torch.float16, schedule="grid", limits=PORTABLE)
         sent = torch.zeros(1, 1, plan.block_b, plan.owners * plan.block_h, dtype=torch.float16,
                            device=self._gpu.device)
         return 10 * self._best(lambda: [exchanges[(1, 1)](sent, 0, plan.chunks, plan.owners, plan.block_h, plan.block_b,
@@ -81,38 +98,43 @@ class Floors:
             return 2 * 8192 ** 3 / self._best(lambda: a @ b) / 1e9
 
     def step_us(self, plan, case, sm_mhz):
-        """``step_floor`` and its exchange, as measured here; None where the clock is unknown. An exchange in a cluster
-        counts as none: nothing here measures it."""
-        exchange = self.exchange_us(plan, case.dtype) if plan.schedule in ("grid", "streamed") else 0
+        """``step_floor``, None where the clock is unknown, and the forward loop's exchange, as measured here."""
+        exchange = self.exchange_us(plan, case.dtype)
         if not sm_mhz:
             return None, exchange
-        floor = step_floor(plan, case, exchange, sm_mhz, self.gemm_tflops(case.dtype), self._gpu.multiprocessors)
-        return floor, exchange
+        both = exchange, self.exchange_us(plan.backward, case.dtype) if case.mode == "train" else 0.
+        return step_floor(plan, case, both, sm_mhz, self.gemm_tflops(case.dtype), self._gpu.multiprocessors), exchange
 
 
 def step_floor(plan, case, exchange_us, sm_mhz, gemm_tflops, multiprocessors):
     """Microseconds that a step of ``case`` takes at least under ``plan``, all layers and ways together.
 
-    The time loop's tensor work, special functions or read of R, whichever is longest, and one exchange; in training a
-    second loop of the same products. The products over all steps take what ``gemm_tflops`` allows: x W^T forward; in
-    backward once more, h R^T for the gates, and those of dx, dW and dR.
+    The time loop's tensor work, special functions or read of R, whichever is longest, and one exchange, for which
+    ``exchange_us`` has two figures; in training a second loop of the same products. The products over all steps take
+    what ``gemm_tflops`` allows: x W^T forward; in backward once more, h R^T for the gates, and those of dx, dW and dR.
     """
     training = case.mode == "train"
-    cycles = _loop_cycles(plan, multiprocessors, CELL_SPECIAL_FUNCTIONS)
+    cell = FAST_CELL if plan.gluon and plan.precision == "native" else EXACT_CELL
+    loop = _waves(plan, multiprocessors) * (_loop_cycles(plan, cell) / sm_mhz + exchange_us[0])
     if training:
-        cycles += _loop_cycles(plan.backward, multiprocessors, 0)
-    loop = cycles / sm_mhz + (1 + training) * exchange_us
+        loop += _waves(plan.backward, multiprocessors) * (_loop_cycles(plan.backward, 0) / sm_mhz + exchange_us[1])
     widths = [case.input_size] + [case.directions * case.hidden_size] * (case.layers - 1)
     columns = sum(4 * width + 2 * case.hidden_size if training else width for width in widths)
     gemm = 2 * case.batch * 4 * case.hidden_size * columns * case.directions / gemm_tflops / 1e6
     return case.layers * loop + gemm
 
 
-def _loop_cycles(plan, multiprocessors, special_functions):
+def _waves(plan, multiprocessors):
+    """How often programs that wait for none outside their cluster take the place of others."""
+    if plan.schedule in ("grid", "streamed"):
+        return 1
+    return -(-plan.groups * plan.directions // max(multiprocessors // plan.programs, 1))
+
+
+def _loop_cycles(plan, special_functions):
     """Cycles of a step of a time loop at least, of which each cell takes so many ``special_functions``."""
     units = plan.hidden_size if plan.schedule == "resident" else plan.block_h
     rows = plan.block_b * plan.tiles
     rate = (WGMMA_MULTIPLY_ADDS if plan.wgmma else MULTIPLY_ADDS)[plan.precision]
-    waves = -(-plan.launched // multiprocessors)        # of programs that wait for nobody outside their cluster
-    return waves * max(rows * 4 * units * plan.hidden_size / rate, plan.tiles * plan.streamed_bytes / L2_BYTES,
-                       rows * units * special_functions / SPECIAL_FUNCTIONS)
+    return max(rows * 4 * units * plan.hidden_size / rate, plan.tiles * plan.streamed_bytes / L2_BYTES,
+               rows * units * special_functions / SPECIAL_FUNCTIONS)

@@ -343,7 +343,13 @@ def test_benchmark(mode, sequences):
 
 
 def test_floors():
-    measured = floors.Floors(instrument.Gpu())
-    few, many = (make_plan(16, 16 * n, torch.bfloat16, schedule="grid") for n in (2, 64))
+    measured, limits = floors.Floors(instrument.Gpu()), Limits.of("cuda")
+    few, many = (make_plan(16, 16 * n, torch.bfloat16, schedule="grid", limits=floors.PORTABLE) for n in (2, 64))
     assert 0.5 < measured.launch_us() < 50
     assert 0.1 < measured.exchange_us(few, "bf16") < measured.exchange_us(many, "bf16") * 1.5 < 50
+    if limits.wgmma:
+        groups = make_plan(128, 1024, torch.bfloat16, schedule="grid", limits=limits)
+        assert groups.wgmma and 0.1 < measured.exchange_us(groups, "bf16") < 50
+    if limits.cluster > 1:
+        cluster = make_plan(16, 256, torch.bfloat16, schedule="cluster", limits=limits)
+        assert 0.05 < measured.exchange_us(cluster, "bf16") < 10

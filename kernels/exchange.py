@@ -21,12 +21,17 @@ def any_bit(words):
 
 @triton.jit
 def send(ptr, bits, INTERPRET: tl.constexpr):
-    """Store integers of 16, 32 or 64 bits, each at once and in the sight of other programs."""
+    """Store integers of 16, 32 or 64 bits in the sight of other programs: 16 or 32 bits at once, as the 32 that a reader
+    takes are."""
     BITS: tl.constexpr = bits.dtype.primitive_bitwidth
     if INTERPRET:
         tl.store(ptr.to(tl.pointer_type(bits.dtype)), bits)
     else:
-        store: tl.constexpr = f"st.relaxed.gpu.global.b{BITS} [$1], $2; mov.b32 $0, 0;"
+        if BITS == 64:
+            store: tl.constexpr = ("{ .reg .b32 low, high; mov.b64 {low, high}, $2; "
+                                   "st.relaxed.gpu.global.v2.b32 [$1], {low, high}; mov.b32 $0, 0; }")
+        else:
+            store: tl.constexpr = f"st.relaxed.gpu.global.b{BITS} [$1], $2; mov.b32 $0, 0;"
         kind: tl.constexpr = "h" if BITS == 16 else "r" if BITS == 32 else "l"
         tl.inline_asm_elementwise(store, "=r,l," + kind, [ptr.to(tl.uint64), bits], dtype=tl.int32, is_pure=False,
                                   pack=1)

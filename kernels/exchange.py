@@ -21,8 +21,7 @@ def any_bit(words):
 
 @triton.jit
 def send(ptr, bits, INTERPRET: tl.constexpr):
-    """Store integers of 16, 32 or 64 bits in the sight of other programs: 16 or 32 bits at once, as the 32 that a reader
-    takes are."""
+    """Store integers of 16, 32 or 64 bits in the sight of other programs: 16 or 32 at once, a reader's word at most."""
     BITS: tl.constexpr = bits.dtype.primitive_bitwidth
     if INTERPRET:
         tl.store(ptr.to(tl.pointer_type(bits.dtype)), bits)

@@ -80,12 +80,29 @@ def test_unbatched_and_empty():
     assert "0 forward, 0 backward" in explain(70, meta(0, 3, 64))
 
 
+def test_a_backward_loop_of_its_own():
+    chip = dataclasses.replace(CHIP, cluster=1, wgmma=True)
+    text = explain(1024, torch.empty(50, 128, 64, dtype=torch.float16, device="meta"), chip)
+    plan = triton_lstm.make_plan(128, 1024, torch.float16, limits=chip)
+    assert plan.wgmma
+    forward, backward = dataclasses.replace(plan, backward_plan=None), plan.backward
+    cycles = [loop.step_cycles(132) for loop in (forward, backward)]
+    for line in (f"1 layer(s), each forward by {forward}", f"  backward by {backward}",
+                 "  forward 2 group(s) of programs a direction share the rows, 1 tile(s) of 64 rows each",
+                 "  backward 2 group(s) of programs a direction share the rows, 2 tile(s) of 32 rows each",
+                 f"  a step of a layer's forward time loop: {cycles[0]:.0f} cycles predicted, "
+                 f"{cycles[0] / chip.mhz:.2f} us at {chip.mhz} MHz",
+                 f"  a step of a layer's backward time loop: {cycles[1]:.0f} cycles predicted, "
+                 f"{cycles[1] / chip.mhz:.2f} us at {chip.mhz} MHz"):
+        assert line in text.splitlines(), line
+
+
 def test_limits():
     """Without any, H200's off a GPU; others count."""
     layer, x = triton_lstm.LSTM(64, 1024), torch.zeros(5, 16, 64)
     text = triton_lstm.explain(layer, x)
     assert "planned for an H200: 132 multiprocessors" in text
-    assert f"{triton_lstm.make_plan(16, 1024, torch.float32, limits=H200)}" in text
+    assert f"{triton_lstm.make_plan(16, 1024, torch.float32, limits=H200).backward}" in text
     text = triton_lstm.explain(layer, x, A100)
     assert "given limits: 108 multiprocessors, 163 KiB" in text
     assert f"{triton_lstm.make_plan(16, 1024, torch.float32, limits=A100)}" in text

@@ -1,4 +1,6 @@
 """``explain``: in words, how a layer will run on an input and why so."""
+import dataclasses
+
 import torch
 
 from . import wavefront
@@ -69,22 +71,25 @@ def explain(layer, x, limits=None):
                  f"side, {steps} steps at a time forward and {plan.keep_every} backward, unless there are lengths, "
                  "resets or torch.compile"]
     forward, backward = (-(-T // max(n, 1)) for n in (steps, plan.keep_every))
-    cycles = plan.step_cycles(limits.multiprocessors)
+    loops = [plan] if plan.backward is plan else [dataclasses.replace(plan, backward_plan=None), plan.backward]
+    which = [""] if len(loops) == 1 else ["forward ", "backward "]
+    cycles = [loop.step_cycles(limits.multiprocessors) for loop in loops]
     matrix, m_bytes = "R", 0
     if layer.proj_size:
         matrix = f"weight_hh weight_hr, {4 * H} x {H} in the place of R,"
         m_bytes = T * B * D * H * dtype.itemsize
     lines = [
         title,
-        f"{layer.num_layers} layer(s), each by {'layer.plan, ' if own else ''}{plan}",
+        f"{layer.num_layers} layer(s), each {which[0]}by {'layer.plan, ' if own else ''}{loops[0]}",
+        *[f"  {name}by {loop}" for name, loop in zip(which[1:], loops[1:])],
         f"  {matrix} takes {_size(plan.r_bytes)} a direction",
-        f"  {plan.groups} group(s) of programs a direction share the rows, {plan.tiles} tile(s) of {plan.block_b} rows "
-        "each",
+        *[f"  {name}{loop.groups} group(s) of programs a direction share the rows, {loop.tiles} tile(s) of "
+          f"{loop.block_b} rows each" for name, loop in zip(which, loops)],
         *order,
         f"  launches of the time loop a layer: {forward} forward, {backward} backward",
         *["  the first layer's forward loop multiplies x by W itself"] * plan.multiplies_input(layer.input_size),
-        f"  a step of a layer's time loop: {cycles:.0f} cycles predicted, {cycles / limits.mhz:.2f} us at "
-        f"{limits.mhz} MHz",
+        *[f"  a step of a layer's {name}time loop: {n:.0f} cycles predicted, {n / limits.mhz:.2f} us at "
+          f"{limits.mhz} MHz" for name, n in zip(which, cycles)],
         f"  saved for backward a layer: {_size(plan.saved_bytes(T) + m_bytes)}; storing i, f, g, o and c of every step "
         f"takes {_size(5 * T * B * D * H * dtype.itemsize)} at least"]
     lines += [f"  not {schedule}: " + (NO_GLUON if zoned and schedule == "cluster" else

@@ -65,7 +65,7 @@ def places(tile, last_row, ROW: gl.constexpr, WORDS: gl.constexpr):
 def wait_for(words, at, START: gl.constexpr):
     """``words`` of h, read START words behind ``at``, once all have arrived; each warp for itself. They arrive whole
     (see ``send``), and no two halves of one that has arrived have all bits set."""
-    COUNT: gl.constexpr = words.shape[0] * words.shape[1] // (32 * gl.num_warps())
+    COUNT: gl.constexpr = words.numel // (32 * gl.num_warps())
     ASM: gl.constexpr = look_again(COUNT, 4 * START)
     return gl.inline_asm_elementwise(ASM[0], ASM[1], [words, at.to(gl.uint64)], dtype=gl.int32, is_pure=False,
                                      pack=COUNT)

@@ -15,6 +15,7 @@ if not INTERPRET:       # which knows no Gluon
     from .gluon_backward import backward_gluon
     from .gluon_forward import forward_gluon
     from .gluon_grid import forward_grid_gluon
+    from .gluon_split import forward_split_gluon
 # Triton's interpreter runs a launch's programs one after the other, so one that waits for another waits for ever.
 # Tests that interleave them set this.
 interleaved = False
@@ -74,7 +75,7 @@ def options(kernel, plan, waits, constants):
     if gluon and kernel is forward_gluon and not constants["MARKED"]:       # marks take the registers for more
         num_warps = plan.forward_warps
     chosen = dict(num_warps=num_warps, enable_fp_fusion=True, maxnreg=min(65536 // (32 * num_warps), 255))
-    if gluon and not plan.wgmma:
+    if gluon and plan.schedule == "cluster":
         chosen["num_ctas"] = plan.programs
     if waits:
         chosen["launch_cooperative_grid"] = True
@@ -128,9 +129,10 @@ def _has(marks, bit):
 
 
 def _loop_constants(plan, marks):
-    if plan.wgmma:
-        return dict(CHUNKS=plan.chunks, BLOCK_H=plan.block_h, OWNERS=plan.owners, BLOCK_B=plan.block_b,
-                    MARKED=marks is not None, PRECISION=plan.precision)
+    if plan.wgmma or plan.split:
+        constants = dict(CHUNKS=plan.chunks, BLOCK_H=plan.block_h, OWNERS=plan.owners, MARKED=marks is not None,
+                         PRECISION=plan.precision)
+        return {**constants, **(dict(BLOCK_B=plan.block_b) if plan.wgmma else dict(EACH=plan.held // plan.num_warps))}
     if plan.gluon:
         return dict(BLOCK_H=plan.block_h, BLOCK_B=plan.block_b, HELD=plan.register_bytes, MARKED=marks is not None,
                     PRECISION=plan.precision)
@@ -294,8 +296,8 @@ def forward_chunks(x, w, r, b, h0, c0, marks, plan, save, sizes=None, zoneout=No
             if zoneout is not None:
                 constants["h0_ptr"] = h0.contiguous()
             _clear_after(h.view(B, D, H).transpose(0, 1), sent[:S], marks, first, T, plan)
-            run(forward_grid_gluon if plan.wgmma else forward_grid, plan, (plan.programs, plan.groups, D), *head, sent,
-                *shape, plan.tiles, waits=True, **constants)
+            kernel = forward_grid_gluon if plan.wgmma else forward_split_gluon if plan.split else forward_grid
+            run(kernel, plan, (plan.programs, plan.groups, D), *head, sent, *shape, plan.tiles, waits=True, **constants)
         yield
     if sizes is not None:
         last = y[:, :H].index_select(0, rows.begins[1])

@@ -4,7 +4,7 @@ import dataclasses
 import torch
 
 import triton_lstm
-from triton_lstm.plan import H200, _wgmma_chunks
+from triton_lstm.plan import H200, _split_chunks, _wgmma_chunks
 from triton_lstm.reference import lstm_reference
 
 PORTABLE = dataclasses.replace(H200, cluster=0)     # where no Gluon kernel runs
@@ -196,6 +196,14 @@ class Problem:
             backward, schedule="grid", gluon=True, backward_plan=backward, block_k=0, programs=-(-self.H // block_h),
             block_h=block_h, block_b=rows, num_warps=warps, tiles=tiles, groups=-(-self.B // (rows * tiles)),
             chunks=chunks)
+
+    def split_plan(self, block_h=16, tiles=1, keep_every=2):
+        """A grid plan whose warps share the units that feed, though so small an H needs no grid."""
+        backward = self.plan(keep_every=keep_every)
+        return dataclasses.replace(
+            backward, schedule="grid", gluon=True, backward_plan=backward, block_k=0, programs=-(-self.H // block_h),
+            block_h=block_h, block_b=16, num_warps=8, tiles=tiles, groups=-(-self.B // (16 * tiles)),
+            chunks=_split_chunks(self.H, self.dtype.itemsize))
 
     def check(self, ours):
         """Every result of ours is finite and within the budget."""

@@ -38,6 +38,8 @@ MULTIPLY_ADDS, CELL_CYCLES, L2_BYTES = {"native": 1280, "tf32": 640, "tf32x3": 6
 WARP_GROUP_STEP, WARP_GROUP_UNIT = {"native": 700, "tf32": 900}, {"native": 30, "tf32": 70}
 WARP_GROUP_LOOK, WARP_GROUP_PRODUCT = {"native": 170, "tf32": 130}, 28
 WARP_GROUP_MULTIPLY_ADDS = {"native": 2048, "tf32": 1024}
+# A step of a tile whose warps share the feeding units: cycles beyond its products, and the part of those that is seen.
+SPLIT_STEP, SPLIT_PRODUCTS = {"native": 850, "tf32": 1000}, 0.6
 
 
 class PlanError(ValueError):
@@ -96,13 +98,13 @@ class Plan:
     block_h      hidden units of a program
     num_warps    of a program
     chunks       how the part of R on chip is cut along the units that feed it, (start, width) each: powers of two,
-                 which reach hidden_size unless the plan is streamed
+                 which reach hidden_size unless the plan is streamed; of each warp's share of them, if ``split``
     block_k      feeding units whose part of R is streamed at a time
     keep_every   c is kept every so many steps for backward, which recomputes that many steps at a time
-    gluon        whether the Gluon kernels run it: always in a cluster, never in streamed plans; in grid plans they
-                 multiply by warp groups, with R in shared memory, and only forward
-    block_b      batch rows of a tile: 16, in grid and streamed plans 32 where a group has several tiles, in Gluon's
-                 grid plans 64 for each four warps
+    gluon        whether the Gluon kernels run it: always in a cluster, never in streamed plans; of grid plans only the
+                 forward loop, by warp groups or with the feeding units split among warps
+    block_b      batch rows of a tile: 16, in grid and streamed plans 32 where a group has several tiles, for warp
+                 groups 64 for each four warps
     backward_plan   the plan of the backward loop where it is another, else None; see ``backward``
     """
     schedule: str
@@ -129,13 +131,25 @@ class Plan:
 
     @property
     def wgmma(self):
-        """Whether the forward loop multiplies by warp groups, 64 rows each."""
-        return self.gluon and self.schedule == "grid"
+        """Whether the forward loop multiplies by warp groups, 64 rows each, with R in shared memory."""
+        return self.gluon and self.schedule == "grid" and self.block_b >= WARP_GROUP_ROWS
+
+    @property
+    def split(self):
+        """Whether the warps of the forward loop share the units that feed, with R in registers."""
+        return self.gluon and self.schedule == "grid" and self.block_b == BLOCK_B
 
     @property
     def held(self):
         """Units whose part of R stays on chip."""
-        return sum(width for _, width in self.chunks)
+        return sum(width for _, width in self.chunks) * (self.num_warps if self.split else 1)
+
+    @property
+    def looks(self):
+        """``chunks`` of all that feed."""
+        each = self.held // self.num_warps
+        shares = range(0, self.held, each) if self.split else [0]
+        return tuple((first + start, width) for first in shares for start, width in self.chunks)
 
     @property
     def r_bytes(self):
@@ -147,7 +161,7 @@ class Plan:
         """Bytes of R that one program holds on chip, padding included: in registers, but those of a streamed plan in
         shared memory or registers, as the compiler likes, and those of warp groups in shared memory. Of a cluster or
         one CTA the Gluon backward kernel's, which pads both sides alike."""
-        if self.gluon and not self.wgmma:
+        if self.gluon and self.schedule != "grid":
             return 4 * self.block_h * self._units * _element(self.precision)
         rows = self.held if self.schedule == "resident" else self.block_h
         return 4 * rows * self.held * _element(self.precision)
@@ -171,9 +185,12 @@ class Plan:
 
     @property
     def shared_bytes(self):
-        """Bytes of shared memory of a Gluon program: R beyond the registers, tiles of a step, and two mbarriers."""
+        """Bytes of shared memory of a Gluon program: R beyond the registers, tiles of a step, and two mbarriers; or the
+        products of each warp."""
         if self.wgmma:
             return self.held_bytes
+        if self.split:
+            return 4 * self.num_warps * self.block_b * 4 * self.block_h
         element, row = _element(self.precision), self.block_b * self._units
         forward, backward = row * element, self.block_b * 4 * self.block_h * element
         if self.programs > 1:
@@ -207,7 +224,7 @@ class Plan:
         In 16-bit types that takes it 16 to 38 cycles more a step. In TF32 100 to 400 (by ``bench.machine_code``), less
         than to read pre-activations once programs fill half the chip: 18 bytes a cycle of device memory each, at most.
         """
-        return (self.gluon and not self.wgmma and 0 < input_size <= FUSED_INPUTS
+        return (self.gluon and self.schedule != "grid" and 0 < input_size <= FUSED_INPUTS
                 and (self.precision == "native" or self.launched >= 64))
 
     def step_cycles(self, multiprocessors):
@@ -234,8 +251,11 @@ class Plan:
             own += WARP_GROUP_STEP[self.precision] + WARP_GROUP_UNIT[self.precision] * self.block_h
             own += WARP_GROUP_LOOK[self.precision] * len(self.chunks)
             rows = -(-self.batch // (self.groups * self.tiles))
-            read = h * rows / self.block_b / L2_BYTES * max(self.launched / multiprocessors, 0.5)
-            tile = max(own, products, read)
+            h *= rows / self.block_b
+        elif self.split:
+            own = SPLIT_STEP[self.precision] + SPLIT_PRODUCTS * products
+        if self.wgmma or self.split:
+            tile = max(own, products, h / L2_BYTES * max(self.launched / multiprocessors, 0.5))
             return self.tiles * tile + max(L2_EXCHANGE - (self.tiles - 1) * tile, 0)
         tile = TILE_STEP + self.hidden_size + TILE_WORK * (work + h / L2_BYTES) + self.streamed_bytes / L2_BYTES
         return self.tiles * tile + max(L2_EXCHANGE - (self.tiles - 1) * tile, 0)
@@ -291,8 +311,8 @@ class Plan:
             raise PlanError(f"block_k must be a power of two from 16 up, got {self.block_k}")
         if self.gluon and self.schedule == "streamed" or not self.gluon and self.schedule == "cluster":
             raise PlanError(f"gluon={self.gluon} with {self.schedule}")
-        if self.wgmma:
-            self._check_wgmma()
+        if self.gluon and self.schedule == "grid":
+            self._check_grid()
         elif self.gluon and (self.programs & (self.programs - 1) or self.block_h & (self.block_h - 1)
                              or self.block_h < max(16, 4 * self.num_warps)):
             raise PlanError(f"Gluon programs and their units must be powers of two, from 16 and four a warp up, got "
@@ -306,13 +326,14 @@ class Plan:
                 raise PlanError(f"a resident plan has one program, got {self.programs}")
         elif self.programs * self.block_h < self.hidden_size:
             raise PlanError(f"{self.programs} programs of {self.block_h} units hold fewer than {self.hidden_size}")
-        if not self.wgmma and self.block_b not in ((16, 32) if self.schedule in ("grid", "streamed") else (16,)):
+        if not self.gluon and self.block_b not in ((16, 32) if self.schedule in ("grid", "streamed") else (16,)):
             raise PlanError(f"{self.schedule} with tiles of {self.block_b} batch rows")
         if self.groups * self.tiles * self.block_b < self.batch:
             raise PlanError(f"{self.groups} groups of {self.tiles} tiles hold fewer than {self.batch} batch rows")
-        if self.wgmma or self.backward_plan:
+        if self.wgmma or self.split or self.backward_plan:
             same = ("hidden_size", "directions", "batch", "precision", "keep_every")
-            if self.backward.wgmma or any(getattr(self.backward, name) != getattr(self, name) for name in same):
+            if self.backward.wgmma or self.backward.split or any(
+                    getattr(self.backward, name) != getattr(self, name) for name in same):
                 raise PlanError(f"no plan of the same layer's backward loop: {self.backward_plan}")
             self.backward.check(limits)
         if limits is None:
@@ -322,7 +343,7 @@ class Plan:
                 raise PlanError("the Gluon kernels need compute capability 8.0, 8.9 or 9.0")
             if self.wgmma and not limits.wgmma:
                 raise PlanError("products by warp groups need compute capability 9.0")
-            if not self.wgmma and self.programs > limits.cluster:
+            if self.schedule == "cluster" and self.programs > limits.cluster:
                 raise PlanError(f"a cluster of {self.programs} programs, where at most {limits.cluster} run")
         if self.schedule in ("grid", "streamed") and self.launched > limits.multiprocessors:
             raise PlanError(f"{self.launched} programs wait for each other but only {limits.multiprocessors} "
@@ -338,10 +359,17 @@ class Plan:
             raise PlanError(f"{self.held_bytes} bytes of R pass through shared memory once, which has "
                             f"{limits.shared_memory}")
 
-    def _check_wgmma(self):
-        """Raise PlanError unless warp groups can multiply as this plan says."""
+    def _check_grid(self):
+        """Raise PlanError unless the Gluon kernels of grid plans can multiply as this plan says."""
         if self.precision == "tf32x3":
             raise PlanError("the Gluon kernels have no exact fp32")
+        if self.split:
+            if self.block_h not in (16, 32) or self.num_warps != NUM_WARPS:
+                raise PlanError(f"{NUM_WARPS} warps that share the feeding units have 16 or 32 units, got "
+                                f"{self.num_warps} and {self.block_h}")
+            if any(width % (64 // _element(self.precision)) for _, width in self.chunks):
+                raise PlanError(f"four threads take 64 bytes of a row together, got {self.chunks}")
+            return
         if self.block_b != 16 * self.num_warps or self.block_b not in (WARP_GROUP_ROWS, 2 * WARP_GROUP_ROWS):
             raise PlanError(f"four or eight warps multiply {WARP_GROUP_ROWS} rows for each four, got {self.block_b} "
                             f"rows and {self.num_warps} warps")
@@ -376,6 +404,8 @@ class Plan:
             how = f"{self.programs} programs share R and exchange h through L2"
         if self.wgmma:
             how += " and multiply by warp groups"
+        if self.split:
+            how += " and split it among their warps"
         text = (f"{self.schedule}: H={self.hidden_size} B={self.batch} x {self.directions} direction(s), "
                 f"{self.precision}; {where}; {how}; {self.launched} programs of {self.num_warps} warps; "
                 f"c kept every {self.keep_every} steps")
@@ -409,6 +439,17 @@ def _wgmma_chunks(units, width):
     start, _ = chunks[-1]
     if units - start <= width // 2:
         chunks[-1] = start, width // 2
+    return tuple(chunks)
+
+
+def _split_chunks(units, element):
+    """As ``_chunks``, of each warp's share of the units, in powers of two of which four threads take 64 bytes a row."""
+    least = 64 // element
+    each, start, chunks = -(-units // (NUM_WARPS * least)) * least, 0, []
+    while start < each:
+        width = 1 << ((each - start).bit_length() - 1)
+        chunks.append((start, width))
+        start += width
     return tuple(chunks)
 
 
@@ -531,25 +572,28 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
     cycles = lambda plan: plan.step_cycles(limits.multiprocessors) if limits else 0
     best = min(plans, key=cycles)
     if schedule in (None, "grid"):
-        best = min([best, *_with_warp_groups(best, limits)], key=cycles)
+        best = min([best, *_gluon_grid(best, limits)], key=cycles)
     return best
 
 
-def _with_warp_groups(backward, limits):
-    """Plans of the layer of ``backward`` whose forward loop multiplies by warp groups."""
-    if limits is None or not (limits.wgmma and limits.cluster) or backward.precision == "tf32x3":
+def _gluon_grid(backward, limits):
+    """Grid plans of the layer of ``backward`` whose forward loop is a Gluon kernel's."""
+    if limits is None or not limits.cluster or backward.precision == "tf32x3":
         return
-    H = backward.hidden_size
-    chunks = _wgmma_chunks(H, WARP_GROUP_BYTES // _element(backward.precision))
-    for block_h, block_b in itertools.product((8, 16, 32, 64), (WARP_GROUP_ROWS, 2 * WARP_GROUP_ROWS)):
+    H, element = backward.hidden_size, _element(backward.precision)
+    shapes = [(block_h, BLOCK_B, _split_chunks(H, element)) for block_h in (16, 32)]
+    if limits.wgmma:
+        chunks = _wgmma_chunks(H, WARP_GROUP_BYTES // element)
+        shapes += [(block_h, groups * WARP_GROUP_ROWS, chunks) for block_h in (8, 16, 32, 64) for groups in (1, 2)]
+    for block_h, block_b, chunks in shapes:
         programs, all_tiles = -(-H // block_h), -(-backward.batch // block_b)
         groups = min(limits.multiprocessors // (programs * backward.directions), all_tiles)
         if groups == 0:
             continue
         tiles = -(-all_tiles // groups)
         plan = dataclasses.replace(backward, schedule="grid", programs=programs, groups=-(-all_tiles // tiles),
-                                   tiles=tiles, block_h=block_h, num_warps=block_b // 16, chunks=chunks, block_k=0,
-                                   gluon=True, block_b=block_b, backward_plan=backward)
+                                   tiles=tiles, block_h=block_h, chunks=chunks, block_k=0, gluon=True, block_b=block_b,
+                                   num_warps=NUM_WARPS if block_b == BLOCK_B else block_b // 16, backward_plan=backward)
         try:
             plan.check(limits)
         except PlanError:

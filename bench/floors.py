@@ -77,7 +77,7 @@ class Floors:
 
             def call(n):
                 launch.clear(sent, plan)
-                exchanges[(plan.programs, groups)](sent, n, plan.chunks, plan.owners, plan.block_h, rows,
+                exchanges[(plan.programs, groups)](sent, n, plan.looks, plan.owners, plan.block_h, rows,
                                                    launch.INTERPRET, **LAUNCH)
         # the difference leaves out launch and start, and clearing, which takes in all steps each time
         few, many = (self._best(functools.partial(call, n)) for n in (steps // 10, steps))

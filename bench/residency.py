@@ -16,13 +16,14 @@ L2_BYTES_PER_CYCLE = 64             # that one multiprocessor reads at most
 
 LEGEND = """\
 Two numbers are of the forward / backward time loop; where the two have plans of their own, the plan's columns have two
-as well. "wgmma" is a grid plan that multiplies by warp groups, which read R from shared memory. "R planned" is KiB of R
-that the plan holds on chip in each program, "R in registers" KiB that the compiled loop finds in registers at each
-step, copies that warps share included; what is planned but not found there is read from shared memory. "R from L2" is
-KiB that a program reads again for each tile of a step. Registers are of a thread, shared memory (KiB) of a program.
-Spills and barriers are instructions in the time loop. Cycles a step are a bound for all tiles of a program, read from
-the machine code with assumed latencies; it counts the exchange once a tile and no waiting for other programs, nor that
-clusters run in waves where there are more than fit. Nothing here is measured."""
+as well. "wgmma" is a grid plan that multiplies by warp groups, which read R from shared memory, "split" one whose warps
+share the units that feed. "R planned" is KiB of R that the plan holds on chip in each program, "R in registers" KiB
+that the compiled loop finds in registers at each step, copies that warps share included; what is planned but not found
+there is read from shared memory. "R from L2" is KiB that a program reads again for each tile of a step. Registers are of
+a thread, shared memory (KiB) of a program. Spills and barriers are instructions in the time loop. Cycles a step are a
+bound for all tiles of a program, read from the machine code with assumed latencies; it counts the exchange once a tile
+and no waiting for other programs, nor that clusters run in waves where there are more than fit. Nothing here is
+measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def table(found):
         both = lambda value, f=f: f"{value(f.forward)} / {value(f.backward)}"
         plans = [f.plan] if f.plan.backward is f.plan else [f.plan, f.plan.backward]
         each = lambda value, plans=plans: " / ".join(value(plan) for plan in plans)
-        rows.append((f.workload, f.dtype, each(lambda p: "wgmma" if p.wgmma else p.schedule),
+        rows.append((f.workload, f.dtype, each(lambda p: p.kind),
                      each(lambda p: f"{p.programs} x {p.groups}" + f" x {p.directions}" * (p.directions > 1)),
                      each(lambda p: kib(p.held_bytes)), both(lambda r: kib(r.time_loop.held)),
                      each(lambda p: kib(p.streamed_bytes)), both(lambda r: r.registers), both(lambda r: kib(r.shared)),

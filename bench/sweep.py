@@ -123,7 +123,7 @@ def measure(case, providers, gpu, floors, environment, effort):
             loops = (plan, plan.backward) if case.mode == "train" else (plan,)
             cycles = case.layers * sum(loop.step_cycles(gpu.multiprocessors) for loop in loops)
             figures.update(floor_us=floor_us, exchange_us=exchange_us, predicted_us=sm_mhz and cycles / sm_mhz,
-                           plan=f"{plan.schedule} {plan.programs} x {plan.groups}{' wgmma' * plan.wgmma}")
+                           plan=f"{plan.kind} {plan.programs} x {plan.groups}")
         yield row(name, **figures, ms_p20=p20, ms_median=median, ms_p80=p80, samples=len(samples[name]), sm_mhz=sm_mhz,
                   memory_mhz=memory_mhz, gemm_tflops=floors.gemm_tflops(case.dtype))
 

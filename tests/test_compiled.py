@@ -10,6 +10,7 @@ from bench.machine_code import read
 from bench.workloads import WORKLOADS
 from problems import PORTABLE
 from test_gluon import check_compiled as check_gluon
+from test_split import check_compiled as check_split
 from test_warp_groups import check_compiled as check_warp_groups
 from triton_lstm import make_plan
 from triton_lstm.plan import A100, H200, RTX_4090
@@ -19,8 +20,11 @@ OPERAND = {"native": 2, "tf32": 4, "tf32x3": 8}        # bytes of an operand of 
 
 
 def check(plan, dtype, arch, limits):
-    if plan.wgmma:
-        check_warp_groups(plan, dtype)
+    if plan.wgmma or plan.split:
+        if plan.wgmma:
+            check_warp_groups(plan, dtype)
+        else:
+            check_split(plan, dtype, arch)
         check(plan.backward, dtype, arch, limits)
         return
     if plan.gluon:

@@ -141,7 +141,7 @@ def test_plan():
     assert (plan.schedule, plan.gluon, plan.wgmma, plan.block_b, plan.num_warps) == ("grid", True, True, 64, 4)
     assert plan.launched <= 132 and plan.held_bytes == 4 * plan.block_h * 1024 * 2 == plan.shared_bytes
     assert not plan.backward.wgmma and plan.backward.backward is plan.backward
-    assert plan.backward == make_plan(128, 1024, FP16, limits=dataclasses.replace(H200, wgmma=False))
+    assert plan.backward == make_plan(128, 1024, FP16, limits=dataclasses.replace(H200, cluster=0))
     assert plan.backward_bytes(64, 8, 2) == plan.backward.backward_bytes(64, 8, 2)
     assert Plan.decode(plan.encode()) == plan
     assert not plan.multiplies_input(1)

@@ -140,6 +140,11 @@ class Plan:
         return self.gluon and self.schedule == "grid" and self.block_b == BLOCK_B
 
     @property
+    def kind(self):
+        """The schedule, or which Gluon kernel a grid plan has."""
+        return "wgmma" if self.wgmma else "split" if self.split else self.schedule
+
+    @property
     def held(self):
         """Units whose part of R stays on chip."""
         return sum(width for _, width in self.chunks) * (self.num_warps if self.split else 1)

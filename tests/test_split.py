@@ -1,0 +1,175 @@
+"""The Gluon grid kernel for few rows, whose warps share the units that feed: its PTX, executed on CPU tensors, and its
+machine code."""
+import dataclasses
+import re
+
+import pytest
+import torch
+from triton_lstm.kernels.ahead import compile_plan
+
+import harness
+from bench.machine_code import read
+from problems import NotFinite, Problem, error
+from ptx_emulator import Deadlock, EmulatorError
+from triton_lstm import Plan, PlanError, make_plan
+from triton_lstm.kernels import gluon_grid, gluon_split
+from triton_lstm.plan import A100, H200, RTX_4090
+
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+DTYPES = [FP16, BF16, FP32]
+ARCHS = [80, 90]
+
+
+def problem(shape, dtype, **change):
+    return Problem(*shape, dtype=dtype, tf32=dtype == FP32, **change)
+
+
+def run(problem, arch=90, seed=0, **layout):
+    """``layout``: of ``Problem.split_plan``."""
+    with harness.emulator(arch, seed=seed, memory="weak"):
+        problem.check(problem.ours(plan=problem.split_plan(**layout)))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 2), (3, 3, 4, 5, 1), (3, 17, 4, 33, 2), (2, 3, 4, 100, 1)], ids=str)
+def test_small(shape, dtype, arch):
+    run(problem(shape, dtype), arch)
+
+
+@pytest.mark.parametrize("shape, dtype, arch, layout", [
+    ((2, 40, 3, 100, 1), FP16, 80, dict(block_h=32, tiles=2)),          # four programs, of which groups have two tiles
+    ((2, 40, 3, 100, 1), FP32, 90, dict(block_h=32, tiles=3)),
+    ((3, 40, 3, 33, 2), BF16, 90, dict(tiles=2)),                       # the last tile has no rows
+    ((2, 3, 2, 300, 1), FP16, 90, dict(block_h=32)),                    # a warp's 64 units
+    ((2, 3, 2, 520, 1), BF16, 80, dict()),                              # 64 and 32, some of them padding
+    ((2, 3, 2, 300, 1), FP32, 80, dict()),                              # 32 and 16
+], ids=str)
+def test_large(shape, dtype, arch, layout):
+    run(problem(shape, dtype), arch, **layout)
+
+
+@pytest.mark.parametrize("change", [dict(ragged=True, resets=True), dict(packed=True), dict(bias=False)], ids=str)
+@pytest.mark.parametrize("shape, dtype, arch", [((5, 17, 3, 33, 2), FP16, 90), ((5, 4, 3, 20, 2), FP32, 80)], ids=str)
+def test_lengths_resets_packed(shape, dtype, arch, change):
+    run(problem(shape, dtype, **change), arch)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_weak_memory(seed):
+    """Three programs, one or two tiles, chunks of two steps."""
+    run(problem((5, 3 if seed % 2 else 20, 2, 40, 1), DTYPES[seed % 3]), ARCHS[seed // 6], seed, tiles=2 - seed % 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nans_arrive(dtype):
+    run(NotFinite(4, 4, 2, 33, dtype=dtype, tf32=dtype == FP32))
+
+
+BROKEN = Problem(4, 12, 2, 33, dtype=BF16)          # rows in both halves of a tile
+
+
+def caught(**options):
+    """Whether a run under one of a few seeds raises or gives a wrong number."""
+    plan, exact = BROKEN.split_plan(), BROKEN.exact()
+    for seed in range(4):
+        try:
+            with harness.emulator(seed=seed, memory="weak", **options):
+                results = BROKEN.ours(plan=plan)
+        except EmulatorError:
+            return True
+        if any(not error(results[name], exact[name]) < 0.03 for name in exact):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("wait, broken", [("@!", ""), ("vote.sync.any", "vote.sync.all")],
+                         ids=["no wait", "a wait for any"])
+def test_a_broken_wait_is_caught(wait, broken):
+    """In the assembly of ``gluon_grid.look_again``; a warp's threads have h of two programs."""
+    def edit(ptx):
+        start, end = ptx.index("LOOK:"), ptx.index("bra LOOK")
+        assert wait in ptx[start:end]
+        return ptx[:start] + ptx[start:end].replace(wait, broken) + ptx[end:]
+
+    assert not caught()
+    assert caught(edit=edit, only=["forward_split_gluon"])
+
+
+@pytest.mark.parametrize("which", [-1, -2])
+def test_a_missing_barrier_is_caught(which):
+    """The two of a step: before the warps' products are added up, and before the next ones take their place."""
+    def edit(ptx):
+        at = [m.start() for m in re.finditer(r"bar\.sync", ptx)][which]
+        return ptx[:at] + "//" + ptx[at:]
+
+    assert caught(edit=edit, only=["forward_split_gluon"])
+
+
+def test_a_lost_store_is_caught():
+    def edit(ptx):
+        return re.sub(r"st\.relaxed[^;]*;", "", ptx, count=1)
+
+    with harness.emulator(edit=edit, only=["forward_split_gluon"]), pytest.raises(Deadlock):
+        BROKEN.ours(plan=BROKEN.split_plan())
+
+
+def check_compiled(plan, dtype, arch=90, marked=False):
+    """R is in registers, a step has two barriers, and nothing spills."""
+    kernel = compile_plan(plan, dtype, arch, marked=marked)["forward_split_gluon"]
+    report = read(kernel)
+    loop = report.time_loop
+    assert loop.spills == 0 and loop.counts["BAR"] <= 2 and not loop.counts["LDSM"]
+    assert loop.held >= plan.held_bytes
+    assert report.shared == plan.shared_bytes
+    assert kernel.metadata.num_ctas == 1 and kernel.metadata.launch_cooperative_grid
+
+
+@pytest.mark.parametrize("arch, limits", [(80, A100), (89, RTX_4090), (90, dataclasses.replace(H200, cluster=1))],
+                         ids=["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("hidden_size, dtype", [(256, BF16), (640, FP16), (1024, BF16), (512, FP32)], ids=str)
+def test_machine_code(hidden_size, dtype, arch, limits):
+    plan = make_plan(16, hidden_size, dtype, limits=limits)
+    assert plan.split
+    check_compiled(plan, dtype, arch)
+    if arch != 89:
+        check_compiled(plan, dtype, arch, marked=True)
+
+
+def test_instructions_of_a_step():
+    """At H=1024 in bf16: 64 programs of 16 units, and 64 products of each of eight warps."""
+    plan = make_plan(16, 1024, BF16, limits=H200)
+    loop = read(compile_plan(plan, BF16)["forward_split_gluon"]).time_loop
+    assert (plan.programs, plan.block_h, loop.counts["HMMA"]) == (64, 16, 64)
+    assert loop.instructions <= 500
+
+
+def test_plan():
+    plan = make_plan(16, 1024, BF16, limits=H200)
+    assert (plan.schedule, plan.gluon, plan.split, plan.wgmma, plan.num_warps) == ("grid", True, True, False, 8)
+    assert plan.chunks == ((0, 128),) and plan.held == 1024 and plan.looks[1] == (128, 128) and len(plan.looks) == 8
+    assert plan.held_bytes == plan.register_bytes == 4 * 16 * 1024 * 2 and plan.shared_bytes == 8 * 16 * 64 * 4
+    assert not plan.backward.gluon and Plan.decode(plan.encode()) == plan and not plan.multiplies_input(1)
+    padded = make_plan(16, 600, FP16, limits=H200)
+    assert padded.split and padded.chunks == ((0, 64), (64, 32)) and padded.held == 768 and padded.owners == 48
+    assert "128 KiB of R in the registers" in str(plan) and "split it among their warps" in str(plan)
+    # clusters exchange faster; exact fp32 has no Gluon kernel
+    assert make_plan(16, 512, BF16, limits=dataclasses.replace(H200, cluster=16)).schedule == "cluster"
+    assert make_plan(16, 512, BF16, limits=A100).split
+    assert not make_plan(16, 256, FP32, limits=H200, tf32=False).gluon
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(backward_plan=None), "no plan of the same layer's backward loop: None"),
+    (dict(num_warps=4, chunks=((0, 256),)), "got 4 and 16"), (dict(block_h=64), "got 8 and 64"),
+    (dict(chunks=((0, 64), (64, 16), (80, 64))), "four threads take 64 bytes"),
+    (dict(block_h=32), "262144 bytes of R for a program's registers"),
+])
+def test_check(change, message):
+    with pytest.raises(PlanError, match=message):
+        dataclasses.replace(make_plan(16, 1024, BF16, limits=H200), **change).check(H200)
+
+
+def test_shared_pieces():
+    """One order of the sum for both kernels, and one wait."""
+    assert gluon_split.unit_of is gluon_grid.unit_of and gluon_split.wait_for is gluon_grid.wait_for

@@ -19,10 +19,10 @@ Two numbers are of the forward / backward time loop; where the two have plans of
 as well. "wgmma" is a grid plan that multiplies by warp groups, which read R from shared memory, "split" one whose warps
 share the units that feed. "R planned" is KiB of R that the plan holds on chip in each program, "R in registers" KiB
 that the compiled loop finds in registers at each step, copies that warps share included; what is planned but not found
-there is read from shared memory. "R from L2" is KiB that a program reads again for each tile of a step. Registers are of
-a thread, shared memory (KiB) of a program. Spills and barriers are instructions in the time loop. Cycles a step are a
-bound for all tiles of a program, read from the machine code with assumed latencies; it counts the exchange once a tile
-and no waiting for other programs, nor that clusters run in waves where there are more than fit. Nothing here is
+there is read from shared memory. "R from L2" is KiB that a program reads again for each tile of a step. Registers are
+of a thread, shared memory (KiB) of a program. Spills and barriers are instructions in the time loop. Cycles a step are
+a bound for all tiles of a program, read from the machine code with assumed latencies; it counts the exchange once a
+tile and no waiting for other programs, nor that clusters run in waves where there are more than fit. Nothing here is
 measured."""
 
 

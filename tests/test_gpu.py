@@ -140,6 +140,24 @@ def test_warp_groups(shape, layout, dtype, masks):
     problem.check(problem.ours(plan=plan))
 
 
+@pytest.mark.parametrize("masks", [{}, dict(packed=True), dict(ragged=True, resets=True)], ids=" ".join)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, layout", [
+    ((1, 1, 1, 1, 2), dict()), ((40, 17, 6, 33, 2), dict()), ((30, 70, 6, 100, 1), dict(block_h=32)),
+    ((20, 300, 6, 100, 2), dict(tiles=4)), ((20, 16, 16, 512, 2), dict()), ((12, 100, 16, 256, 1), dict(tiles=3))],
+    ids=str)
+def test_split(shape, layout, dtype, masks):
+    limits = Limits.of("cuda")
+    if not limits.cluster:
+        pytest.skip("the Gluon kernels need compute capability 8.0, 8.9 or 9.0")
+    if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
+        pytest.skip("nn.LSTM does not use TF32")
+    problem = cuda(*shape, dtype=dtype, tf32=True, **masks)
+    plan = problem.split_plan(**layout, keep_every=16)
+    plan.check(limits)
+    problem.check(problem.ours(plan=plan))
+
+
 def test_clusters_take_turns():
     """More clusters than run at the same time: they wait for nobody else."""
     problem = cuda(20, 16 * 150, 8, 100, 1, dtype=torch.bfloat16)

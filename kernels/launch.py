@@ -16,9 +16,11 @@ if not INTERPRET:       # which knows no Gluon
     from .gluon_forward import forward_gluon
     from .gluon_grid import forward_grid_gluon
     from .gluon_split import forward_split_gluon
+    from .gluon_split_backward import backward_split_gluon
 # Triton's interpreter runs a launch's programs one after the other, so one that waits for another waits for ever.
 # Tests that interleave them set this.
 interleaved = False
+SHARES = 512            # of dh in the registers of a program with 8 warps at a time, for each row
 
 
 def matmul_precision(plan):
@@ -141,6 +143,21 @@ def _loop_constants(plan, marks):
     if plan.schedule != "resident":
         constants.update(BLOCK_H=plan.block_h, OWNERS=plan.owners, HELD=plan.held, BLOCK_K=plan.block_k)
     return constants
+
+
+def _backward_constants(plan, marks):
+    """Those of the backward loop, and which programs send to which."""
+    if not plan.split:
+        constants = _loop_constants(plan, marks)
+        return constants if plan.gluon or plan.schedule == "resident" else {**constants, "PROGRAMS": plan.programs}
+    least = 16 * plan.num_warps         # targets of a product, of which a thread has four adjacent ones at least
+    chunks, start, reach = [], 0, -(-plan.hidden_size // least) * least
+    while start < reach:
+        width = min(1 << ((reach - start).bit_length() - 1), SHARES)
+        chunks.append((start, width))
+        start += width
+    return dict(CHUNKS=tuple(chunks), BLOCK_H=plan.block_h, OWNERS=plan.owners, PROGRAMS=plan.programs,
+                MARKED=marks is not None, PRECISION=plan.precision)
 
 
 def _zoneout_constants(zoneout):
@@ -421,15 +438,15 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, ne
                 **_zoneout_constants(zoneout))
             # from here on a and its buffer hold da
             head = (dy if has_dy else buffer, coef, prepared, buffer, dh, dc, marks_or_none, rows.offsets)
-            constants = dict(HAS_DY=has_dy, DY_UNIT=dy_unit, **_loop_constants(plan, marks))
+            constants = dict(HAS_DY=has_dy, DY_UNIT=dy_unit, **_backward_constants(plan, marks))
             if zoneout is not None:
                 constants["COUNT"] = count
-            if plan.gluon or plan.schedule == "resident":
+            if plan.schedule in ("resident", "cluster"):
                 run(backward_gluon if plan.gluon else backward_resident, plan, (plan.groups, D), *head,
                     T, S, B, first, *strides, waits=False, **constants)
             else:
-                run(backward_grid, plan, (plan.programs, plan.groups, D), *head, share, T, S, B, first, plan.tiles,
-                    *strides, waits=True, PROGRAMS=plan.programs, **constants)
+                run(backward_split_gluon if plan.split else backward_grid, plan, (plan.programs, plan.groups, D), *head,
+                    share, T, S, B, first, plan.tiles, *strides, waits=True, **constants)
             with matmul_precision(plan):
                 for d in range(D):
                     if dw is not None:

@@ -335,9 +335,9 @@ class Plan:
             raise PlanError(f"{self.schedule} with tiles of {self.block_b} batch rows")
         if self.groups * self.tiles * self.block_b < self.batch:
             raise PlanError(f"{self.groups} groups of {self.tiles} tiles hold fewer than {self.batch} batch rows")
-        if self.wgmma or self.split or self.backward_plan:
+        if self.wgmma or self.backward_plan:
             same = ("hidden_size", "directions", "batch", "precision", "keep_every")
-            if self.backward.wgmma or self.backward.split or any(
+            if self.backward.wgmma or any(
                     getattr(self.backward, name) != getattr(self, name) for name in same):
                 raise PlanError(f"no plan of the same layer's backward loop: {self.backward_plan}")
             self.backward.check(limits)

@@ -1,0 +1,147 @@
+"""The backward Gluon grid kernel for few rows: its PTX, executed on CPU tensors, and its machine code."""
+import dataclasses
+import re
+
+import pytest
+import torch
+from triton_lstm.kernels.ahead import compile_plan
+
+import harness
+from bench.machine_code import read
+from problems import Problem, error
+from ptx_emulator import Deadlock, EmulatorError
+from triton_lstm import make_plan
+from triton_lstm.kernels import gluon_split_backward
+from triton_lstm.plan import H200
+
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+DTYPES = [FP16, BF16, FP32]
+KERNEL = "backward_split_gluon"
+
+
+def problem(shape, dtype, **change):
+    return Problem(*shape, dtype=dtype, tf32=dtype == FP32, **change)
+
+
+def plan_of(problem, **layout):
+    """``layout``: of ``Problem.split_plan``, of the backward loop, too."""
+    return dataclasses.replace(problem.split_plan(**layout), backward_plan=None)
+
+
+def run(problem, seed=0, arch=90, **layout):
+    with harness.emulator(arch, seed=seed, memory="weak"):
+        problem.check(problem.ours(plan=plan_of(problem, **layout)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, block_h", [((1, 1, 1, 1, 2), 16), ((3, 3, 4, 5, 1), 16), ((3, 17, 4, 33, 2), 16),
+                                            ((3, 3, 2, 33, 1), 32)], ids=str)
+def test_small(shape, block_h, dtype):
+    run(problem(shape, dtype), block_h=block_h)
+
+
+@pytest.mark.parametrize("shape, dtype, layout", [
+    ((2, 3, 2, 100, 1), BF16, dict(block_h=32)),
+    ((3, 40, 3, 33, 2), FP16, dict(tiles=2)),           # of which the third has 8 rows, the last none
+    ((5, 40, 2, 20, 1), FP32, dict(tiles=3)),
+    ((2, 1, 2, 160, 1), BF16, dict()),                  # two products
+], ids=str)
+def test_large(shape, dtype, layout):
+    run(problem(shape, dtype), **layout)
+
+
+def test_ampere():
+    run(problem((3, 3, 2, 33, 1), BF16), arch=80)
+
+
+@pytest.mark.parametrize("change", [dict(ragged=True, resets=True), dict(packed=True), dict(bias=False)], ids=str)
+@pytest.mark.parametrize("shape, dtype, layout", [
+    ((5, 17, 3, 33, 2), FP16, dict(tiles=2)), ((5, 4, 3, 20, 2), FP32, {})], ids=str)
+def test_lengths_resets_packed(shape, dtype, layout, change):
+    run(problem(shape, dtype, **change), **layout)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_weak_memory(seed):
+    """Two or three programs, one or two tiles, chunks of two steps; two batches of shares."""
+    run(problem((5, 3 if seed % 2 else 18, 2, 33, 1), DTYPES[seed % 3]), seed, **[{}, {}, dict(tiles=2)][seed // 2])
+
+
+def test_batches_of_shares(tmp_path):
+    """As where many programs share R."""
+    with harness.edited(gluon_split_backward, KERNEL, tmp_path, "BATCH: gl.constexpr = 64", "BATCH: gl.constexpr = 2"):
+        run(problem((3, 3, 2, 37, 1), BF16))
+
+
+class LastState(Problem):
+    """Whose y has no gradient."""
+
+    def results(self, function, dtype=None):
+        found = super().results(lambda *inputs: tuple(function(*inputs)[1:]), dtype)
+        return {{"y": "h_n", "h_n": "c_n"}.get(name, name): value for name, value in found.items()}
+
+    def tensors(self):
+        inputs, gradients = super().tensors()
+        return inputs, gradients[1:]
+
+
+def test_no_dy():
+    run(LastState(5, 3, 2, 20, 1, dtype=BF16))
+
+
+BROKEN = Problem(4, 12, 2, 33, dtype=BF16)
+
+
+def caught(**options):
+    """Whether a run under one of a few seeds raises or gives a wrong number."""
+    plan, exact = plan_of(BROKEN), BROKEN.exact()
+    for seed in range(3):
+        try:
+            with harness.emulator(seed=seed, memory="weak", **options):
+                results = BROKEN.ours(plan=plan)
+        except EmulatorError:
+            return True
+        if any(not error(results[name], exact[name]) < 0.03 for name in exact):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("old, new", [
+    ('"@!p bra THERE;"', '"bra THERE;"'), ("for n in range(total):", "for n in range(total - 1):")],
+    ids=["no wait", "part of a wait"])
+def test_a_broken_wait_is_caught(old, new, tmp_path):
+    assert not caught()
+    with harness.edited(gluon_split_backward, KERNEL, tmp_path, old, new):
+        assert caught()
+
+
+def test_a_missing_barrier_is_caught():
+    """The one of a step, between the stores of da to shared memory and the products."""
+    def edit(ptx):
+        head, loop, rest = re.split(r"(ldmatrix)", ptx, maxsplit=1)
+        head, barrier, tail = head.rpartition("bar.sync")
+        assert barrier
+        return head + "// bar.sync" + tail + loop + rest
+
+    assert caught(edit=edit, only=[KERNEL])
+
+
+def test_a_lost_store_is_caught():
+    def edit(ptx):
+        return re.sub(r"st\.relaxed[^;]*;", "", ptx, count=1)
+
+    with harness.emulator(edit=edit, only=[KERNEL]), pytest.raises(Deadlock):
+        BROKEN.ours(plan=plan_of(BROKEN))
+
+
+@pytest.mark.parametrize("batch, hidden_size, dtype, marked", [
+    (16, 1024, BF16, False), (16, 1024, BF16, True), (16, 512, FP32, False), (16, 768, FP16, False)], ids=str)
+def test_machine_code(batch, hidden_size, dtype, marked):
+    """One barrier a step (Triton 3.6 does not tell the two buffers apart), R in registers, and nothing spills."""
+    plan = make_plan(batch, hidden_size, dtype, limits=dataclasses.replace(H200, cluster=1), schedule="grid")
+    assert plan.split
+    plan = dataclasses.replace(plan, backward_plan=None)
+    plan.check(H200)
+    report = read(compile_plan(plan, dtype, marked=marked)[KERNEL])
+    assert report.time_loop.counts["BAR"] == (1 if harness.TRITON >= (3, 9) else 2) and report.time_loop.counts["LDSM"]
+    assert report.time_loop.held == plan.held_bytes and report.time_loop.spills == 0

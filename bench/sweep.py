@@ -120,8 +120,9 @@ def measure(case, providers, gpu, floors, environment, effort):
         p20, median, p80 = torch.tensor(samples[name]).quantile(torch.tensor([.2, .5, .8])).tolist()
         if (plan := getattr(run.layer, "plan", None)) is not None:
             floor_us, exchange_us = floors.step_us(plan, case, sm_mhz)
-            loops = (plan, plan.backward) if case.mode == "train" else (plan,)
-            cycles = case.layers * sum(loop.step_cycles(gpu.multiprocessors) for loop in loops)
+            cycles = case.layers * plan.step_cycles(gpu.multiprocessors, "forward")
+            if case.mode == "train":
+                cycles += case.layers * plan.backward.step_cycles(gpu.multiprocessors, "backward")
             figures.update(floor_us=floor_us, exchange_us=exchange_us, predicted_us=sm_mhz and cycles / sm_mhz,
                            plan=f"{plan.kind} {plan.programs} x {plan.groups}")
         yield row(name, **figures, ms_p20=p20, ms_median=median, ms_p80=p80, samples=len(samples[name]), sm_mhz=sm_mhz,

@@ -199,9 +199,8 @@ class Problem:
 
     def split_plan(self, block_h=16, tiles=1, keep_every=2):
         """A grid plan whose warps share the units that feed, though so small an H needs no grid."""
-        backward = self.plan(keep_every=keep_every)
         return dataclasses.replace(
-            backward, schedule="grid", gluon=True, backward_plan=backward, block_k=0, programs=-(-self.H // block_h),
+            self.plan(keep_every=keep_every), schedule="grid", gluon=True, block_k=0, programs=-(-self.H // block_h),
             block_h=block_h, block_b=16, num_warps=8, tiles=tiles, groups=-(-self.B // (16 * tiles)),
             chunks=_split_chunks(self.H, self.dtype.itemsize))
 

@@ -20,12 +20,12 @@ OPERAND = {"native": 2, "tf32": 4, "tf32x3": 8}        # bytes of an operand of 
 
 
 def check(plan, dtype, arch, limits):
-    if plan.wgmma or plan.split:
-        if plan.wgmma:
-            check_warp_groups(plan, dtype)
-        else:
-            check_split(plan, dtype, arch)
+    if plan.wgmma:
+        check_warp_groups(plan, dtype)
         check(plan.backward, dtype, arch, limits)
+        return
+    if plan.split:
+        check_split(plan, dtype, arch)
         return
     if plan.gluon:
         check_gluon(plan, dtype, arch, limits)

@@ -86,7 +86,7 @@ def test_a_backward_loop_of_its_own():
     plan = triton_lstm.make_plan(128, 1024, torch.float16, limits=chip)
     assert plan.wgmma
     forward, backward = dataclasses.replace(plan, backward_plan=None), plan.backward
-    cycles = [loop.step_cycles(132) for loop in (forward, backward)]
+    cycles = [forward.step_cycles(132, "forward"), backward.step_cycles(132, "backward")]
     for line in (f"1 layer(s), each forward by {forward}", f"  backward by {backward}",
                  "  forward 2 group(s) of programs a direction share the rows, 1 tile(s) of 64 rows each",
                  "  backward 2 group(s) of programs a direction share the rows, 2 tile(s) of 32 rows each",

@@ -55,13 +55,13 @@ def test_chosen_clusters():
     assert [programs(H) for H in (129, 256, 300, 512)] == [8, 8, 16, 16]
     assert [programs(512, batch=batch) for batch in (128, 256, 1024)] == [16, 8, 8]
     assert [programs(H, torch.float32) for H in (100, 256, 512)] == [4, 8, 16]
-    assert programs(512, limits=dataclasses.replace(CLUSTERS, cluster=8)) == 8
+    assert programs(512, limits=dataclasses.replace(CLUSTERS, cluster=8), schedule="cluster") == 8
     assert make_plan(16, 512, torch.bfloat16, limits=dataclasses.replace(CLUSTERS, cluster=1)).schedule == "grid"
 
 
 def test_gluon_bytes():
     """R of 4 gates x 512 units x 512 units over 8 programs: half of it is in registers."""
-    plan = make_plan(16, 512, torch.bfloat16, limits=dataclasses.replace(CLUSTERS, cluster=8))
+    plan = make_plan(16, 512, torch.bfloat16, limits=dataclasses.replace(CLUSTERS, cluster=8), schedule="cluster")
     assert plan.r_bytes == plan.programs * plan.held_bytes == plan.programs * 2 * plan.register_bytes
     # the other half, da of 16 rows x 4 x 64 units, fp32 shares from 8 programs of 64 units twice, two mbarriers
     assert plan.shared_bytes == 131072 + 16 * 4 * 64 * 2 + 2 * 16 * 8 * 64 * 4 + 16

@@ -115,14 +115,17 @@ def test_a_lost_store_is_caught():
 
 
 def check_compiled(plan, dtype, arch=90, marked=False):
-    """R is in registers, a step has two barriers, and nothing spills."""
-    kernel = compile_plan(plan, dtype, arch, marked=marked)["forward_split_gluon"]
-    report = read(kernel)
-    loop = report.time_loop
-    assert loop.spills == 0 and loop.counts["BAR"] <= 2 and not loop.counts["LDSM"]
-    assert loop.held >= plan.held_bytes
-    assert report.shared == plan.shared_bytes
-    assert kernel.metadata.num_ctas == 1 and kernel.metadata.launch_cooperative_grid
+    """R is in registers, a step has two barriers, and nothing spills, in either loop."""
+    kernels = compile_plan(plan, dtype, arch, marked=marked)
+    for name in ("forward_split_gluon", *["backward_split_gluon"] * plan.backward.split):
+        report = read(kernels[name])
+        loop = report.time_loop
+        assert loop.spills == 0 and loop.counts["BAR"] <= 2, name
+        padded = plan.held if "forward" in name else plan.hidden_size       # backward pads less
+        assert loop.held >= 4 * plan.block_h * padded * dtype.itemsize
+        assert report.shared <= plan.shared_bytes
+        assert kernels[name].metadata.num_ctas == 1 and kernels[name].metadata.launch_cooperative_grid
+    assert not read(kernels["forward_split_gluon"]).time_loop.counts["LDSM"]
 
 
 @pytest.mark.parametrize("arch, limits", [(80, A100), (89, RTX_4090), (90, dataclasses.replace(H200, cluster=1))],
@@ -149,7 +152,7 @@ def test_plan():
     assert (plan.schedule, plan.gluon, plan.split, plan.wgmma, plan.num_warps) == ("grid", True, True, False, 8)
     assert plan.chunks == ((0, 128),) and plan.held == 1024 and plan.looks[1] == (128, 128) and len(plan.looks) == 8
     assert plan.held_bytes == plan.register_bytes == 4 * 16 * 1024 * 2 and plan.shared_bytes == 8 * 16 * 64 * 4
-    assert not plan.backward.gluon and Plan.decode(plan.encode()) == plan and not plan.multiplies_input(1)
+    assert plan.backward is plan and Plan.decode(plan.encode()) == plan and not plan.multiplies_input(1)
     padded = make_plan(16, 600, FP16, limits=H200)
     assert padded.split and padded.chunks == ((0, 64), (64, 32)) and padded.held == 768 and padded.owners == 48
     assert "128 KiB of R in the registers" in str(plan) and "split it among their warps" in str(plan)
@@ -160,7 +163,6 @@ def test_plan():
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(backward_plan=None), "no plan of the same layer's backward loop: None"),
     (dict(num_warps=4, chunks=((0, 256),)), "got 4 and 16"), (dict(block_h=64), "got 8 and 64"),
     (dict(chunks=((0, 64), (64, 16), (80, 64))), "four threads take 64 bytes"),
     (dict(block_h=32), "262144 bytes of R for a program's registers"),

@@ -23,14 +23,9 @@ def problem(shape, dtype, **change):
     return Problem(*shape, dtype=dtype, tf32=dtype == FP32, **change)
 
 
-def plan_of(problem, **layout):
-    """``layout``: of ``Problem.split_plan``, of the backward loop, too."""
-    return dataclasses.replace(problem.split_plan(**layout), backward_plan=None)
-
-
 def run(problem, seed=0, arch=90, **layout):
     with harness.emulator(arch, seed=seed, memory="weak"):
-        problem.check(problem.ours(plan=plan_of(problem, **layout)))
+        problem.check(problem.ours(plan=problem.split_plan(**layout)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -94,7 +89,7 @@ BROKEN = Problem(4, 12, 2, 33, dtype=BF16)
 
 def caught(**options):
     """Whether a run under one of a few seeds raises or gives a wrong number."""
-    plan, exact = plan_of(BROKEN), BROKEN.exact()
+    plan, exact = BROKEN.split_plan(), BROKEN.exact()
     for seed in range(3):
         try:
             with harness.emulator(seed=seed, memory="weak", **options):
@@ -131,7 +126,7 @@ def test_a_lost_store_is_caught():
         return re.sub(r"st\.relaxed[^;]*;", "", ptx, count=1)
 
     with harness.emulator(edit=edit, only=[KERNEL]), pytest.raises(Deadlock):
-        BROKEN.ours(plan=plan_of(BROKEN))
+        BROKEN.ours(plan=BROKEN.split_plan())
 
 
 @pytest.mark.parametrize("batch, hidden_size, dtype, marked", [
@@ -139,9 +134,7 @@ def test_a_lost_store_is_caught():
 def test_machine_code(batch, hidden_size, dtype, marked):
     """One barrier a step (Triton 3.6 does not tell the two buffers apart), R in registers, and nothing spills."""
     plan = make_plan(batch, hidden_size, dtype, limits=dataclasses.replace(H200, cluster=1), schedule="grid")
-    assert plan.split
-    plan = dataclasses.replace(plan, backward_plan=None)
-    plan.check(H200)
+    assert plan.backward.split
     report = read(compile_plan(plan, dtype, marked=marked)[KERNEL])
     assert report.time_loop.counts["BAR"] == (1 if harness.TRITON >= (3, 9) else 2) and report.time_loop.counts["LDSM"]
     assert report.time_loop.held == plan.held_bytes and report.time_loop.spills == 0

@@ -72,8 +72,8 @@ def explain(layer, x, limits=None):
                  "resets or torch.compile"]
     forward, backward = (-(-T // max(n, 1)) for n in (steps, plan.keep_every))
     loops = [plan] if plan.backward is plan else [dataclasses.replace(plan, backward_plan=None), plan.backward]
-    which = [""] if len(loops) == 1 else ["forward ", "backward "]
-    cycles = [loop.step_cycles(limits.multiprocessors) for loop in loops]
+    which, names = ([""], [None]) if len(loops) == 1 else (["forward ", "backward "], ["forward", "backward"])
+    cycles = [loop.step_cycles(limits.multiprocessors, name) for loop, name in zip(loops, names)]
     matrix, m_bytes = "R", 0
     if layer.proj_size:
         matrix = f"weight_hh weight_hr, {4 * H} x {H} in the place of R,"

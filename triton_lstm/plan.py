@@ -39,7 +39,10 @@ WARP_GROUP_STEP, WARP_GROUP_UNIT = {"native": 700, "tf32": 900}, {"native": 30, 
 WARP_GROUP_LOOK, WARP_GROUP_PRODUCT = {"native": 170, "tf32": 130}, 28
 WARP_GROUP_MULTIPLY_ADDS = {"native": 2048, "tf32": 1024}
 # A step of a tile whose warps share the feeding units: cycles beyond its products, and the part of those that is seen.
-SPLIT_STEP, SPLIT_PRODUCTS = {"native": 850, "tf32": 1000}, 0.6
+SPLIT_STEP, SPLIT_PRODUCTS = {"native": 730, "tf32": 900}, {"native": 1., "tf32": 0.6}
+# Of one loop, where the two differ much; warp groups have but one.
+LOOP_SHARE = {("split", "forward"): 0.9, ("split", "backward"): 1.1, ("grid", "forward"): 1.15,
+              ("grid", "backward"): 0.85, ("streamed", "forward"): 1.15, ("streamed", "backward"): 0.85}
 
 
 class PlanError(ValueError):
@@ -101,8 +104,8 @@ class Plan:
                  which reach hidden_size unless the plan is streamed; of each warp's share of them, if ``split``
     block_k      feeding units whose part of R is streamed at a time
     keep_every   c is kept every so many steps for backward, which recomputes that many steps at a time
-    gluon        whether the Gluon kernels run it: always in a cluster, never in streamed plans; of grid plans only the
-                 forward loop, by warp groups or with the feeding units split among warps
+    gluon        whether the Gluon kernels run it: always in a cluster, never in streamed plans; in grid plans with the
+                 feeding units split among warps or, only forward, by warp groups
     block_b      batch rows of a tile: 16, in grid and streamed plans 32 where a group has several tiles, for warp
                  groups 64 for each four warps
     backward_plan   the plan of the backward loop where it is another, else None; see ``backward``
@@ -136,7 +139,7 @@ class Plan:
 
     @property
     def split(self):
-        """Whether the warps of the forward loop share the units that feed, with R in registers."""
+        """Whether a program's warps share the units that feed, in backward those that shares are for."""
         return self.gluon and self.schedule == "grid" and self.block_b == BLOCK_B
 
     @property
@@ -232,13 +235,16 @@ class Plan:
         return (self.gluon and self.schedule != "grid" and 0 < input_size <= FUSED_INPUTS
                 and (self.precision == "native" or self.launched >= 64))
 
-    def step_cycles(self, multiprocessors):
-        """Cycles that the time loop is predicted to take for a step of all rows, forward and, unless ``backward`` is
-        another plan, backward alike.
+    def step_cycles(self, multiprocessors, loop=None):
+        """Cycles that the time loop is predicted to take for a step of all rows: the ``loop`` "forward" or "backward",
+        or the mean of the two.
 
         Programs that wait for none outside their cluster run in waves. Those of grid and streamed plans run all at
         once, and take their tiles in turn: while h of one travels, the others are computed. So do warp groups.
         """
+        return self._mean_cycles(multiprocessors) * LOOP_SHARE.get((self.kind, loop), 1)
+
+    def _mean_cycles(self, multiprocessors):
         units = self.hidden_size if self.schedule == "resident" else self.block_h
         products = 4 * self.block_b * units * self.hidden_size / MULTIPLY_ADDS[self.precision]
         work = products + self.block_b * units * CELL_CYCLES
@@ -258,7 +264,7 @@ class Plan:
             rows = -(-self.batch // (self.groups * self.tiles))
             h *= rows / self.block_b
         elif self.split:
-            own = SPLIT_STEP[self.precision] + SPLIT_PRODUCTS * products
+            own = SPLIT_STEP[self.precision] + SPLIT_PRODUCTS[self.precision] * products
         if self.wgmma or self.split:
             tile = max(own, products, h / L2_BYTES * max(self.launched / multiprocessors, 0.5))
             return self.tiles * tile + max(L2_EXCHANGE - (self.tiles - 1) * tile, 0)
@@ -337,8 +343,7 @@ class Plan:
             raise PlanError(f"{self.groups} groups of {self.tiles} tiles hold fewer than {self.batch} batch rows")
         if self.wgmma or self.backward_plan:
             same = ("hidden_size", "directions", "batch", "precision", "keep_every")
-            if self.backward.wgmma or any(
-                    getattr(self.backward, name) != getattr(self, name) for name in same):
+            if self.backward.wgmma or any(getattr(self.backward, name) != getattr(self, name) for name in same):
                 raise PlanError(f"no plan of the same layer's backward loop: {self.backward_plan}")
             self.backward.check(limits)
         if limits is None:
@@ -572,33 +577,57 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
             reasons.append(f"{name}: {error}")
             continue
         plans.append(plan)
+    if schedule in (None, "grid"):
+        plans += _split(all_tiles, common, limits)
     if not plans:
         raise PlanError("; ".join(reasons))
-    cycles = lambda plan: plan.step_cycles(limits.multiprocessors) if limits else 0
-    best = min(plans, key=cycles)
+    if limits is None:
+        return plans[0]
+    backward = min(plans, key=lambda plan: plan.step_cycles(limits.multiprocessors, "backward"))
     if schedule in (None, "grid"):
-        best = min([best, *_gluon_grid(best, limits)], key=cycles)
-    return best
+        plans += _with_warp_groups(backward, limits)
+    forward = min(plans, key=lambda plan: plan.step_cycles(limits.multiprocessors, "forward"))
+    if forward is backward or forward.wgmma:
+        return forward
+    return dataclasses.replace(forward, backward_plan=backward)
 
 
-def _gluon_grid(backward, limits):
-    """Grid plans of the layer of ``backward`` whose forward loop is a Gluon kernel's."""
-    if limits is None or not limits.cluster or backward.precision == "tf32x3":
+def _split(all_tiles, common, limits):
+    """Plans whose warps share the units that feed."""
+    if limits is None or not limits.cluster or common["precision"] == "tf32x3":
         return
-    H, element = backward.hidden_size, _element(backward.precision)
-    shapes = [(block_h, BLOCK_B, _split_chunks(H, element)) for block_h in (16, 32)]
-    if limits.wgmma:
-        chunks = _wgmma_chunks(H, WARP_GROUP_BYTES // element)
-        shapes += [(block_h, groups * WARP_GROUP_ROWS, chunks) for block_h in (8, 16, 32, 64) for groups in (1, 2)]
-    for block_h, block_b, chunks in shapes:
+    H = common["hidden_size"]
+    for block_h in (16, 32):
+        programs = -(-H // block_h)
+        groups = min(limits.multiprocessors // (programs * common["directions"]), all_tiles)
+        if groups == 0:
+            continue
+        tiles = -(-all_tiles // groups)
+        plan = Plan("grid", programs=programs, groups=-(-all_tiles // tiles), tiles=tiles, block_h=block_h,
+                    num_warps=NUM_WARPS, chunks=_split_chunks(H, _element(common["precision"])), block_k=0, gluon=True,
+                    **common)
+        try:
+            plan.check(limits)
+        except PlanError:
+            continue
+        yield plan
+
+
+def _with_warp_groups(backward, limits):
+    """Plans of the layer of ``backward`` whose forward loop multiplies by warp groups."""
+    if limits is None or not (limits.wgmma and limits.cluster) or backward.precision == "tf32x3":
+        return
+    H = backward.hidden_size
+    chunks = _wgmma_chunks(H, WARP_GROUP_BYTES // _element(backward.precision))
+    for block_h, block_b in itertools.product((8, 16, 32, 64), (WARP_GROUP_ROWS, 2 * WARP_GROUP_ROWS)):
         programs, all_tiles = -(-H // block_h), -(-backward.batch // block_b)
         groups = min(limits.multiprocessors // (programs * backward.directions), all_tiles)
         if groups == 0:
             continue
         tiles = -(-all_tiles // groups)
         plan = dataclasses.replace(backward, schedule="grid", programs=programs, groups=-(-all_tiles // tiles),
-                                   tiles=tiles, block_h=block_h, chunks=chunks, block_k=0, gluon=True, block_b=block_b,
-                                   num_warps=NUM_WARPS if block_b == BLOCK_B else block_b // 16, backward_plan=backward)
+                                   tiles=tiles, block_h=block_h, num_warps=block_b // 16, chunks=chunks, block_k=0,
+                                   gluon=True, block_b=block_b, backward_plan=backward)
         try:
             plan.check(limits)
         except PlanError:

@@ -47,7 +47,7 @@ def explain(layer, x, limits=None):
     if own and (own.batch, own.hidden_size, own.directions, own.precision == "native") != (
             B, H, D, dtype != torch.float32):
         return f"{title}\nlayer.plan cannot run, it is for another input: {own}"
-    if zoned and own and own.gluon:
+    if zoned and own and (own.gluon or own.backward.gluon):
         return f"{title}\nlayer.plan cannot run: {NO_GLUON}"
     limits = portable(limits) if zoned else limits
     try:

@@ -60,7 +60,7 @@ def plan_for(x, h0, text, keep_every, zoned):
                          f"direction(s), the call has {batch}, {hidden_size}, {directions}")
     if (plan.precision == "native") != (x.dtype != torch.float32):
         raise ValueError(f"the plan computes in {plan.precision}, the input is {x.dtype}")
-    if zoned and plan.gluon:
+    if zoned and (plan.gluon or plan.backward.gluon):
         raise PlanError(NO_GLUON)
     plan.check(limits_of(x.device))
     return plan

@@ -1,10 +1,7 @@
 """The Gluon kernels: their PTX, executed on CPU tensors, and what the compiler made of them."""
-import contextlib
 import dataclasses
 import importlib.util
-import pathlib
 import re
-import sys
 from unittest import mock
 
 import pytest
@@ -13,10 +10,9 @@ from triton_lstm.kernels.ahead import compile_plan
 
 import harness
 from bench.machine_code import read
-from problems import Problem, error
+from problems import Problem
 from ptx_emulator import EmulatorError
 from triton_lstm import Plan, make_plan
-from triton_lstm.kernels import launch
 from triton_lstm.plan import A100, FUSED_INPUTS, H200, RTX_4090
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -114,35 +110,6 @@ def test_r_beyond_the_registers():
         small.check(small.ours(plan=plan))
 
 
-@contextlib.contextmanager
-def edited(name, tmp_path, old, new):
-    """The kernel ``name`` compiled from its source with ``old`` replaced."""
-    path = pathlib.Path(sys.modules[f"triton_lstm.kernels.gluon_{name}"].__file__)
-    text = path.read_text()
-    assert old in text
-    copy = tmp_path / f"edited_{name}.py"
-    copy.write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location(f"triton_lstm.kernels.edited_{name}", copy)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with mock.patch.object(launch, f"{name}_gluon", getattr(module, f"{name}_gluon")):
-        yield
-
-
-def caught(problem, plan, **options):
-    """Whether a run under one of a few seeds raises or gives a wrong number."""
-    exact = problem.exact()
-    for seed in range(8):
-        try:
-            with harness.emulator(seed=seed, **options):
-                results = problem.ours(plan=plan)
-        except EmulatorError:
-            return True
-        if any(not error(results[name], exact[name]) < 0.03 for name in exact):
-            return True
-    return False
-
-
 @CLUSTERS
 @pytest.mark.parametrize("name, old, new", [
     ("forward", "mbarrier.wait(bars.index(s % 2), s // 2 % 2)", "pass"),
@@ -153,8 +120,9 @@ def caught(problem, plan, **options):
 ], ids=["wait", "one buffer", "last wait", "backward wait", "backward one buffer"])
 def test_a_broken_exchange_is_caught(name, old, new, tmp_path):
     broken = Problem(6, 3, 2, 33, dtype=BF16)
-    with edited(name, tmp_path, old, new):
-        assert caught(broken, broken.gluon_plan(2))
+    module = importlib.import_module(f"triton_lstm.kernels.gluon_{name}")
+    with harness.edited(module, f"{name}_gluon", tmp_path, old, new):
+        assert harness.caught(broken, broken.gluon_plan(2), seeds=8)
 
 
 def remove(pattern, count=1):
@@ -170,7 +138,7 @@ def remove(pattern, count=1):
 ], ids=["start", "store", "bytes"])
 def test_a_broken_exchange_in_ptx_is_caught(kernel, edit):
     broken = Problem(4, 3, 2, 33, dtype=BF16)
-    assert caught(broken, broken.gluon_plan(2), edit=edit, only=[kernel])
+    assert harness.caught(broken, broken.gluon_plan(2), seeds=8, edit=edit, only=[kernel])
 
 
 @pytest.mark.parametrize("kernel", ["forward_gluon", "backward_gluon"])

@@ -20,7 +20,6 @@ if not INTERPRET:       # which knows no Gluon
 # Triton's interpreter runs a launch's programs one after the other, so one that waits for another waits for ever.
 # Tests that interleave them set this.
 interleaved = False
-SHARES = 512            # of dh in the registers of a program with 8 warps at a time, for each row
 
 
 def matmul_precision(plan):
@@ -150,13 +149,7 @@ def _backward_constants(plan, marks):
     if not plan.split:
         constants = _loop_constants(plan, marks)
         return constants if plan.gluon or plan.schedule == "resident" else {**constants, "PROGRAMS": plan.programs}
-    least = 16 * plan.num_warps         # targets of a product, of which a thread has four adjacent ones at least
-    chunks, start, reach = [], 0, -(-plan.hidden_size // least) * least
-    while start < reach:
-        width = min(1 << ((reach - start).bit_length() - 1), SHARES)
-        chunks.append((start, width))
-        start += width
-    return dict(CHUNKS=tuple(chunks), BLOCK_H=plan.block_h, OWNERS=plan.owners, PROGRAMS=plan.programs,
+    return dict(CHUNKS=plan.targets, BLOCK_H=plan.block_h, OWNERS=plan.owners, PROGRAMS=plan.programs,
                 MARKED=marks is not None, PRECISION=plan.precision)
 
 

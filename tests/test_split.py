@@ -12,7 +12,6 @@ from bench.machine_code import read
 from problems import NotFinite, Problem
 from ptx_emulator import Deadlock
 from triton_lstm import Plan, PlanError, make_plan
-from triton_lstm.kernels import gluon_grid, gluon_split
 from triton_lstm.plan import A100, H200, RTX_4090
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -143,8 +142,10 @@ def test_plan():
     assert plan.chunks == ((0, 128),) and plan.held == 1024 and plan.looks[1] == (128, 128) and len(plan.looks) == 8
     assert plan.held_bytes == plan.register_bytes == 4 * 16 * 1024 * 2 and plan.shared_bytes == 8 * 16 * 64 * 4
     assert plan.backward is plan and Plan.decode(plan.encode()) == plan and not plan.multiplies_input(1)
+    assert plan.targets == ((0, 512), (512, 512))
     padded = make_plan(16, 600, FP16, limits=H200)
     assert padded.split and padded.chunks == ((0, 64), (64, 32)) and padded.held == 768 and padded.owners == 48
+    assert padded.targets == ((0, 512), (512, 128))
     assert "128 KiB of R in the registers" in str(plan) and "split it among their warps" in str(plan)
     # clusters exchange faster; exact fp32 has no Gluon kernel
     assert make_plan(16, 512, BF16, limits=dataclasses.replace(H200, cluster=16)).schedule == "cluster"
@@ -160,8 +161,3 @@ def test_plan():
 def test_check(change, message):
     with pytest.raises(PlanError, match=message):
         dataclasses.replace(make_plan(16, 1024, BF16, limits=H200), **change).check(H200)
-
-
-def test_shared_pieces():
-    """One order of the sum for both kernels, and one wait."""
-    assert gluon_split.unit_of is gluon_grid.unit_of and gluon_split.wait_for is gluon_grid.wait_for

@@ -40,6 +40,7 @@ WARP_GROUP_LOOK, WARP_GROUP_PRODUCT = {"native": 170, "tf32": 130}, 28
 WARP_GROUP_MULTIPLY_ADDS = {"native": 2048, "tf32": 1024}
 # A step of a tile whose warps share the feeding units: cycles beyond its products, and the part of those that is seen.
 SPLIT_STEP, SPLIT_PRODUCTS = {"native": 730, "tf32": 900}, {"native": 1., "tf32": 0.6}
+SPLIT_TARGETS = 512                     # units whose shares a program computes at a time, at most
 # Of one loop, where the two differ much; warp groups have but one.
 LOOP_SHARE = {("split", "forward"): 0.9, ("split", "backward"): 1.1, ("grid", "forward"): 1.15,
               ("grid", "backward"): 0.85, ("streamed", "forward"): 1.15, ("streamed", "backward"): 0.85}
@@ -163,6 +164,12 @@ class Plan:
     def r_bytes(self):
         """Bytes of R of one direction, both planes of a tf32x3 R together."""
         return 4 * self.hidden_size ** 2 * _element(self.precision)
+
+    @property
+    def targets(self):
+        """How a split backward loop cuts the units that its shares are for: of a product each warp has 16 at least."""
+        least = 16 * self.num_warps
+        return _cut(-(-self.hidden_size // least) * least, SPLIT_TARGETS)
 
     @property
     def held_bytes(self):
@@ -433,8 +440,12 @@ def _element(precision):
 
 
 def _chunks(units, width):
-    """Powers of two up to ``width``, largest first, that reach ``units`` rounded up to 16 or, beyond 16, to 32."""
-    end = 16 if units <= 16 else -(-units // 32) * 32
+    """``_cut`` so as to reach ``units`` rounded up to 16 or, beyond 16, to 32."""
+    return _cut(16 if units <= 16 else -(-units // 32) * 32, width)
+
+
+def _cut(end, width):
+    """(start, size) of powers of two up to ``width``, largest first, that reach ``end``."""
     chunks, start = [], 0
     while start < end:
         size = min(width, 1 << ((end - start).bit_length() - 1))
@@ -455,12 +466,8 @@ def _wgmma_chunks(units, width):
 def _split_chunks(units, element):
     """As ``_chunks``, of each warp's share of the units, in powers of two of which four threads take 64 bytes a row."""
     least = 64 // element
-    each, start, chunks = -(-units // (NUM_WARPS * least)) * least, 0, []
-    while start < each:
-        width = 1 << ((each - start).bit_length() - 1)
-        chunks.append((start, width))
-        start += width
-    return tuple(chunks)
+    each = -(-units // (NUM_WARPS * least)) * least
+    return _cut(each, each)
 
 
 def keep_every_for(batch, hidden_size, directions):

@@ -33,8 +33,8 @@ class Loop:
     ``held`` counts the bytes, of all threads of a program, that matrix products read from registers as second factor
     and that nothing in the loop writes. The bounds are in cycles of one multiprocessor: issue slots, tensor cores,
     special functions, and ``chain``: one warp in order against the waits that the compiler encoded, which is what a
-    pass costs when nothing hides latency. A nested loop's instructions belong to it, once; the bounds leave out those
-    that only look again for what others send.
+    pass costs when nothing hides latency. A nested loop's instructions belong to it, once. A pass finds what others send
+    at the first look: what is done after a look in vain, which begins with one at the clock, is left out.
     """
     start: int
     end: int
@@ -82,8 +82,9 @@ class Report:
 
 # An instruction: address, name without and with modifiers, operands, and its control bits: cycles to the next one,
 # scoreboards that it sets when it has written its result (wr) or read its operands (rd), 7 for none, and a mask of
-# those it waits for.
-_Instruction = collections.namedtuple("_Instruction", "address op full operands stall wr rd wait")
+# those it waits for; and whether a predicate guards it.
+_Instruction = collections.namedtuple("_Instruction", "address op full operands stall wr rd wait guarded",
+                                      defaults=(False,))
 
 
 def read(compiled):
@@ -111,25 +112,48 @@ def _loops(code, warps, arch):
     """The loops of ``code``, longest first."""
     index = {instruction.address: n for n, instruction in enumerate(code)}
     spans = []
-    for n, instruction in enumerate(code):
-        target = re.search(r"0x([0-9a-f]+)", instruction.operands) if instruction.op == "BRA" else None
-        first = index.get(int(target[1], 16), n) if target else n
-        if first < n:                                   # a branch backwards
+    goes_to = [_target(instruction, index) for instruction in code]
+    for n, first in enumerate(goes_to):
+        if first is not None and first < n:             # a branch backwards
             spans.append((first, n + 1))
-    # warps of the Gluon grid kernels vote whether to look again at what they have loaded before
-    again = {n for span in spans for n in range(*span) if _looks_again(code[slice(*span)])}
     loops = []
     for first, end in spans:
-        body = code[first:end]
-        once = [code[n] for n in range(first, end) if n not in again or first in again]
-        loops.append(Loop(code[first].address, code[end - 1].address, collections.Counter(i.op for i in body),
-                          _held(body, warps), *_bounds(once, warps, arch)))
+        body = [code[n] for n in _pass(code, goes_to, first, end)]
+        if body:
+            loops.append(Loop(code[first].address, code[end - 1].address, collections.Counter(i.op for i in body),
+                              _held(body, warps), *_bounds(body, warps, arch)))
     return sorted(loops, key=lambda loop: -loop.instructions)
 
 
-def _looks_again(body):
-    ops = {i.op for i in body}
-    return "VOTE" in ops and ops.isdisjoint(("HMMA", "HGMMA"))
+def _target(instruction, index):
+    """The number of the instruction that a branch goes to, by its address in ``index``; None for all else."""
+    target = re.search(r"0x([0-9a-f]+)", instruction.operands) if instruction.op == "BRA" else None
+    return index.get(int(target[1], 16)) if target else None
+
+
+def _pass(code, goes_to, first, end):
+    """The numbers of the instructions that a pass from ``first`` to the branch back before ``end`` may take, without a
+    look at the clock."""
+    then = {}
+    for n in range(first, end - 1):
+        if "GLOBALTIMER" not in code[n].operands:
+            falls = [] if code[n].op in ("BRA", "EXIT", "BPT") and not code[n].guarded else [n + 1]
+            then[n] = falls + [t for t in [goes_to[n]] if t is not None and first < t < end]
+    before = collections.defaultdict(list)
+    for n, following in then.items():
+        for m in following:
+            before[m].append(n)
+    return sorted(_reached(first, then) & _reached(end - 1, before))
+
+
+def _reached(start, edges):
+    """What ``edges``, lists by number, lead to from ``start``."""
+    found, left = {start}, [start]
+    while left:
+        new = set(edges.get(left.pop(), ())) - found
+        found |= new
+        left += new
+    return found
 
 
 def _parse(text):
@@ -138,9 +162,9 @@ def _parse(text):
     for address, body, high in re.findall(
             r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s+/\* 0x[0-9a-f]+ \*/\s*\n\s+/\* 0x([0-9a-f]{16}) \*/", text):
         full, _, operands = re.sub(r"^@!?U?P\w+\s+", "", body).partition(" ")
-        control = int(high, 16) >> 41
+        control, guarded = int(high, 16) >> 41, body.startswith("@")
         code.append(_Instruction(int(address, 16), full.split(".")[0], full, operands, control & 15, control >> 5 & 7,
-                                 control >> 8 & 7, control >> 11 & 63))
+                                 control >> 8 & 7, control >> 11 & 63, guarded))
     return code
 
 

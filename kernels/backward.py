@@ -34,6 +34,7 @@ from .cell import (
 )
 from .exchange import add_shares, flag_of, send_shares
 from .forward import load_marks
+from .waiting import BACKWARD_GRID
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "rate_h", "rate_c"])
@@ -246,14 +247,15 @@ def multiply_and_send(slot, da, r, p, flag, start, WIDTH: tl.constexpr, PROGRAMS
     send_shares(slot + to + tl.arange(0, BLOCK_B)[:, None] * BLOCK_H, share, flag, INTERPRET)
 
 
-@triton.jit(do_not_specialize=["T", "S", "B", "first", "tiles", "stride_dyt", "stride_dyb"])
+@triton.jit(do_not_specialize=["T", "S", "B", "first", "tiles", "stride_dyt", "stride_dyb", "limit"])
 def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, offsets_ptr, share_ptr,
                   T, S, B, first, tiles,
                   stride_dyt, stride_dyb, stride_dyh,
                   H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,
                   PROGRAMS: tl.constexpr, OWNERS: tl.constexpr, HELD: tl.constexpr, BLOCK_K: tl.constexpr,
                   BLOCK_B: tl.constexpr, HAS_DY: tl.constexpr, DY_UNIT: tl.constexpr, MARKED: tl.constexpr,
-                  PRECISION: tl.constexpr, INTERPRET: tl.constexpr, COUNT: tl.constexpr = 6):
+                  PRECISION: tl.constexpr, INTERPRET: tl.constexpr, COUNT: tl.constexpr = 6, stuck_ptr=None,
+                  limit=None):
     """As ``backward_resident``, but a group of programs shares R as in ``forward_grid``.
 
     A program multiplies its own da by its own rows of R, which gives a share of every unit's dh; the shares meet in
@@ -261,7 +263,7 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, of
     The halves take turns by step, and a share's last bit by turns of its half (see ``exchange``): all zero at first,
     then ones. A program overwrites what it sent two steps before once it has a share of the step between from the
     reader, who computed that from what it had read. Over steps that are not live, dh waits in dh_ptr; with zoneout
-    the part of every dh that the step passes on does.
+    the part of every dh that the step passes on does. stuck, limit: see ``waiting``.
     """
     p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     AREA: tl.constexpr = BLOCK_B * BLOCK_H
@@ -301,8 +303,8 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, of
         if s == S - 1:
             dh = tl.load(dh_ptr + at_state, mask=mask, other=0.)
         else:
-            dh = add_shares(tile + (turn - 1) % 2 * half + p * (PROGRAMS * AREA), flag_of(turn - 1), PROGRAMS, AREA,
-                            BLOCK_B, BLOCK_H)
+            dh = add_shares(tile + (turn - 1) % 2 * half + p * (PROGRAMS * AREA), flag_of(turn - 1),
+                            (stuck_ptr, limit, first, s, m), PROGRAMS, AREA, BLOCK_B, BLOCK_H, BACKWARD_GRID)
             if COUNT == 8:
                 dh += tl.load(dh_ptr + at_state, mask=mask, other=0.)
                 if MARKED:
@@ -337,7 +339,8 @@ def backward_grid(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, of
         mask = (row < B) & (unit[None, :] < H)
         turn = T - 1 - first
         tile = share_ptr + m * of_tile
-        dh = add_shares(tile + turn % 2 * half + p * (PROGRAMS * AREA), flag_of(turn), PROGRAMS, AREA, BLOCK_B, BLOCK_H)
+        dh = add_shares(tile + turn % 2 * half + p * (PROGRAMS * AREA), flag_of(turn),
+                        (stuck_ptr, limit, first, -1, m), PROGRAMS, AREA, BLOCK_B, BLOCK_H, BACKWARD_GRID)
         if COUNT == 8:
             dh += tl.load(dh_ptr + (d * B + row).to(tl.int64) * H + unit[None, :], mask=mask, other=0.)
         if MARKED:

@@ -7,6 +7,8 @@ volatile, as PTX has it), for a weak store may stay out of a poller's sight.
 import triton
 import triton.language as tl
 
+from .waiting import look_at_clock
+
 
 @triton.jit
 def _or(a, b):
@@ -102,31 +104,34 @@ def any_missing(words, dtype: tl.constexpr):
 
 
 @triton.jit
-def receive(ptr, CHUNKS: tl.constexpr, UNITS: tl.constexpr, BLOCK_B: tl.constexpr):
-    """The words of each of CHUNKS, once all are there."""
+def receive(ptr, watch, CHUNKS: tl.constexpr, UNITS: tl.constexpr, BLOCK_B: tl.constexpr, KERNEL: tl.constexpr):
+    """The words of each of CHUNKS, once all are there. watch: see ``waiting``."""
     dtype: tl.constexpr = ptr.dtype.element_ty
     words = ()
     for k in tl.static_range(len(CHUNKS)):
         words += (tl.full((BLOCK_B, CHUNKS[k][1] * dtype.primitive_bitwidth // 32), 0, tl.int32),)
-    waiting = True
+    waiting, since = True, 0
     while waiting:
         found = ()
         for k in tl.static_range(len(CHUNKS)):
             found += (look(ptr, CHUNKS[k][0], CHUNKS[k][1], UNITS, BLOCK_B),)
         words = found
         waiting = any_missing(words, dtype)
+        if waiting:
+            since = look_at_clock(since, watch, KERNEL)
     return words
 
 
 @triton.jit
-def wait_for(ptr, START: tl.constexpr, UNITS: tl.constexpr, BLOCK_B: tl.constexpr, INTERPRET: tl.constexpr):
+def wait_for(ptr, watch, START: tl.constexpr, UNITS: tl.constexpr, BLOCK_B: tl.constexpr, KERNEL: tl.constexpr,
+             INTERPRET: tl.constexpr):
     """Wait until the units from START on are there, for ordinary loads to find: of a loop, which the compiler may turn
     into asynchronous copies that fetch ahead."""
     dtype: tl.constexpr = ptr.dtype.element_ty
     PER_WORD: tl.constexpr = 32 // dtype.primitive_bitwidth
     WIDTH: tl.constexpr = 128
     rows = tl.arange(0, BLOCK_B)[:, None] * (UNITS // PER_WORD)
-    waiting = True
+    waiting, since = True, 0
     while waiting:
         found = tl.full((BLOCK_B, WIDTH), 0, tl.int32)
         for start in tl.static_range(START // PER_WORD, UNITS // PER_WORD, WIDTH):
@@ -135,6 +140,8 @@ def wait_for(ptr, START: tl.constexpr, UNITS: tl.constexpr, BLOCK_B: tl.constexp
                             volatile=True)
             found |= missing(words, dtype)
         waiting = is_missing(any_bit(found), dtype)
+        if waiting:
+            since = look_at_clock(since, watch, KERNEL)
     if not INTERPRET:
         # what a thread has seen, all threads of the program may read from here on
         tl.inline_asm_elementwise("fence.acq_rel.gpu; bar.sync 0; mov.b32 $0, 0;", "=r,r,~{memory}", [tl.program_id(0)],
@@ -191,10 +198,13 @@ def look_at_shares(ptr, flag, PROGRAMS: tl.constexpr, AREA: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def add_shares(ptr, flag, PROGRAMS: tl.constexpr, AREA: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+def add_shares(ptr, flag, watch, PROGRAMS: tl.constexpr, AREA: tl.constexpr, BLOCK_B: tl.constexpr,
+               BLOCK_H: tl.constexpr, KERNEL: tl.constexpr):
     """The sum that ``look_at_shares`` finds, once all are there."""
     total = tl.full((BLOCK_B, BLOCK_H), 0., tl.float32)
-    late = True
+    late, since = True, 0
     while late:
         total, late = look_at_shares(ptr, flag, PROGRAMS, AREA, BLOCK_B, BLOCK_H)
+        if late:
+            since = look_at_clock(since, watch, KERNEL)
     return total

@@ -18,6 +18,7 @@ from .cell import (
     zoneout,
 )
 from .exchange import receive, send_h, values, wait_for
+from .waiting import FORWARD_GRID
 
 
 @triton.jit
@@ -165,20 +166,22 @@ def first_factor(h, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
         return operand(h, PRECISION, INTERPRET)
 
 
-@triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles", "rate_h", "rate_c"])
+@triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles", "rate_h", "rate_c", "limit"])
 def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offsets_ptr, sent_ptr,
                  T, S, B, first, keep_every, tiles,
                  H: tl.constexpr, DIRECTIONS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_H: tl.constexpr,
                  OWNERS: tl.constexpr, HELD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
                  MARKED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
-                 ZONEOUT: tl.constexpr = None, seed_ptr=None, rate_h=None, rate_c=None, h0_ptr=None):
+                 ZONEOUT: tl.constexpr = None, seed_ptr=None, rate_h=None, rate_c=None, h0_ptr=None,
+                 stuck_ptr=None, limit=None):
     """As ``forward_resident``, but a group of programs shares R: each holds the rows of BLOCK_H hidden units.
 
     A group takes ``tiles`` batch tiles through a step; while h of one is on its way, the others are computed. h travels
     through sent (S, D, groups, tiles, BLOCK_B, OWNERS BLOCK_H), of y's type, rounded for TF32: at launch h before step
     0, then all bits set, but zero for owners that are no programs; see ``exchange``. c lives in c_ptr, so that a
     program needs no registers for more than one tile. CHUNKS cut the HELD first input units, whose part of R stays on
-    chip; the rest is read each step, BLOCK_K units at a time. ZONEOUT: h0 (D, B, H) is never rounded.
+    chip; the rest is read each step, BLOCK_K units at a time. ZONEOUT: h0 (D, B, H) is never rounded. stuck, limit: see
+    ``waiting``.
     """
     p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -223,7 +226,8 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offsets
         tile = sent_ptr + s * step_of_sent + m * AREA
         # All loads first: the compiler keeps them in this order with the products' barriers, and each would be waited
         # for alone.
-        h = receive(tile, CHUNKS, UNITS, BLOCK_B)
+        watch = (stuck_ptr, limit, first, s, m)
+        h = receive(tile, watch, CHUNKS, UNITS, BLOCK_B, FORWARD_GRID)
         if ZONEOUT is not None:
             # The units' own earlier h: y has it as it is, rounded only products may. Another thread may have stored it,
             # and ``receive`` has a barrier.
@@ -240,7 +244,7 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offsets
         for k in tl.static_range(len(CHUNKS)):
             a = product(first_factor(values(h[k], dtype), PRECISION, INTERPRET), r[k], a, PRECISION)
         if HELD < H:
-            wait_for(tile, HELD, UNITS, BLOCK_B, INTERPRET)
+            wait_for(tile, watch, HELD, UNITS, BLOCK_B, FORWARD_GRID, INTERPRET)
             for start in range(HELD, H, BLOCK_K):
                 h_part = tl.load(tile + rows * UNITS + start + tl.arange(0, BLOCK_K)[None, :], cache_modifier=".cg")
                 a = product(first_factor(h_part, PRECISION, INTERPRET),

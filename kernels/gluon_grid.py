@@ -19,6 +19,7 @@ from .cell import FRESH, LIVE, chunk_shift, round_tf32, rows_at
 from .exchange import bits_of, send
 from .forward import load_marks
 from .gluon_cell import cell, join_gates, load, powers, split_gates
+from .waiting import FORWARD_WGMMA, give_up
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier     # its name before Triton 3.7
 
@@ -34,21 +35,23 @@ def rows_layout(own, blocks, warps):
 
 
 @gluon.constexpr_function
-def look_again(count, start):
+def look_again(count, start, kernel):
     """Assembly: its ``count`` outputs are the words that it is given in the same registers, or those in memory, once no
     word has all bits set. Of ``count`` addresses it takes those of the thread's two rows and counts on from them, from
-    ``start`` bytes behind. Its operands' constraints are the second result."""
-    lines = [".reg .pred p; .reg .b32 m, n;", "LOOK:", "max.u32 m, $0, $1;", "max.u32 n, $2, $3;"]
+    ``start`` bytes behind; of as many of each part of a ``watch`` (see ``waiting``) the first. Its operands'
+    constraints are the second result."""
+    lines = [".reg .pred p; .reg .b32 m, n, since;", "mov.b32 since, 0;", "LOOK:", "max.u32 m, $0, $1;", "max.u32 n, $2, $3;"]
     for n in range(4, count, 2):
         lines += [f"max.u32 m, m, ${n};", f"max.u32 n, n, ${n + 1};"]
     lines += ["max.u32 m, m, n;", "setp.eq.u32 p, m, 0xffffffff;", "vote.sync.any.pred p, p, 0xffffffff;",
-              "@!p bra THERE;"]
+              "@!p bra THERE;", give_up(kernel, "since", *(f"${n * count}" for n in range(3, 8)))]
     for n in range(0, count, 4):
         row, behind = n - n % (count // 2), start + n % (count // 2) // 4 * 64
         lines += [f"ld.volatile.global.v4.b32 {{${n}, ${n + 1}, ${n + 2}, ${n + 3}}}, [${2 * count + row}+{behind}];"]
     lines += ["bra LOOK;", "THERE:"]
     same = [str(n) for n in range(count)]
-    return "{ " + " ".join(lines) + " }", ",".join(["=&r"] * count + same + ["l"] * count)
+    return "{ " + " ".join(lines) + " }", ",".join(
+        ["=&r"] * count + same + ["l"] * (2 * count) + ["r"] * (4 * count))
 
 
 @gluon.jit
@@ -62,12 +65,13 @@ def places(tile, last_row, ROW: gl.constexpr, WORDS: gl.constexpr):
 
 
 @gluon.jit
-def wait_for(words, at, START: gl.constexpr):
+def wait_for(words, at, watch, START: gl.constexpr, KERNEL: gl.constexpr):
     """``words`` of h, read START words behind ``at``, once all have arrived; each warp for itself. They arrive whole
     (see ``send``), and no two halves of one that has arrived have all bits set."""
     COUNT: gl.constexpr = words.numel // (32 * gl.num_warps())
-    ASM: gl.constexpr = look_again(COUNT, 4 * START)
-    return gl.inline_asm_elementwise(ASM[0], ASM[1], [words, at.to(gl.uint64)], dtype=gl.int32, is_pure=False,
+    ASM: gl.constexpr = look_again(COUNT, 4 * START, KERNEL)
+    return gl.inline_asm_elementwise(ASM[0], ASM[1], [words, at.to(gl.uint64), watch[0].to(gl.uint64), watch[1],
+                                                      watch[2], watch[3], watch[4]], dtype=gl.int32, is_pure=False,
                                      pack=COUNT)
 
 
@@ -132,11 +136,12 @@ def send_h(tile, h, p, UNITS: gl.constexpr):
     send(tile.to(gl.pointer_type(words.dtype)) + to, gl.convert_layout(words, TO, assert_trivial=True), False)
 
 
-@gluon.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles"])
+@gluon.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles", "limit"])
 def forward_grid_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offsets_ptr, sent_ptr,
                        T, S, B, first, keep_every, tiles,
                        H: gl.constexpr, DIRECTIONS: gl.constexpr, CHUNKS: gl.constexpr, BLOCK_H: gl.constexpr,
-                       OWNERS: gl.constexpr, BLOCK_B: gl.constexpr, MARKED: gl.constexpr, PRECISION: gl.constexpr):
+                       OWNERS: gl.constexpr, BLOCK_B: gl.constexpr, MARKED: gl.constexpr, PRECISION: gl.constexpr,
+                       stuck_ptr, limit):
     """As ``forward_grid``, 64 rows to each four warps. CHUNKS are as wide as units of h are waited for at a time; the
     last one may have half the width."""
     p, group, d = gl.program_id(0), gl.program_id(1), gl.program_id(2)
@@ -186,6 +191,7 @@ def forward_grid_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, o
             next_mark = load_marks(marks_ptr, gl.where(d == 0, ahead, T - 1 - ahead).to(gl.int64), row, B)
             c_prev = gl.where((mark & FRESH) == 0, c_prev, 0.)
         tile = sent_ptr + s * step_of_sent + m * AREA
+        watch = (stuck_ptr, limit, first, s, m)
         last_row = gl.maximum(B - 1 - (group * tiles + m) * BLOCK_B, 0)
         words = gl.load(places(tile, last_row, ROW, CHUNKS[0][1] * BITS // 32), volatile=True)
         a = join_gates(x[0].to(gl.float32), x[1].to(gl.float32), x[2].to(gl.float32), x[3].to(gl.float32), BLOCK_H, 4,
@@ -202,7 +208,7 @@ def forward_grid_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, o
         zero = gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [s], dtype=gl.int32, is_pure=False, pack=1)
         for k in gl.static_range(len(CHUNKS)):
             at = places(tile, last_row, ROW, CHUNKS[k][1] * BITS // 32)
-            h = first_factor(wait_for(words, at, CHUNKS[k][0] * BITS // 32), dtype, A)
+            h = first_factor(wait_for(words, at, watch, CHUNKS[k][0] * BITS // 32, FORWARD_WGMMA), dtype, A)
             if k + 1 < len(CHUNKS):
                 # once the first is there, the others are likely to be
                 at = places(tile, last_row, ROW, CHUNKS[k + 1][1] * BITS // 32)

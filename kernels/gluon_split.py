@@ -14,6 +14,7 @@ from .exchange import bits_of, send
 from .forward import load_marks
 from .gluon_cell import cell, powers
 from .gluon_grid import load_gates, unit_of, wait_for
+from .waiting import FORWARD_SPLIT
 
 
 @gluon.constexpr_function
@@ -107,11 +108,12 @@ def send_h(tile, h, p, UNITS: gl.constexpr):
     send(tile.to(gl.pointer_type(gl.int32)) + to, words, False)
 
 
-@gluon.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles"])
+@gluon.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles", "limit"])
 def forward_split_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offsets_ptr, sent_ptr,
                         T, S, B, first, keep_every, tiles,
                         H: gl.constexpr, DIRECTIONS: gl.constexpr, CHUNKS: gl.constexpr, BLOCK_H: gl.constexpr,
-                        OWNERS: gl.constexpr, EACH: gl.constexpr, MARKED: gl.constexpr, PRECISION: gl.constexpr):
+                        OWNERS: gl.constexpr, EACH: gl.constexpr, MARKED: gl.constexpr, PRECISION: gl.constexpr,
+                        stuck_ptr, limit):
     """As ``forward_grid`` in tiles of 16 rows. CHUNKS cut the EACH units of a warp."""
     p, group, d = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     dtype: gl.constexpr = y_ptr.dtype.element_ty
@@ -171,7 +173,7 @@ def forward_split_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, 
         next_x = load_gates(x_ptr + next_base * (4 * H) + next_row * (4 * H) + unit, inside, H)
         a = gl.full((W, 16, 4 * BLOCK_H), 0., gl.float32, ACC)
         for k in gl.static_range(len(CHUNKS)):
-            h = first_factor(wait_for(words[k], at[k], 0), dtype, A)
+            h = first_factor(wait_for(words[k], at[k], (stuck_ptr, limit, first, s, m), 0, FORWARD_SPLIT), dtype, A)
             a = mma_v2(h, r[k], a, input_precision="tf32")
         partial.store(a)
         a = gl.sum(partial.load(sums_layout(BLOCK_H, W)), 0).reshape(16, BLOCK_H, 2, 2)

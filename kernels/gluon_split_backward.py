@@ -15,6 +15,7 @@ from .exchange import flag_of
 from .forward import load_marks
 from .gluon_cell import load_there, powers, shared_layout
 from .gluon_split import unit_layout
+from .waiting import BACKWARD_SPLIT, give_up
 
 
 @gluon.constexpr_function
@@ -73,25 +74,28 @@ def send_shares(slot, share, p, flag, START: gl.constexpr, PROGRAMS: gl.constexp
 
 
 @gluon.constexpr_function
-def look_again(tensors, count, stride):
+def look_again(tensors, count, stride, kernel):
     """Assembly: outputs are ``count`` adjacent words of each of ``tensors``, ``stride`` bytes apart: those that it is
     given in the same registers, or those in memory, once the last bit of each is the flag's. Further operands are
-    ``count`` addresses and flags, of which it takes the first. Their constraints are the second result."""
+    ``count`` addresses, flags, and of each part of a ``watch`` (see ``waiting``), of which it takes the first. Their
+    constraints are the second result."""
     total = tensors * count
     address, flag = 2 * total, 2 * total + count
     sums = min(4, total)
-    lines = [".reg .pred p; .reg .b32 n, m<4>;", "LOOK:"]
+    lines = [".reg .pred p; .reg .b32 n, m<4>, since;", "mov.b32 since, 0;", "LOOK:"]
     for n in range(total):
         lines += [f"xor.b32 n, ${n}, ${flag}; or.b32 m{n % sums}, m{n % sums}, n;" if n >= sums else
                   f"xor.b32 m{n}, ${n}, ${flag};"]
     lines += [f"or.b32 m0, m0, m{n};" for n in range(1, sums)]
     lines += ["and.b32 m0, m0, 1;", "setp.ne.u32 p, m0, 0;", "vote.sync.any.pred p, p, 0xffffffff;", "@!p bra THERE;"]
+    lines += [give_up(kernel, "since", *(f"${flag + n * count}" for n in range(1, 6)))]
     for t in range(tensors):
         words = ", ".join(f"${t * count + n}" for n in range(count))
         size, words = ("v2.b32", f"{{{words}}}") if count == 2 else ("b32", words)
         lines += [f"ld.volatile.global.{size} {words}, [${address}+{t * stride}];"]
     lines += ["bra LOOK;", "THERE:"]
     constraints = ["=&r"] * total + [str(n) for n in range(total)] + ["l"] * count + ["r"] * count
+    constraints += ["l"] * count + ["r"] * (4 * count)
     return "{ " + " ".join(lines) + " }", ",".join(constraints)
 
 
@@ -115,16 +119,17 @@ def look(at, COUNT: gl.constexpr, AREA: gl.constexpr):
 
 
 @gluon.jit
-def wait_for(words, at, flag, AREA: gl.constexpr):
+def wait_for(words, at, flag, watch, AREA: gl.constexpr):
     """``words`` of ``look`` once all have arrived; each warp for itself."""
     EACH: gl.constexpr = at.shape[1] // 16
-    ASM: gl.constexpr = look_again(len(words), EACH, 4 * AREA)
-    return gl.inline_asm_elementwise(ASM[0], ASM[1], words + (at.to(gl.uint64), flag),
+    ASM: gl.constexpr = look_again(len(words), EACH, 4 * AREA, BACKWARD_SPLIT)
+    return gl.inline_asm_elementwise(ASM[0], ASM[1], words + (at.to(gl.uint64), flag, watch[0].to(gl.uint64), watch[1],
+                                                              watch[2], watch[3], watch[4]),
                                      dtype=repeated(gl.int32, len(words)), is_pure=False, pack=EACH)
 
 
 @gluon.jit
-def add_shares(ptr, flag, PROGRAMS: gl.constexpr, BLOCK_H: gl.constexpr, UNIT: gl.constexpr, BATCH: gl.constexpr):
+def add_shares(ptr, flag, watch, PROGRAMS: gl.constexpr, BLOCK_H: gl.constexpr, UNIT: gl.constexpr, BATCH: gl.constexpr):
     """The sum of PROGRAMS tiles of (16, BLOCK_H), one after another, always in the same order."""
     AREA: gl.constexpr = 16 * BLOCK_H
     BATCHES: gl.constexpr = batches(PROGRAMS, BATCH)
@@ -134,7 +139,7 @@ def add_shares(ptr, flag, PROGRAMS: gl.constexpr, BLOCK_H: gl.constexpr, UNIT: g
     odd = even
     words = look(at, BATCHES[0][1], AREA)
     for k in gl.static_range(len(BATCHES)):
-        found = wait_for(words, at + BATCHES[k][0] * AREA, flag, AREA)
+        found = wait_for(words, at + BATCHES[k][0] * AREA, flag, watch, AREA)
         if k + 1 < len(BATCHES):
             words = look(at + BATCHES[k + 1][0] * AREA, BATCHES[k + 1][1], AREA)
         for q in gl.static_range(len(found)):
@@ -205,12 +210,12 @@ def step(inputs, dh, staged, da_ptr, dc_ptr, offsets_ptr, s, m, group, rows, uni
     gl.store(dc_ptr + (d * B + row).to(gl.int64) * H + unit, dc * inputs[5], mask=(row < B) & (unit < H))
 
 
-@gluon.jit(do_not_specialize=["T", "S", "B", "first", "tiles", "stride_dyt", "stride_dyb"])
+@gluon.jit(do_not_specialize=["T", "S", "B", "first", "tiles", "stride_dyt", "stride_dyb", "limit"])
 def backward_split_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, offsets_ptr, share_ptr,
                          T, S, B, first, tiles, stride_dyt, stride_dyb, stride_dyh,
                          H: gl.constexpr, DIRECTIONS: gl.constexpr, CHUNKS: gl.constexpr, BLOCK_H: gl.constexpr,
                          PROGRAMS: gl.constexpr, OWNERS: gl.constexpr, HAS_DY: gl.constexpr, DY_UNIT: gl.constexpr,
-                         MARKED: gl.constexpr, PRECISION: gl.constexpr, BATCH: gl.constexpr = 64):
+                         MARKED: gl.constexpr, PRECISION: gl.constexpr, stuck_ptr, limit, BATCH: gl.constexpr = 64):
     """As ``backward_grid`` in tiles of 16 rows, without zoneout. CHUNKS cut the targets, in powers of two from 16 a
     warp on. BATCH: words of shares that a thread waits for at a time."""
     p, group, d = gl.program_id(0), gl.program_id(1), gl.program_id(2)
@@ -267,7 +272,7 @@ def backward_split_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_
             else:
                 turn = T - 2 - first - s
                 dh = add_shares(share_ptr + m * of_tile + turn % 2 * half + p * (PROGRAMS * AREA), flag_of(turn),
-                                PROGRAMS, BLOCK_H, UNIT, PER_BATCH)
+                                (stuck_ptr, limit, first, s, m), PROGRAMS, BLOCK_H, UNIT, PER_BATCH)
                 if MARKED:
                     dh = gl.where((inputs[8] & CUT) == 0, dh, 0.)
                     dh += gl.load(dh_ptr + at_state, mask=mask & ((inputs[8] & END) != 0), other=0.)
@@ -278,8 +283,8 @@ def backward_split_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_
         row = (group * tiles + m) * 16 + rows
         mask = (row < B) & (unit < H)
         turn = T - 1 - first
-        dh = add_shares(share_ptr + m * of_tile + turn % 2 * half + p * (PROGRAMS * AREA), flag_of(turn), PROGRAMS,
-                        BLOCK_H, UNIT, PER_BATCH)
+        dh = add_shares(share_ptr + m * of_tile + turn % 2 * half + p * (PROGRAMS * AREA), flag_of(turn),
+                        (stuck_ptr, limit, first, -1, m), PROGRAMS, BLOCK_H, UNIT, PER_BATCH)
         if MARKED:
             mark = load_marks(marks_ptr, d * T + gl.where(d == 0, first, T - 1 - first).to(gl.int64), row, B)
             dh = gl.where((mark & FRESH) == 0, dh, 0.)

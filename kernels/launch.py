@@ -6,7 +6,7 @@ import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
 
-from . import cell
+from . import cell, waiting
 from .backward import backward_grid, backward_resident, coefficients
 from .forward import forward_grid, forward_resident
 
@@ -287,6 +287,7 @@ def forward_chunks(x, w, r, b, h0, c0, marks, plan, save, sizes=None, zoneout=No
         buffer = x.new_empty(rows.most(D, min(steps, T)), 4 * H)
     through_l2 = plan.schedule in ("grid", "streamed")
     if through_l2:
+        watched = {} if INTERPRET else waiting.arguments(x.device)
         sent = x.new_empty(min(steps, T), D, plan.groups * plan.tiles * plan.block_b, plan.owners * plan.block_h)
     yield y
     for first in range(0, T, steps):
@@ -307,7 +308,8 @@ def forward_chunks(x, w, r, b, h0, c0, marks, plan, save, sizes=None, zoneout=No
                 constants["h0_ptr"] = h0.contiguous()
             _clear_after(h.view(B, D, H).transpose(0, 1), sent[:S], marks, first, T, plan)
             kernel = forward_grid_gluon if plan.wgmma else forward_split_gluon if plan.split else forward_grid
-            run(kernel, plan, (plan.programs, plan.groups, D), *head, sent, *shape, plan.tiles, waits=True, **constants)
+            run(kernel, plan, (plan.programs, plan.groups, D), *head, sent, *shape, plan.tiles, waits=True, **constants,
+                **watched)
         yield
     if sizes is not None:
         last = y[:, :H].index_select(0, rows.begins[1])
@@ -412,6 +414,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, ne
         count = 6 if zoneout is None else 8
         buffer, coef = x.new_empty(most, 4 * H), dh.new_empty(most, count * H)
         if plan.schedule in ("grid", "streamed"):
+            watched = {} if INTERPRET else waiting.arguments(x.device)
             share = dh.new_zeros(2 * D * plan.groups * plan.tiles * plan.owners * plan.programs * plan.block_b
                                  * plan.block_h)
     yield dx
@@ -439,7 +442,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, ne
                     T, S, B, first, *strides, waits=False, **constants)
             else:
                 run(backward_split_gluon if plan.split else backward_grid, plan, (plan.programs, plan.groups, D), *head,
-                    share, T, S, B, first, plan.tiles, *strides, waits=True, **constants)
+                    share, T, S, B, first, plan.tiles, *strides, waits=True, **constants, **watched)
             with matmul_precision(plan):
                 for d in range(D):
                     if dw is not None:

@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from triton_lstm.kernels.exchange import receive, send_h
+from triton_lstm.kernels.waiting import EXCHANGES
 
 from triton_lstm import make_plan
-from triton_lstm.kernels import launch
+from triton_lstm.kernels import launch, waiting
 from triton_lstm.plan import H200
 
 from .correctness import dtype_of
@@ -30,9 +31,9 @@ EXACT_CELL, FAST_CELL = 10, 5
 PORTABLE = dataclasses.replace(H200, cluster=0)         # for plans of plain Triton, to time exchanges through L2
 
 
-@triton.jit(do_not_specialize=["steps"])
+@triton.jit(do_not_specialize=["steps", "limit"])
 def exchanges(sent_ptr, steps, CHUNKS: tl.constexpr, OWNERS: tl.constexpr, BLOCK_H: tl.constexpr,
-              BLOCK_B: tl.constexpr, INTERPRET: tl.constexpr):
+              BLOCK_B: tl.constexpr, INTERPRET: tl.constexpr, stuck_ptr=None, limit=None):
     """``steps`` exchanges of h in each group of programs, as ``forward_grid`` has one a step, and sent as there."""
     p, group = tl.program_id(0), tl.program_id(1)
     dtype: tl.constexpr = sent_ptr.dtype.element_ty
@@ -41,7 +42,7 @@ def exchanges(sent_ptr, steps, CHUNKS: tl.constexpr, OWNERS: tl.constexpr, BLOCK
     s = 0
     while s < steps:
         tile = sent_ptr + (s * tl.num_programs(1) + group).to(tl.int64) * (BLOCK_B * UNITS)
-        receive(tile, CHUNKS, UNITS, BLOCK_B)
+        receive(tile, (stuck_ptr, limit, 0, s, 0), CHUNKS, UNITS, BLOCK_B, EXCHANGES)
         s += 1
         send_h(tile + tl.num_programs(1) * (BLOCK_B * UNITS) + own, tl.full((BLOCK_B, BLOCK_H), 1, dtype), INTERPRET)
 
@@ -78,7 +79,7 @@ class Floors:
             def call(n):
                 launch.clear(sent, plan)
                 exchanges[(plan.programs, groups)](sent, n, plan.looks, plan.owners, plan.block_h, rows,
-                                                   launch.INTERPRET, **LAUNCH)
+                                                   launch.INTERPRET, **waiting.arguments(sent.device), **LAUNCH)
         # the difference leaves out launch and start, and clearing, which takes in all steps each time
         few, many = (self._best(functools.partial(call, n)) for n in (steps // 10, steps))
         return 1000 * (many - few) / (steps - steps // 10)

@@ -33,8 +33,8 @@ class Loop:
     ``held`` counts the bytes, of all threads of a program, that matrix products read from registers as second factor
     and that nothing in the loop writes. The bounds are in cycles of one multiprocessor: issue slots, tensor cores,
     special functions, and ``chain``: one warp in order against the waits that the compiler encoded, which is what a
-    pass costs when nothing hides latency. A nested loop's instructions belong to it, once. A pass finds what others send
-    at the first look: what is done after a look in vain, which begins with one at the clock, is left out.
+    pass costs when nothing hides latency. A nested loop's instructions belong to it, once. A pass finds what others
+    send at the first look: what is done after a look in vain, which begins with one at the clock, is left out.
     """
     start: int
     end: int
@@ -82,7 +82,7 @@ class Report:
 
 # An instruction: address, name without and with modifiers, operands, and its control bits: cycles to the next one,
 # scoreboards that it sets when it has written its result (wr) or read its operands (rd), 7 for none, and a mask of
-# those it waits for; and whether a predicate guards it.
+# those it waits for; and whether it depends on a condition.
 _Instruction = collections.namedtuple("_Instruction", "address op full operands stall wr rd wait guarded",
                                       defaults=(False,))
 
@@ -162,7 +162,8 @@ def _parse(text):
     for address, body, high in re.findall(
             r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s+/\* 0x[0-9a-f]+ \*/\s*\n\s+/\* 0x([0-9a-f]{16}) \*/", text):
         full, _, operands = re.sub(r"^@!?U?P\w+\s+", "", body).partition(" ")
-        control, guarded = int(high, 16) >> 41, body.startswith("@")
+        # some branches have their condition among their operands
+        control, guarded = int(high, 16) >> 41, body.startswith("@") or full.startswith("BRA") and "," in operands
         code.append(_Instruction(int(address, 16), full.split(".")[0], full, operands, control & 15, control >> 5 & 7,
                                  control >> 8 & 7, control >> 11 & 63, guarded))
     return code

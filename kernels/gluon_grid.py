@@ -35,23 +35,26 @@ def rows_layout(own, blocks, warps):
 
 
 @gluon.constexpr_function
-def look_again(count, start, kernel):
+def look_again(count, start, kernel, limited):
     """Assembly: its ``count`` outputs are the words that it is given in the same registers, or those in memory, once no
     word has all bits set. Of ``count`` addresses it takes those of the thread's two rows and counts on from them, from
-    ``start`` bytes behind; of as many of each part of a ``watch`` (see ``waiting``) the first. Its operands'
+    ``start`` bytes behind; if ``limited``, as many of each part of a ``watch`` follow (see ``waiting``). Its operands'
     constraints are the second result."""
-    lines = [".reg .pred p; .reg .b32 m, n, since;", "mov.b32 since, 0;", "LOOK:", "max.u32 m, $0, $1;", "max.u32 n, $2, $3;"]
+    lines = [".reg .pred p; .reg .b32 m, n, since;", "mov.b32 since, 0;", "LOOK:", "max.u32 m, $0, $1;",
+             "max.u32 n, $2, $3;"]
     for n in range(4, count, 2):
         lines += [f"max.u32 m, m, ${n};", f"max.u32 n, n, ${n + 1};"]
     lines += ["max.u32 m, m, n;", "setp.eq.u32 p, m, 0xffffffff;", "vote.sync.any.pred p, p, 0xffffffff;",
-              "@!p bra THERE;", give_up(kernel, "since", *(f"${n * count}" for n in range(3, 8)))]
+              "@!p bra THERE;"]
+    if limited:
+        lines.append(give_up(kernel, "since", *(f"${n * count}" for n in range(3, 8))))
     for n in range(0, count, 4):
         row, behind = n - n % (count // 2), start + n % (count // 2) // 4 * 64
         lines += [f"ld.volatile.global.v4.b32 {{${n}, ${n + 1}, ${n + 2}, ${n + 3}}}, [${2 * count + row}+{behind}];"]
     lines += ["bra LOOK;", "THERE:"]
     same = [str(n) for n in range(count)]
     return "{ " + " ".join(lines) + " }", ",".join(
-        ["=&r"] * count + same + ["l"] * (2 * count) + ["r"] * (4 * count))
+        ["=&r"] * count + same + ["l"] * count + (["l"] * count + ["r"] * (4 * count) if limited else []))
 
 
 @gluon.jit
@@ -69,10 +72,14 @@ def wait_for(words, at, watch, START: gl.constexpr, KERNEL: gl.constexpr):
     """``words`` of h, read START words behind ``at``, once all have arrived; each warp for itself. They arrive whole
     (see ``send``), and no two halves of one that has arrived have all bits set."""
     COUNT: gl.constexpr = words.numel // (32 * gl.num_warps())
-    ASM: gl.constexpr = look_again(COUNT, 4 * START, KERNEL)
-    return gl.inline_asm_elementwise(ASM[0], ASM[1], [words, at.to(gl.uint64), watch[0].to(gl.uint64), watch[1],
-                                                      watch[2], watch[3], watch[4]], dtype=gl.int32, is_pure=False,
-                                     pack=COUNT)
+    ASM: gl.constexpr = look_again(COUNT, 4 * START, KERNEL, watch[0] is not None)
+    if watch[0] is None:
+        return gl.inline_asm_elementwise(ASM[0], ASM[1], [words, at.to(gl.uint64)], dtype=gl.int32, is_pure=False,
+                                         pack=COUNT)
+    else:
+        return gl.inline_asm_elementwise(ASM[0], ASM[1], [words, at.to(gl.uint64), watch[0].to(gl.uint64), watch[1],
+                                                          watch[2], watch[3], watch[4]], dtype=gl.int32, is_pure=False,
+                                         pack=COUNT)
 
 
 @gluon.jit
@@ -141,7 +148,7 @@ def forward_grid_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, o
                        T, S, B, first, keep_every, tiles,
                        H: gl.constexpr, DIRECTIONS: gl.constexpr, CHUNKS: gl.constexpr, BLOCK_H: gl.constexpr,
                        OWNERS: gl.constexpr, BLOCK_B: gl.constexpr, MARKED: gl.constexpr, PRECISION: gl.constexpr,
-                       stuck_ptr, limit):
+                       stuck_ptr=None, limit=None):
     """As ``forward_grid``, 64 rows to each four warps. CHUNKS are as wide as units of h are waited for at a time; the
     last one may have half the width."""
     p, group, d = gl.program_id(0), gl.program_id(1), gl.program_id(2)
@@ -150,7 +157,8 @@ def forward_grid_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, o
     UNITS: gl.constexpr = OWNERS * BLOCK_H
     AREA: gl.constexpr = BLOCK_B * UNITS
     ROW: gl.constexpr = UNITS * BITS // 32
-    FIRST: gl.constexpr = 3         # chunks of R whose 16 addresses each stay in uniform registers, which are 63
+    # Chunks of R whose 16 addresses each stay in registers, 63 of them uniform. Of many chunks few spill more.
+    FIRST: gl.constexpr = 3 if len(CHUNKS) <= 6 else 6
     W: gl.constexpr = gl.num_warps()
     UNIT: gl.constexpr = rows_layout(BLOCK_H // 4, 1, W)
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [W, 1], [16, 4 * BLOCK_H, 256 // BITS])

@@ -113,7 +113,7 @@ def forward_split_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, 
                         T, S, B, first, keep_every, tiles,
                         H: gl.constexpr, DIRECTIONS: gl.constexpr, CHUNKS: gl.constexpr, BLOCK_H: gl.constexpr,
                         OWNERS: gl.constexpr, EACH: gl.constexpr, MARKED: gl.constexpr, PRECISION: gl.constexpr,
-                        stuck_ptr, limit):
+                        stuck_ptr=None, limit=None):
     """As ``forward_grid`` in tiles of 16 rows. CHUNKS cut the EACH units of a warp."""
     p, group, d = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     dtype: gl.constexpr = y_ptr.dtype.element_ty

@@ -74,11 +74,11 @@ def send_shares(slot, share, p, flag, START: gl.constexpr, PROGRAMS: gl.constexp
 
 
 @gluon.constexpr_function
-def look_again(tensors, count, stride, kernel):
+def look_again(tensors, count, stride, kernel, limited):
     """Assembly: outputs are ``count`` adjacent words of each of ``tensors``, ``stride`` bytes apart: those that it is
     given in the same registers, or those in memory, once the last bit of each is the flag's. Further operands are
-    ``count`` addresses, flags, and of each part of a ``watch`` (see ``waiting``), of which it takes the first. Their
-    constraints are the second result."""
+    ``count`` addresses, flags and, if ``limited``, of each part of a ``watch`` (see ``waiting``), of which it takes the
+    first. Their constraints are the second result."""
     total = tensors * count
     address, flag = 2 * total, 2 * total + count
     sums = min(4, total)
@@ -88,14 +88,15 @@ def look_again(tensors, count, stride, kernel):
                   f"xor.b32 m{n}, ${n}, ${flag};"]
     lines += [f"or.b32 m0, m0, m{n};" for n in range(1, sums)]
     lines += ["and.b32 m0, m0, 1;", "setp.ne.u32 p, m0, 0;", "vote.sync.any.pred p, p, 0xffffffff;", "@!p bra THERE;"]
-    lines += [give_up(kernel, "since", *(f"${flag + n * count}" for n in range(1, 6)))]
+    if limited:
+        lines.append(give_up(kernel, "since", *(f"${flag + n * count}" for n in range(1, 6))))
     for t in range(tensors):
         words = ", ".join(f"${t * count + n}" for n in range(count))
         size, words = ("v2.b32", f"{{{words}}}") if count == 2 else ("b32", words)
         lines += [f"ld.volatile.global.{size} {words}, [${address}+{t * stride}];"]
     lines += ["bra LOOK;", "THERE:"]
     constraints = ["=&r"] * total + [str(n) for n in range(total)] + ["l"] * count + ["r"] * count
-    constraints += ["l"] * count + ["r"] * (4 * count)
+    constraints += ["l"] * count + ["r"] * (4 * count) if limited else []
     return "{ " + " ".join(lines) + " }", ",".join(constraints)
 
 
@@ -122,14 +123,17 @@ def look(at, COUNT: gl.constexpr, AREA: gl.constexpr):
 def wait_for(words, at, flag, watch, AREA: gl.constexpr):
     """``words`` of ``look`` once all have arrived; each warp for itself."""
     EACH: gl.constexpr = at.shape[1] // 16
-    ASM: gl.constexpr = look_again(len(words), EACH, 4 * AREA, BACKWARD_SPLIT)
-    return gl.inline_asm_elementwise(ASM[0], ASM[1], words + (at.to(gl.uint64), flag, watch[0].to(gl.uint64), watch[1],
-                                                              watch[2], watch[3], watch[4]),
-                                     dtype=repeated(gl.int32, len(words)), is_pure=False, pack=EACH)
+    ASM: gl.constexpr = look_again(len(words), EACH, 4 * AREA, BACKWARD_SPLIT, watch[0] is not None)
+    operands = words + (at.to(gl.uint64), flag)
+    if watch[0] is not None:
+        operands += (watch[0].to(gl.uint64), watch[1], watch[2], watch[3], watch[4])
+    return gl.inline_asm_elementwise(ASM[0], ASM[1], operands, dtype=repeated(gl.int32, len(words)), is_pure=False,
+                                     pack=EACH)
 
 
 @gluon.jit
-def add_shares(ptr, flag, watch, PROGRAMS: gl.constexpr, BLOCK_H: gl.constexpr, UNIT: gl.constexpr, BATCH: gl.constexpr):
+def add_shares(ptr, flag, watch, PROGRAMS: gl.constexpr, BLOCK_H: gl.constexpr, UNIT: gl.constexpr,
+               BATCH: gl.constexpr):
     """The sum of PROGRAMS tiles of (16, BLOCK_H), one after another, always in the same order."""
     AREA: gl.constexpr = 16 * BLOCK_H
     BATCHES: gl.constexpr = batches(PROGRAMS, BATCH)
@@ -215,7 +219,8 @@ def backward_split_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_
                          T, S, B, first, tiles, stride_dyt, stride_dyb, stride_dyh,
                          H: gl.constexpr, DIRECTIONS: gl.constexpr, CHUNKS: gl.constexpr, BLOCK_H: gl.constexpr,
                          PROGRAMS: gl.constexpr, OWNERS: gl.constexpr, HAS_DY: gl.constexpr, DY_UNIT: gl.constexpr,
-                         MARKED: gl.constexpr, PRECISION: gl.constexpr, stuck_ptr, limit, BATCH: gl.constexpr = 64):
+                         MARKED: gl.constexpr, PRECISION: gl.constexpr, stuck_ptr=None, limit=None,
+                         BATCH: gl.constexpr = 64):
     """As ``backward_grid`` in tiles of 16 rows, without zoneout. CHUNKS cut the targets, in powers of two from 16 a
     warp on. BATCH: words of shares that a thread waits for at a time."""
     p, group, d = gl.program_id(0), gl.program_id(1), gl.program_id(2)

@@ -1,11 +1,11 @@
 """Waiting that ends: a program that waits for another longer than a limit leaves a record and traps.
 
 A fault of the protocol, or a program that never ran, is then an error of CUDA and not a process that hangs. The record
-lies in pinned host memory, where the host can read it after the error, when nothing on the GPU can be reached any more.
+lies in pinned host memory, which the host can read after the error, when nothing on the GPU can be reached any more.
+Programs of a cluster wait at mbarriers, by a loop that Gluon writes: those waits have no limit.
 """
 import atexit
-import functools
-import math
+import collections
 import os
 import sys
 
@@ -13,11 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-KERNELS = ("forward_grid", "backward_grid", "forward_grid_gluon", "forward_split_gluon", "backward_split_gluon")
-FORWARD_GRID, BACKWARD_GRID, FORWARD_WGMMA, FORWARD_SPLIT, BACKWARD_SPLIT = map(tl.constexpr, range(1, 6))
-SLOTS, FIELDS = 4096, 8     # records, by program, and words of each: see ``give_up``
-TICK_BITS = 20              # the clock is looked at in units of 2^20 ns, so that a wait needs one register for it
-LINGER_MS = 64              # between a record and its trap, which ends all programs: others who wait leave theirs
+KERNELS = {1: "forward_grid", 2: "backward_grid", 3: "forward_grid_gluon", 4: "forward_split_gluon",
+           5: "backward_split_gluon", 6: "exchanges"}
+FORWARD_GRID, BACKWARD_GRID, FORWARD_WGMMA, FORWARD_SPLIT, BACKWARD_SPLIT, EXCHANGES = map(tl.constexpr, KERNELS)
+# Records, by program, and the words of each: kernel; the program's three indices; how many there are of the first;
+# step; batch tile; thread.
+SLOTS, FIELDS = 4096, 8
+TICK_BITS = 20          # the clock is looked at in units of 2^20 ns, so that a wait needs one register for it
+LINGER_MS = 64          # between a record and its trap, which ends all programs: others that wait leave theirs
+VARIABLE, DEFAULT_S = "TRITON_LSTM_WAIT_LIMIT", 10.
 
 
 @triton.constexpr_function
@@ -25,8 +29,7 @@ def give_up(kernel, since, stuck, limit, first, step, tile):
     """PTX for the slow path of a wait of ``kernel``, after a look in vain; the others are names of its operands.
 
     ``since``, a register of 32 bits that is zero before the first look, is when the wait began. Past ``limit`` ticks
-    the program's record goes to ``stuck``: the kernel, the program's three indices, how many there are of the first,
-    the step counted from the first of the sequence in the kernel's direction, the batch tile, and a thread that waits.
+    the program's record goes to ``stuck`` (SLOTS, FIELDS); its step is ``first`` + ``step``.
     """
     return f"""
         .reg .pred late; .reg .b64 now, slot; .reg .b32 n<7>;
@@ -48,24 +51,115 @@ def give_up(kernel, since, stuck, limit, first, step, tile):
 
 @triton.jit
 def look_at_clock(since, watch, KERNEL: tl.constexpr):
-    """After a look in vain, of which a wait's first has ``since`` zero: the ``since`` of the next one, or the end.
-    watch: (stuck, limit, first, step, tile) of ``give_up``; a program's threads all come here."""
-    if watch[0] is None:        # in the interpreter
+    """After a look in vain, of which a wait's first has ``since`` zero: the ``since`` of the next one, or the end. All
+    threads of the program come here. watch: (stuck, limit, first, step, tile) of ``give_up``, stuck None for no
+    limit."""
+    if watch[0] is None:
         return since
     else:
-        PTX: tl.constexpr = give_up(KERNEL, "$0", "$2", "$3", "$4", "$5", "$6")
-        ASM: tl.constexpr = "{ mov.b32 $0, $1; " + PTX + " }"
-        return tl.inline_asm_elementwise(ASM, "=&r,r,l,r,r,r,r",
+        PTX: tl.constexpr = "{ mov.b32 $0, $1; " + give_up(KERNEL, "$0", "$2", "$3", "$4", "$5", "$6") + " }"
+        return tl.inline_asm_elementwise(PTX, "=&r,r,l,r,r,r,r",
                                          [since, watch[0].to(tl.uint64), watch[1], watch[2], watch[3], watch[4]],
                                          dtype=tl.int32, is_pure=False, pack=1)
 
 
-@functools.lru_cache
+def _seconds(value):
+    """``value`` as a limit in seconds. ValueError unless it is a positive number."""
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = 0
+    if not seconds > 0:
+        raise ValueError(f"a wait limit must be a positive number of seconds, or inf for none, got {value!r}")
+    return seconds
+
+
+_limit_s = _seconds(os.environ.get(VARIABLE, DEFAULT_S))
+
+
+def set_wait_limit(seconds):
+    """How long the programs of a kernel may wait for each other before they give up, in seconds of the GPU's clock.
+
+    10 at first, or what the environment variable TRITON_LSTM_WAIT_LIMIT says. ``float("inf")``: for ever; the kernels
+    are then compiled without a look at the clock. A CUDA graph keeps the limit with which it was captured. Returns the
+    limit before. ValueError unless it is a positive number.
+    """
+    global _limit_s
+    before, _limit_s = _limit_s, _seconds(seconds)
+    return before
+
+
+_records = {}       # by device
+
+
 def records(device):
-    """The records (SLOTS, FIELDS) int32 that programs on ``device`` leave, all zero before; 0 in the first word: none."""
-    return torch.zeros(SLOTS, FIELDS, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+    """Where the programs of launches on ``device`` leave their records, (SLOTS, FIELDS) int32: zero, none yet."""
+    if device not in _records:
+        _records[device] = torch.zeros(SLOTS, FIELDS, dtype=torch.int32, device="cpu",
+                                       pin_memory=device.type == "cuda")
+    return _records[device]
 
 
 def arguments(device):
-    """What a launch whose programs wait for each other needs for that."""
-    return dict(stuck_ptr=records(device), limit=10000)
+    """What a launch whose programs wait for each other takes for that."""
+    if _limit_s == float("inf"):
+        return {}
+    return dict(stuck_ptr=records(device), limit=max(min(int(_limit_s * 1e9) >> TICK_BITS, 2 ** 31 - 1), 1))
+
+
+def _numbers(numbers):
+    """Sorted integers for people: "0-4, 7"."""
+    ranges = []
+    for n in sorted(numbers):
+        if ranges and n == ranges[-1][1] + 1:
+            ranges[-1][1] = n
+        else:
+            ranges.append([n, n])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+def describe(records):
+    """What ``records`` (n, FIELDS) say, for people; None where there is none."""
+    groups = collections.defaultdict(dict)
+    for kernel, program, group, direction, programs, step, tile, _ in records.tolist():
+        if kernel:
+            groups[kernel, group, direction, programs][program] = step, tile
+    lines = []
+    for (kernel, group, direction, programs), waits in sorted(groups.items()):
+        name = KERNELS.get(kernel, f"kernel {kernel}")
+        what = "shares of dh after" if "backward" in name else "h before"
+        lines.append(f"{name}, group {group}, direction {direction}, {programs} programs:")
+        for step, tile in sorted(set(waits.values())):
+            who = [program for program, wait in waits.items() if wait == (step, tile)]
+            lines.append(f"    program {_numbers(who)} waited for {what} step {step} of batch tile {tile}")
+        if others := set(range(programs)) - set(waits):
+            lines.append(f"    program {_numbers(others)} did not wait")
+    return "\n".join(lines) or None
+
+
+def wait_report():
+    """Who waited for what where programs of a kernel waited for each other past the limit; None if none did.
+
+    Right after the CUDA error ("unspecified launch failure") of a kernel that has given up, which a process sees at
+    whatever it does next on the GPU. Steps are counted from the first that a direction takes. Whoever waits for an
+    earlier step than others, or not at all, is who the others wait for.
+    """
+    return "\n".join(filter(None, map(describe, _records.values()))) or None
+
+
+def explain(error):
+    """``error``, of CUDA, or what to raise from it where a kernel has given up."""
+    text = wait_report()
+    if text is None:
+        return error
+    return RuntimeError(f"a kernel of triton_lstm gave up, for its programs waited for each other longer than "
+                        f"{_limit_s:g} s (see triton_lstm.set_wait_limit):\n{text}\nThis process cannot use the GPU "
+                        f"any more; `python -m triton_lstm check` finds out whether the kernel works on it.")
+
+
+@atexit.register
+def _tell_at_exit():
+    """The error may have surfaced where nothing of this package could explain it."""
+    if text := wait_report():
+        print(f"triton_lstm: the programs of a kernel waited for each other longer than {_limit_s:g} s:\n{text}",
+              file=sys.stderr)

@@ -5,9 +5,10 @@ from .dropconnect import drop_connect
 from .explanation import explain
 from .functional import lstm
 from .inspection import Gates, gates, plot_gates
+from .kernels.waiting import set_wait_limit, wait_report
 from .layer import LSTM
 from .plan import Plan, PlanError, make_plan
 
 __all__ = ["Conversion", "Gates", "LSTM", "LSTMCell", "Plan", "PlanError", "convert", "drop_connect", "explain",
-           "gates", "lstm", "make_plan", "plot_gates", "to_torch"]
+           "gates", "lstm", "make_plan", "plot_gates", "set_wait_limit", "to_torch", "wait_report"]
 __version__ = "0.1.0"

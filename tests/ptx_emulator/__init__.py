@@ -34,7 +34,9 @@ The model, where it matters:
 * A loop that polls with plain loads never lets another CTA in and hangs; `every` of `run` switches CTAs all the same.
 * Atomics on shared memory take no part in the race check; proxy fences and wgmma.wait_group have no effect, so that a
   missing one is not noticed.
-* Not modelled: .ftz, time, occupancy (but see `resident` of `run`), bulk copies (TMA), types narrower than a byte.
+* Time stands still while a CTA runs: `turn_ns` of `run` pass when the scheduler takes another.
+* Not modelled: .ftz, what anything takes, occupancy (but see `resident` of `run`), bulk copies (TMA), types narrower
+  than a byte.
 """
 
 from .errors import Deadlock, EmulatorError, Misaligned, OutOfBounds, SharedRace, Trap, Unsupported

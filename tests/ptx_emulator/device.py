@@ -11,9 +11,10 @@ from .stats import Stats
 
 
 class Device:
-    """Runs the CTAs of one launch.  `progress` counts whatever another thread could be waiting for."""
+    """Runs the CTAs of one launch.  `progress` counts whatever another thread could be waiting for, `ns` the time."""
 
-    def __init__(self, prog, grid, memory, params, shared_bytes, cluster, seed, checks, every, resident, patience):
+    def __init__(self, prog, grid, memory, params, shared_bytes, cluster, seed, checks, every, resident, patience,
+                 turn_ns):
         self.prog, self.memory, self.params, self.checks = prog, memory, params, checks
         self.shared_bytes = shared_bytes + prog.static_shared
         self.grid = tuple(grid) + (1,) * (3 - len(grid))
@@ -21,6 +22,7 @@ class Device:
         self.switch_every = every
         self.rng = np.random.default_rng(seed)
         self.stats, self.progress = Stats(), 0
+        self.ns, self.turn_ns = 0, turn_ns
         self.async_ops = []  # asynchronous operations under way; each is a function that completes it
         self.stores_under_way = 0  # those of them that are st.async
         self.globals = {}  # global variables of the PTX: name -> address
@@ -51,6 +53,7 @@ class Device:
             if weights is None or turns % 64 == 0:  # so that some CTAs run far ahead of others
                 weights = np.cumsum(rng.exponential(size=len(live)) + 0.02)
             turns += 1
+            self.ns += self.turn_ns
             if self.async_ops and rng.random() < 0.5:
                 self.async_ops.pop(int(rng.integers(len(self.async_ops))))()
                 self.progress += 1

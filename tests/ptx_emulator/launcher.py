@@ -15,7 +15,7 @@ MOST_PROGRAMS = 64
 
 
 def run(ptx, grid, threads=None, params=(), shared_bytes=0, cluster=None, seed=0, memory="sc", checks=True,
-        every=0, resident=None, patience=3000, names=None, entry=None):
+        every=0, resident=None, patience=3000, turn_ns=1000, names=None, entry=None):
     """Run one kernel and return its Stats.
 
     grid        number of CTAs, up to three dimensions, the first a multiple of the cluster size
@@ -30,6 +30,7 @@ def run(ptx, grid, threads=None, params=(), shared_bytes=0, cluster=None, seed=0
     every       switch to another CTA also each so many instructions
     resident    at most so many CTAs are started before others have finished
     patience    turns per CTA without progress anywhere that count as a deadlock
+    turn_ns     by how much each turn of a CTA advances %globaltimer
     entry       name of the kernel, by default the first"""
     if memory not in ("sc", "weak"):
         raise ValueError("memory is 'sc' or 'weak'")
@@ -42,7 +43,7 @@ def run(ptx, grid, threads=None, params=(), shared_bytes=0, cluster=None, seed=0
     packed = {pname: pack(value, ty, nbytes, addresses.get(name))
               for (pname, ty, nbytes), name, value in zip(prog.params, names, params)}
     device = Device(prog, grid, mem, packed, shared_bytes, cluster or prog.cluster, seed, checks, every, resident,
-                    patience)
+                    patience, turn_ns)
     device.globals = {name: mem.add(name, n, data) for name, (n, data) in prog.globals.items()}
     mem.seal()
     try:

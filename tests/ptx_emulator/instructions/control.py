@@ -44,7 +44,13 @@ def build_call(prog, ins, parts, args, ty):
     return nothing
 
 
-@builds("brkpt", "nanosleep", "griddepcontrol", "prefetch", "prefetchu", "discard", "applypriority", "setmaxnreg",
+@builds("nanosleep")
+def build_nanosleep(prog, ins, parts, args, ty):
+    ins.control = "yield"
+    return nothing
+
+
+@builds("brkpt", "griddepcontrol", "prefetch", "prefetchu", "discard", "applypriority", "setmaxnreg",
         "pmevent", "createpolicy")
 def build_nothing(prog, ins, parts, args, ty):
     return nothing

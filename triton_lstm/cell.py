@@ -1,6 +1,7 @@
 """``LSTMCell``: torch.nn.LSTMCell, one step of one layer as one call of ``lstm``."""
 import torch
 
+from . import apart
 from .functional import lstm, runs_kernels
 from .layer import LSTM
 from .op import automatic_plan
@@ -27,7 +28,7 @@ class LSTMCell(torch.nn.LSTMCell):
         x = input.to(dtype).reshape(1, -1, self.input_size)
         if hx is not None:
             hx = tuple(s.to(dtype).reshape(1, -1, self.hidden_size) for s in hx)
-        bias = (self.bias_ih + self.bias_hh).to(dtype) if self.bias else None
+        bias = apart.add(self.bias_ih, self.bias_hh).to(dtype) if self.bias else None
         _, (h, c) = lstm(x, self.weight_ih.to(dtype), self.weight_hh.to(dtype), bias, hx)
         shape = (*input.shape[:-1], self.hidden_size)
         return h.reshape(shape), c.reshape(shape)

@@ -5,7 +5,7 @@ import torch
 from torch.nn.modules.rnn import LSTM as _TorchLSTM  # stays torch's where a program puts ours in torch.nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import wavefront
+from . import apart, wavefront
 from .functional import DTYPES, lstm, runs_kernels, zoneout_rates
 from .op import automatic_plan
 from .plan import PlanError
@@ -145,9 +145,9 @@ class LSTM(torch.nn.RNNBase):
         """W (D, 4H, I), R (D, 4H, P), the summed bias (D, 4H) or None, and W_hr (D, P, H) or None, of a layer."""
         D, kinds = 2 if self.bidirectional else 1, (4 if self.bias else 2) + (1 if self.proj_size else 0)
         own = [w.to(dtype) for w in weights[layer * D * kinds:(layer + 1) * D * kinds]]
-        both = lambda kind: torch.stack(own[kind::kinds]) if D == 2 else own[kind].unsqueeze(0)
-        return (both(0), both(1), both(2) + both(3) if self.bias else None,
-                both(kinds - 1) if self.proj_size else None)
+        both = lambda kind: apart.stack(own[kind::kinds])
+        bias = apart.stack(list(map(apart.add, own[2::kinds], own[3::kinds]))) if self.bias else None
+        return both(0), both(1), bias, both(kinds - 1) if self.proj_size else None
 
     @staticmethod
     def _autocast(input):

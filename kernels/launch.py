@@ -9,6 +9,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from . import cell, waiting
 from .backward import backward_grid, backward_resident, coefficients
 from .forward import forward_grid, forward_resident
+from .precision import products_in_tf32
 
 INTERPRET = isinstance(forward_resident, InterpretedFunction)
 if not INTERPRET:       # which knows no Gluon
@@ -27,25 +28,10 @@ def matmul_precision(plan):
     return products_in(plan.precision)
 
 
-@contextlib.contextmanager
 def products_in(precision):
     """cuBLAS products in TF32 where a plan of ``precision`` has them: torch has one switch for nn.LSTM and another for
-    matmul.
-
-    The switch is the process's; another thread that multiplies meanwhile sees it.
-    """
-    if INTERPRET or precision == "native":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    name, value = ("fp32_precision", "tf32" if precision == "tf32" else "ieee") if hasattr(
-        matmul, "fp32_precision") else ("allow_tf32", precision == "tf32")
-    before = getattr(matmul, name)
-    setattr(matmul, name, value)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
+    matmul."""
+    return contextlib.nullcontext() if INTERPRET or precision == "native" else products_in_tf32(precision == "tf32")
 
 
 def _round_tf32(v):

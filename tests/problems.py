@@ -24,6 +24,16 @@ def floor(right, dtype, tf32=False):
     return 4 * eps if dtype == torch.float32 else eps if right.numel() < 64 else 0.
 
 
+def assert_apart(named):
+    """No two tensors share a byte of memory, and none holds on to more than its own."""
+    places = {}
+    for name, tensor in named.items():
+        storage = tensor.untyped_storage()
+        assert storage.data_ptr() not in places, (name, places[storage.data_ptr()])
+        places[storage.data_ptr()] = name
+        assert storage.nbytes() == tensor.numel() * tensor.element_size(), name
+
+
 class _Tf32Matmul(torch.autograd.Function):
     """A product of operands rounded to TF32, forward and backward: what cuDNN computes for fp32 by default."""
 

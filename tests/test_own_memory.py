@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import harness
 import triton_lstm
-from problems import Problem
+from problems import Problem, assert_apart
 
 T, B, I, H = 6, 5, 4, 6
 LAYERS = [
@@ -17,16 +17,6 @@ LAYERS = [
     dict(num_layers=2, bidirectional=True), dict(proj_size=3), dict(proj_size=3, bidirectional=True, num_layers=2),
     dict(num_layers=2, dropout=0.5),
 ]
-
-
-def assert_apart(named):
-    """No two tensors share a byte of memory, and none holds on to more than its own."""
-    places = {}
-    for name, tensor in named.items():
-        storage = tensor.untyped_storage()
-        assert storage.data_ptr() not in places, (name, places[storage.data_ptr()])
-        places[storage.data_ptr()] = name
-        assert storage.nbytes() == tensor.numel() * tensor.element_size(), name
 
 
 def like(ours, theirs):

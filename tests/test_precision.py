@@ -1,0 +1,102 @@
+"""torch's switch for TF32 products: what it is meanwhile, what it is afterwards, and who may see it."""
+import threading
+
+import pytest
+import torch
+from triton_lstm.kernels.precision import products_in_tf32
+
+from triton_lstm.kernels import launch
+
+NEWER = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+
+
+def read():
+    """All that torch tells of it; "mixed" where it raises."""
+    def ask(question):
+        try:
+            return question()
+        except RuntimeError:
+            return "mixed"
+    matmul = torch.backends.cuda.matmul
+    newer = (lambda: matmul.fp32_precision, lambda: torch.backends.mkldnn.matmul.fp32_precision) if NEWER else ()
+    return [ask(question) for question in (lambda: matmul.allow_tf32, torch.get_float32_matmul_precision, *newer)]
+
+
+def set_newer(value):
+    torch.backends.cuda.matmul.fp32_precision = value
+
+
+SETTINGS = dict(
+    default=lambda: None, high=lambda: torch.set_float32_matmul_precision("high"),
+    medium=lambda: torch.set_float32_matmul_precision("medium"),
+    older=lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    newer_tf32=lambda: set_newer("tf32"), newer_ieee=lambda: set_newer("ieee"))
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    yield
+    torch.set_float32_matmul_precision("highest")
+    if NEWER:
+        set_newer("none")
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_is_set_and_restored(setting, tf32):
+    if setting.startswith("newer") and not NEWER:
+        pytest.skip("needs torch 2.9")
+    SETTINGS[setting]()
+    before = read()
+    with products_in_tf32(tf32):
+        inside = read()
+        assert (inside[2] == "tf32" if NEWER else inside[0]) == tf32
+        # neither interface raises that did not raise before
+        assert "mixed" not in inside or "mixed" in before
+        with products_in_tf32(not tf32):
+            assert (torch.backends.cuda.matmul.fp32_precision == "tf32" if NEWER else
+                    torch.backends.cuda.matmul.allow_tf32) != tf32
+        assert read() == inside
+    assert read() == before
+
+
+def test_untouched_where_it_agrees(monkeypatch):
+    monkeypatch.setattr("triton_lstm.kernels.precision._set", None)         # which may not be called
+    with products_in_tf32(False):
+        pass
+    torch.set_float32_matmul_precision("high")
+    with launch.products_in("tf32"):
+        pass
+    with launch.products_in("native"):
+        pass
+    with pytest.raises(TypeError), launch.products_in("tf32x3"):
+        pass
+
+
+def test_restored_after_an_error():
+    before = read()
+    with pytest.raises(KeyError), products_in_tf32(True):
+        raise KeyError
+    assert read() == before
+
+
+def test_threads_exclude_each_other():
+    """Two that want TF32 and two that do not: each finds what it wants for as long as it is inside."""
+    before, wrong, entered = read(), [], []
+
+    def run(tf32):
+        for _ in range(200):
+            with products_in_tf32(tf32):
+                entered.append(tf32)
+                seen = {(read()[2] == "tf32") if NEWER else read()[0] for _ in range(3)}
+            if seen != {tf32}:
+                wrong.append(seen)
+
+    threads = [threading.Thread(target=run, args=(n % 2 == 0,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and entered.count(True) == entered.count(False) == 400
+    assert read() == before

@@ -1,4 +1,4 @@
-"""Sums, stacks and the identity, whose gradients have memory of their own.
+"""Sums, stacks and concatenations, whose gradients have memory of their own.
 
 Of a + b autograd gives both the same gradient, of a stack views of one, of a part of a concatenation a view with holes.
 Whatever then works on gradients in place, as accumulation, clipping and unscaling do, would work on them twice; and
@@ -8,7 +8,7 @@ import torch
 
 
 def _own(g):
-    return None if g is None else g.clone(memory_format=torch.contiguous_format)
+    return g.clone(memory_format=torch.contiguous_format)
 
 
 class _Sum(torch.autograd.Function):
@@ -43,20 +43,22 @@ class _Stack(torch.autograd.Function):
         return tuple(map(_own, g.unbind()))
 
 
-class _Identity(torch.autograd.Function):
+class _Cat(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(tensor):
-        return tensor.view_as(tensor)
+    def forward(a, b, dim):
+        return torch.cat((a, b), dim)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass
+        a, b, ctx.dim = inputs
+        ctx.sizes = a.shape[ctx.dim], b.shape[ctx.dim]
 
     @staticmethod
     def backward(ctx, g):
-        return _own(g)
+        a, b = g.split(ctx.sizes, ctx.dim)
+        return _own(a), _own(b), None
 
 
 def add(a, b):
@@ -69,6 +71,6 @@ def stack(tensors):
     return _Stack.apply(*tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
-def identity(tensor):
-    """A view of ``tensor`` whose gradient is copied on its way back."""
-    return _Identity.apply(tensor)
+def cat(a, b, dim):
+    """``torch.cat`` of two."""
+    return _Cat.apply(a, b, dim)

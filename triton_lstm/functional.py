@@ -2,7 +2,6 @@
 import torch
 from torch.autograd import forward_ad
 
-from . import apart
 from .kernels import launch
 from .op import differentiable, lstm_op, transformed
 from .plan import BACKWARD_ELEMENTS, Plan, keep_every_for
@@ -124,9 +123,7 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, weight_hr=None, lengths
         # an operator without a formula for tangents would drop them where nothing requires grad
         raise NotImplementedError("triton_lstm has no forward AD (jvp): use torch.func.jacrev or vjp")
     if weight_hr is not None:
-        weight_hh, weight_hr = apart.identity(weight_hh), apart.identity(weight_hr)
         if hx is not None:
-            x, weight_ih = apart.identity(x), apart.identity(weight_ih)
             x, weight_ih = with_state(x, weight_ih, weight_hh, h0, lengths, reset, batch_sizes)
         # of one step h0 is all that R is multiplied by
         one = hx is not None and not torch.compiler.is_compiling() and T == 1

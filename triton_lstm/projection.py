@@ -7,6 +7,7 @@ hold R.
 """
 import torch
 
+from . import apart
 from .kernels import launch
 from .op import differentiable, register, tf32_allowed
 from .plan import precision_for
@@ -38,7 +39,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, g):
     a, b = ctx.saved_tensors
     da, db = ctx.needs_input_grad[:2]
-    return (product(g, b.mT, ctx.exact) if da else None, product(a.mT, g, ctx.exact) if db else None, None)
+    # the second one lies as b does, which may be the transposed of something
+    as_b = lambda: product(g.mT, a, ctx.exact).mT if b.stride(-2) == 1 else product(a.mT, g, ctx.exact)
+    return product(g, b.mT, ctx.exact) if da else None, as_b() if db else None, None
 
 
 def _vmap(info, in_dims, a, b, exact):
@@ -90,11 +93,11 @@ def with_state(x, weight_ih, weight_hh, h0, lengths, reset, batch_sizes):
         if reset is not None:       # the other direction ends with time 0
             first[0] = first[0] & ~reset[..., None]
         states = h0
-    columns, rows = [x], []
+    columns, rows = [], []
     for d in range(D):
         columns.append(torch.where(first[d], states[d], 0).expand(*x.shape[:-1], P))
         rows.append(torch.cat([weight_hh[d] if d == e else torch.zeros_like(weight_hh[d]) for e in range(D)], 1))
-    return torch.cat(columns, -1), torch.cat([weight_ih, torch.stack(rows)], 2)
+    return apart.cat(x, torch.cat(columns, -1), -1), apart.cat(weight_ih, torch.stack(rows), 2)
 
 
 def too_large_together(plan):

@@ -149,6 +149,14 @@ class Plan:
         return "wgmma" if self.wgmma else "split" if self.split else self.schedule
 
     @property
+    def variant(self):
+        """The kind, and what else tells kernels apart: how many programs a cluster has, and whether a resident plan is
+        one of plain Triton."""
+        if self.schedule == "cluster":
+            return f"cluster {self.programs}"
+        return "portable resident" if self.kind == "resident" and not self.gluon else self.kind
+
+    @property
     def held(self):
         """Units whose part of R stays on chip."""
         return sum(width for _, width in self.chunks) * (self.num_warps if self.split else 1)
@@ -523,13 +531,52 @@ def _shared(hidden_size, precision, block_h, block_b, shared_memory):
     return _chunks(max(held, 16), width), max(BLOCK_BYTES // column, 16)
 
 
-def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True, schedule=None, keep_every=None):
+def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True, schedule=None, keep_every=None,
+              avoid=frozenset()):
     """The plan for ``batch`` rows of a layer of ``hidden_size`` units.
 
     dtype: torch.float16, bfloat16 or float32; ``tf32`` says whether fp32 may multiply in TF32. limits: of the device,
     or None for Triton's interpreter, which knows no registers and runs programs one by one: there R is always
-    resident. schedule: one of ``SCHEDULES`` instead of the cheapest. Raises PlanError with the reason if none fits.
+    resident. schedule: one of ``SCHEDULES`` instead of the cheapest. avoid: (variant, loop, precision) that are not to
+    be chosen. Raises PlanError with the reason if none fits.
     """
+    plans, reasons = _candidates(batch, hidden_size, dtype, directions, limits, tf32, schedule, keep_every)
+    good = lambda loop: [plan for plan in plans if (plan.variant, loop, plan.precision) not in avoid]
+    # where every program can have all of R, nothing is faster
+    alone = plans[:1] if plans and plans[0].schedule == "resident" else []
+    backwards = good("backward")
+    if any(plan in backwards for plan in alone):
+        backwards = alone
+    cost = lambda plan, loop: 0 if limits is None else plan.step_cycles(limits.multiprocessors, loop)
+    backward = min(backwards, key=lambda plan: cost(plan, "backward"), default=None)
+    forwards = good("forward")
+    if any(plan in forwards for plan in alone):
+        forwards = alone
+    elif backward and schedule in (None, "grid") and not alone:
+        forwards += [plan for plan in _with_warp_groups(backward, limits)
+                     if (plan.variant, "forward", plan.precision) not in avoid]
+    forward = min(forwards, key=lambda plan: cost(plan, "forward"), default=None)
+    if forward is None or backward is None:
+        loops = [loop for loop, plan in (("forward", forward), ("backward", backward)) if plan is None]
+        raise PlanError("; ".join(reasons) if not plans else
+                        f"every kernel that fits is known to be wrong here, {' and '.join(loops)}")
+    if forward is backward or forward.wgmma:
+        return forward
+    return dataclasses.replace(forward, backward_plan=backward)
+
+
+def candidates(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True, keep_every=None):
+    """All plans that ``make_plan`` chooses from, and none where nothing fits. A loop's own are told by ``Plan.wgmma``:
+    those plans are for the forward loop only."""
+    plans, _ = _candidates(batch, hidden_size, dtype, directions, limits, tf32, None, keep_every)
+    if plans and limits is not None:
+        cheapest = min(plans, key=lambda plan: plan.step_cycles(limits.multiprocessors, "backward"))
+        plans += _with_warp_groups(cheapest, limits)
+    return plans
+
+
+def _candidates(batch, hidden_size, dtype, directions, limits, tf32, schedule, keep_every):
+    """(plans, reasons): those that fit but for warp groups, the resident one first, and why others do not."""
     if batch < 0 or hidden_size < 1 or directions not in (1, 2):
         raise PlanError(f"no plan for batch {batch}, hidden_size {hidden_size}, {directions} directions")
     if schedule not in (None, *SCHEDULES):
@@ -539,13 +586,12 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
     all_tiles = max(-(-batch // BLOCK_B), 1)
     common = dict(hidden_size=hidden_size, directions=directions, batch=batch, precision=precision,
                   keep_every=keep_every)
-    reasons = []
+    plans, reasons = [], []
     if schedule in (None, "resident"):
         try:
-            return _resident(hidden_size, precision, all_tiles, common, limits)
+            plans.append(_resident(hidden_size, precision, all_tiles, common, limits))
         except PlanError as error:
             reasons.append(f"resident: {error}")
-    plans = []
     for ctas in (2, 4, 8, 16) if schedule in (None, "cluster") else ():
         if limits is None or limits.multiprocessors < ctas:
             reasons.append(f"cluster: no device for {ctas} programs")
@@ -586,17 +632,7 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
         plans.append(plan)
     if schedule in (None, "grid"):
         plans += _split(all_tiles, common, limits)
-    if not plans:
-        raise PlanError("; ".join(reasons))
-    if limits is None:
-        return plans[0]
-    backward = min(plans, key=lambda plan: plan.step_cycles(limits.multiprocessors, "backward"))
-    if schedule in (None, "grid"):
-        plans += _with_warp_groups(backward, limits)
-    forward = min(plans, key=lambda plan: plan.step_cycles(limits.multiprocessors, "forward"))
-    if forward is backward or forward.wgmma:
-        return forward
-    return dataclasses.replace(forward, backward_plan=backward)
+    return plans, reasons
 
 
 def _split(all_tiles, common, limits):

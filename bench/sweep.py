@@ -1,13 +1,10 @@
 """Times layers on a GPU side by side; a result that is wrong gets no time."""
-import concurrent.futures
 import dataclasses
 import functools
-import multiprocessing
-import os
 import time
 
 import torch
-from triton_lstm.kernels.ahead import compile_plan
+from triton_lstm.kernels.ahead import compile_apart
 
 import triton_lstm
 
@@ -166,10 +163,6 @@ def _take_turns(runs, gpu, effort, stream):
     return samples
 
 
-def _compile(plan, dtype, marked, inputs, arch):
-    compile_plan(plan, dtype_of(dtype), arch, marked, inputs=inputs)
-
-
 def compile_all(cases, limits, arch):
     """Compile the automatic plans of ``cases`` into Triton's cache, on all cores at once; returns the seconds it took.
 
@@ -190,11 +183,10 @@ def compile_all(cases, limits, arch):
         widths = {case.input_size, *[case.directions * case.hidden_size] * (case.layers > 1)}
         for inputs in {width if plan.multiplies_input(width) else 64 for width in widths}:
             wanted.setdefault((key, case.dtype, case.sequences != "padded", inputs), plan)
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
-        futures = [pool.submit(_compile, plan, *constants, arch) for (_, *constants), plan in wanted.items()]
-        for future in progress(concurrent.futures.as_completed(futures), lambda _: "compiling", len(futures)):
-            future.exception()          # waits; of a kernel that does not compile its row will tell
+    jobs = [(plan, dtype_of(dtype), dict(marked=marked, inputs=inputs))
+            for (_, dtype, marked, inputs), plan in wanted.items()]
+    for _ in progress(compile_apart(jobs, arch), lambda _: "compiling", len(jobs)):
+        pass                            # of a kernel that does not compile its row will tell
     return time.monotonic() - began
 
 

@@ -1,5 +1,8 @@
 """Compiles kernels for an architecture with no GPU at hand: what the tests and the benchmark read machine code from."""
+import concurrent.futures
 import contextlib
+import multiprocessing
+import os
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -71,3 +74,25 @@ def compile_plan(plan, dtype, arch=90, marked=False, packed=False, zoneout=None,
     y, h_n, c_n, kept = launch.forward(x, w, r, b, state, state, marks, plan, True, *more, run=collect)
     launch.backward(y, h_n, c_n, x, w, r, b, state, state, marks, y, kept, plan, [True] * 6, *more, run=collect)
     return found
+
+
+def _compile(plan, dtype, arch, options):
+    compile_plan(plan, dtype, arch, **options)
+
+
+def compile_apart(jobs, arch, seconds=None):
+    """Compile ``jobs``, (plan, dtype, options of ``compile_plan``) each, into Triton's cache, in processes on all cores
+    that touch no GPU; yields (job, exception or None) as each is done. A launch then finds them there. What is not done
+    after ``seconds`` is left out."""
+    pool = concurrent.futures.ProcessPoolExecutor(min(os.cpu_count(), max(len(jobs), 1)),
+                                                  multiprocessing.get_context("spawn"))
+    try:
+        futures = {pool.submit(_compile, plan, dtype, arch, options): (plan, dtype, options)
+                   for plan, dtype, options in jobs}
+        for future in concurrent.futures.as_completed(futures, timeout=seconds):
+            yield futures[future], future.exception()
+    except concurrent.futures.TimeoutError:
+        for process in list(pool._processes.values()):
+            process.kill()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -11,6 +11,7 @@ import functools
 
 import torch
 
+from . import faults
 from .kernels import launch
 from .plan import Limits, Plan, PlanError, make_plan
 from .reference import lstm_reference, packed_reference, zoneout_shares
@@ -33,8 +34,9 @@ def tf32_allowed():
 
 
 @functools.lru_cache
-def _automatic(batch, hidden_size, dtype, directions, limits, tf32, keep_every):
-    return make_plan(batch, hidden_size, dtype, directions, limits=limits, tf32=tf32, keep_every=keep_every)
+def _automatic(batch, hidden_size, dtype, directions, limits, tf32, keep_every, avoid):
+    return make_plan(batch, hidden_size, dtype, directions, limits=limits, tf32=tf32, keep_every=keep_every,
+                     avoid=avoid)
 
 
 def portable(limits):
@@ -45,8 +47,9 @@ def portable(limits):
 def automatic_plan(batch, hidden_size, dtype, directions, device, keep_every=None, zoned=False):
     """The plan of a call that names none; ``zoned`` tells whether it has zoneout."""
     limits = limits_of(device)
+    avoid = faults.known(device) if device.type == "cuda" else frozenset()
     return _automatic(batch, hidden_size, dtype, directions, portable(limits) if zoned else limits, tf32_allowed(),
-                      keep_every)
+                      keep_every, avoid)
 
 
 def plan_for(x, h0, text, keep_every, zoned):

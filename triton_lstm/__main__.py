@@ -1,0 +1,205 @@
+"""``python -m triton_lstm``: what the package finds on this machine, and whether its kernels work there."""
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+
+import torch
+import triton
+
+from . import check, faults, op, runner
+from .kernels import waiting
+from .kernels.ahead import compile_apart
+from .plan import Limits, Plan
+
+DESCRIPTION = """\
+With no command: versions, the GPU, and what the package uses there. check: runs every kernel at small sizes against
+float64, on this GPU or, where there is none, in Triton's interpreter."""
+CHECK = """\
+Each case runs in a process that is killed when it takes too long, so that a kernel that hangs costs seconds. One line
+of JSON a case, as soon as it is known, then a table. What is wrong on a GPU is remembered, and automatic plans keep
+away from it, until a later check finds it right. The exit code is 1 if anything is not right."""
+SHARE = {True: 15., False: 120.}        # seconds of a case at most, on a GPU and in the interpreter
+WAIT_LIMIT = "2"                        # seconds that a kernel waits there before it gives up
+
+
+def _child(*command):
+    return [sys.executable, "-m", "triton_lstm", *command]
+
+
+def _environment(**more):
+    """The own one, in which children find this very package."""
+    path = os.pathsep.join([str(pathlib.Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, **more}
+
+
+def _facts():
+    """``check.facts`` of a child: this process never touches the GPU."""
+    try:
+        result = subprocess.run(_child("facts"), capture_output=True, text=True, timeout=120, env=_environment())
+        return json.loads(result.stdout.splitlines()[-1])
+    except (subprocess.TimeoutExpired, IndexError, ValueError):
+        return dict(gpu=None, error="the process that asks for the GPU did not answer")
+
+
+def about(facts):
+    """Print versions, the GPU, and what the package uses there."""
+    print(f"triton_lstm {faults.version()}, torch {torch.__version__} (CUDA {torch.version.cuda}), "
+          f"Triton {triton.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    if "error" in facts:
+        print(f"GPU: unknown: {facts['error']}")
+        return
+    if facts["gpu"] is None:
+        print("GPU: none. torch.nn.LSTM computes for CPU tensors; with TRITON_INTERPRET=1 the kernels do, slowly.")
+        return
+    limits = Limits(**facts["limits"])
+    print(f"GPU: {facts['gpu']}, compute capability {'.'.join(map(str, facts['capability']))}, driver for CUDA "
+          f"{facts['driver'] // 1000}.{facts['driver'] % 1000 // 10}, {limits.multiprocessors} multiprocessors, "
+          f"{limits.shared_memory // 1024} KiB of shared memory each")
+    print("Kernels: plain Triton" + (", Gluon (resident, split)" if limits.cluster else
+                                     "; no Gluon, which is for compute capability 8.0, 8.9 and 9.0")
+          + (", warp groups" if limits.cluster and limits.wgmma else "")
+          + (f", clusters of up to {limits.cluster}" if limits.cluster > 1 else
+             "; no clusters, which need compute capability 9.0 and Triton 3.9"))
+    for key, what in sorted(faults.of(facts["place"]).items()):
+        print(f"Avoided: {' '.join(key)}: {what}")
+    print("`python -m triton_lstm check` runs every kernel against float64.")
+
+
+def _line(case, found, seconds):
+    """A case and what came of it, for JSON."""
+    sizes = dict(T=case.steps, B=case.batch, I=case.inputs, H=case.hidden_size, D=case.directions)
+    backward = Plan.decode(case.plan).backward.variant if case.plan else case.kind
+    return dict(kind=case.kind, backward_kind=backward, dtype=case.dtype, what=case.what, **sizes, **{
+        "outcome": "failed", "forward_us": None, "backward_us": None, **found, "seconds": round(seconds, 2)})
+
+
+def loops_of(line):
+    """The loops that a line tells to be wrong: of results by name, of a record by kernel, of all else both."""
+    if line["outcome"] == "wrong":
+        names = set(line["where"])
+        return ("forward",) if names & {"y", "h_n", "c_n"} else ("backward",)
+    for loop in faults.LOOPS:
+        if f"{loop}_" in line.get("record", ""):
+            return (loop,)
+    return faults.LOOPS
+
+
+def remember(where, lines):
+    """What the lines of a check on a GPU say goes into the cache folder."""
+    precision = lambda line: {"fp16": "native", "bf16": "native", "tf32": "tf32", "fp32": "tf32x3"}[line["dtype"]]
+    found, right = {}, set()
+    for line in lines:
+        keys = [(line["kind"], "forward", precision(line)), (line["backward_kind"], "backward", precision(line))]
+        if line["outcome"] == "right":
+            right.update(keys)
+        elif line["outcome"] in ("wrong", "trapped", "hung", "died", "failed to compile", "failed to launch"):
+            what = f"{line['outcome']}: {line['what']}"
+            found.update((key, what) for key in keys if key[1] in loops_of(line))
+    faults.remember(where, found, right - set(found))
+    return found
+
+
+def table(lines):
+    """Kinds by types: how many cases are right, or what the first other one is."""
+    kinds, dtypes = list(dict.fromkeys(line["kind"] for line in lines)), list(check.DTYPES)
+    rows = [["", *dtypes, "us a step, forward / backward call"]]
+    for kind in kinds:
+        row = [kind]
+        for dtype in dtypes:
+            of = [line for line in lines if (line["kind"], line["dtype"]) == (kind, dtype)]
+            bad = [line["outcome"] for line in of if line["outcome"] != "right"]
+            row.append("" if not of else bad[0] if bad else f"{len(of)} right")
+        times = [line for line in lines if line["kind"] == kind and line["forward_us"]]
+        row.append(", ".join(f"{line['dtype']} {line['forward_us']:.1f} / {line['backward_us']:.1f}" for line in times))
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def run_check(args):
+    """The command ``check``; returns the exit code."""
+    end = time.monotonic() + args.seconds
+    facts = _facts()
+    gpu = facts["gpu"] is not None
+    limits = Limits(**facts["limits"]) if gpu else None
+    cases = [case for case in check.cases(limits) if not args.kind or case.kind in args.kind]
+    if not cases:
+        sys.exit(f"no such kind; there are {', '.join(check.VARIANTS)}")
+    if args.list:
+        print("\n".join(case.label + (f": {case.reason}" if case.reason else "") for case in cases))
+        return 0
+    about(facts)
+    more = {waiting.VARIABLE: os.environ.get(waiting.VARIABLE, WAIT_LIMIT)} if gpu else {"TRITON_INTERPRET": "1"}
+    if gpu:
+        jobs = {json.dumps([case.plan, case.dtype, str(compiled[2])]): compiled for case in cases
+                if (compiled := case.compiled())}
+        major, minor = facts["capability"]
+        done = sum(1 for _ in compile_apart(list(jobs.values()), 10 * major + minor, 0.5 * args.seconds))
+        print(f"compiled {done} of {len(jobs)} plans in {args.seconds - (end - time.monotonic()):.0f} s", flush=True)
+    else:
+        print("No GPU: the kernels that run by themselves are checked in Triton's interpreter.", flush=True)
+    lines, file = [], open(args.out, "w") if args.out else sys.stdout
+    try:
+        possible = [(case, case.encode()) for case in cases if case.plan]
+        none = [(case, {"outcome": "not here", "message": case.reason}, 0.) for case in cases if not case.plan]
+        results = runner.run(possible, _child("worker"), end - time.monotonic(), SHARE[gpu], _environment(**more))
+        for case, found, seconds in itertools.chain(none, results):
+            lines.append(_line(case, found, seconds))
+            print(json.dumps(lines[-1]), file=file, flush=True)
+    finally:
+        if args.out:
+            file.close()
+    print(table(lines))
+    bad = [line for line in lines if line["outcome"] not in ("right", "not here", "not reached")]
+    for line in bad:
+        print(f"{line['outcome'].upper()}: {line['kind']}, {line['dtype']}, {line['what']}: "
+              f"{line.get('record') or line.get('message') or line.get('where')}")
+    if gpu:
+        remember(facts["place"], lines)
+    reached = sum(line["outcome"] == "right" for line in lines)
+    print(f"{reached} right, {len(bad)} not, {sum(line['outcome'] == 'not reached' for line in lines)} not reached, "
+          f"{sum(line['outcome'] == 'not here' for line in lines)} not here")
+    return int(bool(bad) or not reached)
+
+
+def _positive(text):
+    if not (number := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return number
+
+
+def main(arguments=None):
+    """Run the command line; returns the exit code."""
+    root = argparse.ArgumentParser("python -m triton_lstm", description=DESCRIPTION)
+    commands = root.add_subparsers(dest="command", title="commands", metavar="COMMAND")
+    p = commands.add_parser("check", help="every kernel against float64", description=CHECK)
+    p.add_argument("--seconds", type=_positive, default=90., metavar="N", help="for all of it (default: 90)")
+    p.add_argument("--kind", action="append", metavar="NAME", choices=list(check.VARIANTS),
+                   help=f"only this; may be repeated: {', '.join(check.VARIANTS)}")
+    p.add_argument("--out", metavar="FILE", help="where the lines of JSON go (default: standard output)")
+    p.add_argument("--list", action="store_true", help="list the cases and run none")
+    for hidden in ("worker", "facts"):      # of ``check``'s own processes
+        commands.add_parser(hidden)
+    args = root.parse_args(arguments)
+    if args.command == "check":
+        return run_check(args)
+    if args.command == "facts":
+        print(json.dumps(check.facts()))
+    elif args.command == "worker":
+        answers = os.fdopen(os.dup(1), "w")     # whatever else is printed goes to stderr
+        os.dup2(2, 1)
+        device = torch.device("cpu" if op.launch.INTERPRET else "cuda")
+        check.work(sys.stdin, lambda line: print(line, file=answers, flush=True), device)
+    else:
+        about(_facts())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+"""What ``python -m triton_lstm check`` runs: every kernel at small sizes against float64, a case at a time.
+
+A case is a ``Case``, which travels as JSON: ``cases`` lists those of a device, ``run`` computes one in this process and
+says what came of it. ``runner`` has the processes.
+"""
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+
+import torch
+
+from . import op
+from .functional import lstm
+from .kernels import launch
+from .kernels.waiting import wait_report
+from .layer import LSTM
+from .plan import Plan, PlanError, candidates, make_plan
+from .reference import lstm_reference, packed_reference, zoneout_shares
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+# Relative error in the norm that a result may have. fp16 and TF32 have ten bits and bf16 seven, whose rounding of h and
+# da over some steps leaves a few times 2^-11 and 2^-8; fp32 stands for three TF32 products, some 2^-21. A wrong kernel
+# is off by the order of one.
+TOLERANCE = {"fp16": 1e-2, "bf16": 4e-2, "tf32": 1e-2, "fp32": 2e-5}
+# Units at which each variant has several programs, chunks of R and units of padding.
+VARIANTS = {"portable resident": 33, "resident": 33, "grid": 100, "split": 100, "wgmma": 100, "streamed": 100,
+            "cluster 2": 33, "cluster 4": 100, "cluster 8": 200, "cluster 16": 300}
+KEEP_EVERY = 4          # fewer than the steps, for several chunks
+REUSES = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is checked: ``plan`` is encoded, "" where there is none, for ``reason``. ``what``: "layer", "lengths",
+    "packed", "zoneout", "one step", or "wavefront", "graph", "stream", "reuse", "two processes"."""
+    kind: str
+    dtype: str
+    what: str
+    steps: int = 0
+    batch: int = 0
+    inputs: int = 0
+    hidden_size: int = 0
+    directions: int = 1
+    plan: str = ""
+    reason: str = ""
+
+    def encode(self):
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def decode(text):
+        return Case(**json.loads(text))
+
+    @property
+    def label(self):
+        return f"{self.kind}, {self.dtype}, {self.what}"
+
+    def compiled(self):
+        """(plan, dtype, options of ``compile_plan``) that its launches compile; None where nothing does."""
+        if not self.plan:
+            return None
+        return Plan.decode(self.plan), DTYPES[self.dtype], dict(
+            marked=self.what in ("lengths", "packed"), packed=self.what == "packed",
+            zoneout="expected" if self.what == "zoneout" else None, inputs=self.inputs)
+
+
+def plan_of(variant, batch, hidden_size, dtype, directions, limits):
+    """A plan of ``variant`` for such a layer. PlanError with the reason where there is none."""
+    options = dict(tf32=dtype == "tf32", keep_every=KEEP_EVERY)
+    if limits is None:
+        if variant != "portable resident":
+            raise PlanError("the interpreter runs programs one by one")
+        return make_plan(batch, hidden_size, DTYPES[dtype], directions, limits=None, **options)
+    if variant in ("portable resident", "streamed"):
+        plan = make_plan(batch, hidden_size, DTYPES[dtype], directions, limits=op.portable(limits),
+                         schedule="resident" if variant == "portable resident" else "grid", **options)
+        if variant == "streamed":       # so narrow a layer streams by no plan of its own
+            plan = dataclasses.replace(plan, schedule="streamed", chunks=((0, 16),), block_k=16)
+            plan.check(limits)
+        return plan
+    for plan in candidates(batch, hidden_size, DTYPES[dtype], directions, limits=limits, **options):
+        if plan.variant == variant:
+            return plan
+    raise PlanError(f"no {variant} plan for H={hidden_size} in {dtype} on this device with this Triton")
+
+
+def cases(limits):
+    """All cases of a device with ``limits``, None for the interpreter: the smallest and safest first."""
+    found = []
+
+    def add(variant, dtype, what, steps, batch, inputs, hidden_size, directions=1):
+        sizes = dict(steps=steps, batch=batch, inputs=inputs, hidden_size=hidden_size, directions=directions)
+        try:
+            plan = plan_of(variant, batch, hidden_size, dtype, directions, limits)
+            found.append(Case(variant, dtype, what, plan=plan.encode(), **sizes))
+        except PlanError as error:
+            found.append(Case(variant, dtype, what, reason=str(error), **sizes))
+
+    has = lambda variant, dtype: dtype != "fp32" or variant in ("portable resident", "grid", "streamed")
+    for variant, H in VARIANTS.items():
+        add(variant, "fp16", "one step", 1, 1, 20, H)
+    for variant, H in VARIANTS.items():
+        for dtype in DTYPES:
+            if has(variant, dtype):
+                add(variant, dtype, "layer", 9, 17, 20, H, 2)
+    for what in ("lengths", "packed", "zoneout"):
+        for variant, H in VARIANTS.items():
+            if what != "zoneout" or variant in ("portable resident", "grid", "streamed"):
+                add(variant, "bf16", what, 9, 17, 20, H)
+    if limits is not None:
+        for variant, H in VARIANTS.items():
+            add(variant, "fp16", "graph", 9, 17, 20, H)
+            add(variant, "bf16", "reuse", 9, 33, 20, H)
+        add("grid", "fp16", "stream", 9, 17, 20, 100)
+        add("split", "fp16", "wavefront", 256, 3, 20, 100)
+        add("grid", "fp16", "two processes", 9, 17, 20, 100)
+    missing = {}        # one line for a variant and type that the device has not
+    for case in found:
+        if not case.plan:
+            missing.setdefault((case.kind, case.dtype), case)
+    return [case for case in found if case.plan or missing[case.kind, case.dtype] is case]
+
+
+def _problem(case, seed):
+    """Inputs of ``case`` in float64 on the CPU, as rounded to its type, and options of ``lstm``."""
+    T, B, I, H, D = case.steps, case.batch, case.inputs, case.hidden_size, case.directions
+    generator = torch.Generator().manual_seed(seed)
+    rounded = lambda t: t.to(DTYPES[case.dtype]).double()
+    normal = lambda *shape: rounded(torch.randn(shape, generator=generator))
+    uniform = lambda *shape: rounded((torch.rand(shape, generator=generator) * 2 - 1) / H ** 0.5)
+    inputs = dict(x=normal(T, B, I), w=uniform(D, 4 * H, I), r=uniform(D, 4 * H, H), b=uniform(D, 4 * H),
+                  h0=normal(D, B, H), c0=normal(D, B, H))
+    gradients = [normal(T, B, D * H), normal(D, B, H), normal(D, B, H)]
+    options = {}
+    if case.what in ("lengths", "packed"):
+        lengths = torch.randint(1, T + 1, (B,), generator=generator).sort(descending=True).values
+        lengths[0] = T
+        if case.what == "packed":
+            live = torch.arange(T)[:, None] < lengths
+            options = dict(batch_sizes=live.sum(1))
+            inputs["x"], gradients[0] = inputs["x"][live], gradients[0][live]
+        else:
+            options = dict(lengths=lengths, reset=torch.rand(T, B, generator=generator) < 0.2)
+    if case.what == "zoneout":
+        options = dict(zoneout=(0.1, 0.2), training=False)
+    return inputs, gradients, options
+
+
+def _results(function, inputs, gradients):
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    outputs = function(*leaves.values())
+    found = torch.autograd.grad(outputs, list(leaves.values()), [g.to(y) for g, y in zip(gradients, outputs)])
+    return dict(zip(("y", "h_n", "c_n"), (y.detach() for y in outputs)), **{f"d{n}": g for n, g in zip(leaves, found)})
+
+
+def exact(case, seed=0):
+    """Results and gradients in float64, by name."""
+    inputs, gradients, options = _problem(case, seed)
+    T, (D, B, H) = case.steps, inputs["h0"].shape
+    if "batch_sizes" in options:
+        function = lambda *given: packed_reference(*given, options["batch_sizes"])
+    elif case.what == "zoneout":
+        keep = zoneout_shares((None, *options["zoneout"]), T, B, D, H, inputs["x"])
+        function = lambda *given: lstm_reference(*given, keep=keep)
+    else:
+        function = lambda *given: lstm_reference(*given, options.get("lengths"), options.get("reset"))
+    return _results(function, inputs, gradients)
+
+
+def ours(case, device, seed=0):
+    """The same by the kernels."""
+    inputs, gradients, options = _problem(case, seed)
+    put = lambda t: t.to(device) if t.is_floating_point() else t
+    options = {name: value.to(device) if name in ("lengths", "reset") else value for name, value in options.items()}
+    plan = Plan.decode(case.plan)
+
+    def function(*given):
+        y, (h_n, c_n) = lstm(*given[:4], given[4:], plan=plan, **options)
+        return y, h_n, c_n
+    inputs = {name: put(t).to(DTYPES[case.dtype]) for name, t in inputs.items()}
+    return _results(function, inputs, [put(g) for g in gradients])
+
+
+def compare(case, got, right):
+    """What to say of results ``got`` where ``right`` is exact: outcome, error, and of a wrong one where."""
+    allowed, worst, wrong = TOLERANCE[case.dtype], 0., {}
+    for name, exactly in right.items():
+        difference = got[name].double().cpu() - exactly
+        error = (difference.norm() / exactly.norm().clamp(min=1e-300)).item()
+        worst = error if not error <= worst else worst          # NaN is the worst
+        if not error <= allowed:
+            bad = ~(difference.abs() <= allowed * exactly.abs().max())
+            wrong[name] = dict(error=error, first=bad.nonzero()[0].tolist() if bad.any() else None,
+                               share=bad.double().mean().item())
+    if not wrong:
+        return dict(outcome="right", error=worst, allowed=allowed)
+    return dict(outcome="wrong", error=worst, allowed=allowed, where=wrong)
+
+
+@contextlib.contextmanager
+def _precision(case):
+    """torch's switch for fp32 in LSTMs as the case has it, where there is one."""
+    if case.dtype not in ("tf32", "fp32"):
+        yield
+        return
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, case.dtype == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _graph(case, device):
+    """The forward pass from a CUDA graph, replayed with new input."""
+    inputs, _, _ = _problem(case, 0)
+    others, _, _ = _problem(case, 1)
+    plan = Plan.decode(case.plan)
+    put = lambda given: {name: t.to(device, DTYPES[case.dtype]) for name, t in given.items()}
+    inputs, others = put(inputs), put(others)
+    call = lambda given: lstm(*list(given.values())[:4], (given["h0"], given["c0"]), plan=plan)
+    with torch.no_grad():
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            call(inputs)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, (h_n, c_n) = call(inputs)
+        for name, t in inputs.items():
+            t.copy_(others[name])
+        graph.replay()
+        graph.replay()
+        torch.cuda.synchronize(device)
+    return dict(y=y, h_n=h_n, c_n=c_n)
+
+
+def _wavefront(case, device):
+    """Three layers at once, against nn.LSTM in float64."""
+    torch.manual_seed(0)
+    layer = LSTM(case.inputs, case.hidden_size, 3, dtype=DTYPES[case.dtype])
+    right = torch.nn.LSTM(case.inputs, case.hidden_size, 3, dtype=torch.float64)
+    right.load_state_dict(layer.state_dict())
+    x = torch.randn(case.steps, case.batch, case.inputs, dtype=DTYPES[case.dtype])
+
+    def results(module, x):
+        y, (h_n, c_n) = module(x.requires_grad_())
+        (y.sin().sum() + h_n.sum() + c_n.sum()).backward()
+        return dict(y=y.detach(), h_n=h_n.detach(), c_n=c_n.detach(), dx=x.grad,
+                    **{f"d{name}": p.grad for name, p in module.named_parameters()})
+    layer.to(device).plan = Plan.decode(case.plan)
+    return results(layer, x.to(device)), results(right, x.double())
+
+
+def _microseconds(case, device):
+    """Microseconds a step of a forward call, and of a backward one, of 64 steps; the best of five."""
+    T = 64
+    inputs, _, _ = _problem(dataclasses.replace(case, steps=T), 0)
+    given = [t.to(device, DTYPES[case.dtype]).requires_grad_() for t in inputs.values()]
+    plan, best = Plan.decode(case.plan), [float("inf")] * 2
+    for _ in range(5):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        events[0].record()
+        y, _ = lstm(*given[:4], given[4:], plan=plan)
+        events[1].record()
+        torch.autograd.grad(y.sum(), given)
+        events[2].record()
+        torch.cuda.synchronize(device)
+        best = [min(b, 1000 * a.elapsed_time(c) / T) for b, a, c in zip(best, events, events[1:])]
+    return dict(forward_us=best[0], backward_us=best[1])
+
+
+def measure(case, device):
+    """What comes of ``case`` on ``device``, in this process."""
+    with _precision(case):
+        if case.what == "wavefront":
+            return compare(case, *_wavefront(case, device))
+        if case.what == "graph":
+            right = exact(case, 1)
+            return compare(case, _graph(case, device), {name: right[name] for name in ("y", "h_n", "c_n")})
+        if case.what == "reuse":
+            # every other one with data of its own, so that what an earlier call left behind is wrong
+            right = [exact(case, seed) for seed in range(2)]
+            for n in range(REUSES):
+                found = compare(case, ours(case, device, n % 2), right[n % 2])
+                if found["outcome"] != "right":
+                    return {**found, "call": n}
+            return found
+        if case.what == "two processes":
+            alone = dataclasses.replace(case, what="reuse")
+            other = subprocess.Popen([sys.executable, "-m", "triton_lstm", "worker"], stdin=subprocess.PIPE,
+                                     stdout=subprocess.PIPE, text=True)
+            try:
+                other.stdin.write(alone.encode() + "\n")
+                other.stdin.flush()
+                other.stdout.readline()             # it is ready, and begins
+                found = measure(alone, device)
+                theirs = json.loads(other.stdout.readline())
+            finally:
+                other.kill()
+                other.wait()
+            return found if found["outcome"] != "right" else {**theirs, "seconds": None}
+        with torch.cuda.stream(torch.cuda.Stream(device)) if case.what == "stream" else contextlib.nullcontext():
+            found = compare(case, ours(case, device), exact(case))
+            if found["outcome"] == "right" and device.type == "cuda" and case.what == "layer":
+                found.update(_microseconds(case, device))
+            return found
+
+
+def run(case, device):
+    """``measure``, with exceptions told as outcomes; "fatal" where the process can do no more."""
+    try:
+        found = measure(case, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return found
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:2000]
+        record = wait_report()
+        if record is not None:
+            return dict(outcome="trapped", message=text, record=record, fatal=True)
+        fatal = "CUDA" in text and not isinstance(error, (PlanError, torch.OutOfMemoryError))
+        compiling = any(name in type(error).__module__ + type(error).__name__ for name in
+                        ("CompilationError", "PTXASError", "triton.compiler", "OutOfResources"))
+        return dict(outcome="failed to compile" if compiling else "failed to launch", message=text, fatal=fatal)
+
+
+def facts():
+    """What a process that may touch the GPU knows of it, for JSON."""
+    from . import faults
+    if launch.INTERPRET or not torch.cuda.is_available():
+        return dict(gpu=None)
+    device = torch.device("cuda", 0)
+    major, minor = torch.cuda.get_device_capability(device)
+    return dict(gpu=torch.cuda.get_device_name(device), capability=[major, minor], driver=faults.driver(),
+                place=faults.place(device), limits=dataclasses.asdict(op.limits_of(device)))
+
+
+def work(receive, send, device):
+    """A worker: a case a line in, what comes of it a line out, from "ready" on until the input ends."""
+    send(json.dumps(dict(ready=True)))
+    for line in receive:
+        send(json.dumps(run(Case.decode(line), device)))

@@ -1,0 +1,90 @@
+"""What ``python -m triton_lstm check`` found wrong on a GPU, remembered in the user's cache folder.
+
+A JSON file: {where: {"variant loop precision": what was found}}, where "where" names the GPU, its driver and the
+versions of Triton and this package. Folder: $TRITON_LSTM_CACHE, else $XDG_CACHE_HOME/triton_lstm, else
+~/.cache/triton_lstm.
+"""
+import contextlib
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import tempfile
+import warnings
+
+import torch
+import triton
+
+LOOPS = ("forward", "backward")
+
+
+def folder():
+    """The cache folder, which need not exist."""
+    if own := os.environ.get("TRITON_LSTM_CACHE"):
+        return pathlib.Path(own)
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "triton_lstm"
+
+
+def version():
+    """The package's version."""
+    try:
+        return importlib.metadata.version("triton_lstm")
+    except importlib.metadata.PackageNotFoundError:     # a checkout on the path
+        return "unknown"
+
+
+def driver():
+    """The version of CUDA that the GPU's driver has, as 13000; 0 where torch tells none."""
+    with contextlib.suppress(AttributeError):
+        return torch._C._cuda_getDriverVersion()
+    return 0
+
+
+def place(device):
+    """The key of a CUDA device's entries."""
+    return f"{torch.cuda.get_device_name(device)}, driver {driver()}, Triton {triton.__version__}, {version()}"
+
+
+def _read():
+    """All entries; none, with a warning, where the file is broken."""
+    path = folder() / "faults.json"
+    try:
+        found = json.loads(path.read_text())
+        if not (isinstance(found, dict) and all(isinstance(of, dict) and all(
+                len(key.rsplit(" ", 2)) == 3 for key in of) for of in found.values())):
+            raise ValueError("not a table of faults")
+        return found
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"triton_lstm ignores {path}: {error}", stacklevel=3)
+        return {}
+
+
+def remember(where, found, right):
+    """Put ``found``, {(variant, loop, precision): what}, among the entries of ``where``, and take out those of
+    ``right``, a set of such keys. Another process's file at the same time wins or loses as a whole."""
+    entries = _read()
+    left = {key: what for key, what in entries.get(where, {}).items() if tuple(key.rsplit(" ", 2)) not in right}
+    entries[where] = {**left, **{" ".join(key): what for key, what in found.items()}}
+    folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=folder(), suffix=".json", delete=False) as file:
+        json.dump({where: of for where, of in entries.items() if of}, file, indent=1)
+    os.replace(file.name, folder() / "faults.json")
+
+
+def of(where):
+    """{(variant, loop, precision): what} of a ``place``."""
+    return {tuple(key.rsplit(" ", 2)): what for key, what in _read().get(where, {}).items()}
+
+
+@functools.lru_cache
+def known(device):
+    """The keys that automatic plans keep away from on a CUDA device, looked up once a process; a warning tells them."""
+    found = of(place(device))
+    if found:
+        warnings.warn("triton_lstm keeps away from kernels that its check found wrong on this GPU: "
+                      + "; ".join(f"{' '.join(key)} ({what})" for key, what in sorted(found.items()))
+                      + ". `python -m triton_lstm check` looks again", stacklevel=2)
+    return frozenset(found)

@@ -1,0 +1,108 @@
+"""Runs cases in worker processes that are killed when one takes too long; knows neither torch nor what a case is.
+
+A worker says {"ready": true}, then reads a case a line and answers each with a line of JSON. One that has died, was
+killed or says "fatal" is followed by a new one.
+"""
+import json
+import os
+import selectors
+import signal
+import subprocess
+import tempfile
+import time
+
+
+class Worker:
+    """A process of ``command`` that answers lines."""
+
+    def __init__(self, command, environment):
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+                                         env=environment, start_new_session=True)
+        self._selector, self._buffer = selectors.DefaultSelector(), b""
+        self._selector.register(self._process.stdout, selectors.EVENT_READ)
+
+    def answer(self, seconds):
+        """The next line of JSON; None if none comes in time. EOFError with what it said last if it ends."""
+        end = time.monotonic() + seconds
+        while b"\n" not in self._buffer:
+            left = end - time.monotonic()
+            if left <= 0 or not self._selector.select(left):
+                return None
+            data = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not data:
+                raise EOFError(self._last_words())
+            self._buffer += data
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        return json.loads(line)
+
+    def ask(self, line):
+        try:
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:         # ``answer`` tells why
+            pass
+
+    def _last_words(self):
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines()
+        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        return f"{how}: {lines[-1][:500]}" if lines else how
+
+    def kill(self):
+        """End it and what it has started."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+        for file in (self._process.stdin, self._process.stdout, self._selector, self._errors):
+            try:
+                file.close()
+            except BrokenPipeError:
+                pass
+
+
+def run(cases, command, seconds, share, environment=None, start=60., clock=time.monotonic):
+    """Yield (case, what came of it, seconds it took) of each of ``cases``, (any object, line) pairs, in order.
+
+    seconds: for all; what is then left is "not reached". share: of one case. start: that a worker may take to be ready.
+    What comes of a case is what the worker answers, or {"outcome": "hung"} or "died" with a message.
+    """
+    end, worker = clock() + seconds, None
+    try:
+        for case, line in cases:
+            if clock() >= end:
+                yield case, dict(outcome="not reached"), 0.
+                continue
+            began, found = clock(), None
+            try:
+                if worker is None:
+                    worker = Worker(command, environment)
+                    if worker.answer(min(start, end - clock())) is None:
+                        found = dict(outcome="hung", message="the worker did not start in time")
+                    began = clock()
+                if found is None:
+                    worker.ask(line)
+                    allowed = min(share, end - clock())
+                    found = worker.answer(allowed)
+                    if found is None:
+                        found = (dict(outcome="hung", message=f"no answer in {allowed:.1f} s") if allowed >= share else
+                                 dict(outcome="not reached"))
+                        worker.kill()
+                        worker = None
+                elif worker:
+                    worker.kill()
+                    worker = None
+            except EOFError as error:
+                found = dict(outcome="died", message=str(error))
+                worker.kill()
+                worker = None
+            if found.pop("fatal", False) and worker:
+                worker.kill()
+                worker = None
+            yield case, found, clock() - began
+    finally:
+        if worker:
+            worker.kill()

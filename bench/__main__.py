@@ -47,8 +47,17 @@ stands for its newest file; with none named, the newest recorded run of each GPU
     compare="""\
 Ratios of the times of two runs, with their spread: did a change help? Needs no GPU and no torch.""",
     verify="""\
-One call for whoever gets a GPU for ten minutes: environment, GPU tests, quick sweep, pictures, training, and a
-report.md of them all. Each part is bounded in time, and one that fails does not keep the others from running.""")
+Two calls for whoever gets a GPU for a while, of at most five minutes each. first: every kernel against float64
+(`python -m triton_lstm check`, 90 s), every candidate plan's loops (`loops`, 140 s), compute-sanitizer and ncu where
+they are. record: the GPU tests that matter most (60 s), the sweep of `--record` (200 s and compiling), pictures, the
+other GPU tests. Each part is bounded in time, one that fails does not keep the others from running, and at most 8
+files are left, report.md first.""",
+    loops="""\
+Times every candidate plan of the workloads, each time loop by itself, into a CSV file; a candidate that hangs is
+killed.""",
+    fit="""\
+Fits the constants of the plans' cost model to the CSV file of `loops`, prints old, new, how far they are off, and which
+plans would change. Needs no GPU and writes nothing.""")
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -69,7 +78,7 @@ def parser():
     amount = root.add_mutually_exclusive_group()
     amount.add_argument("--quick", dest="amount", action="store_const", const="quick", help="under two minutes")
     amount.add_argument("--record", dest="amount", action="store_const", const="record",
-                        help="what README shows, under eight minutes (default)")
+                        help="what README shows: as much of it as 200 s hold, after compiling (default)")
     amount.add_argument("--full", dest="amount", action="store_const", const="full",
                         help="every size of the grid; hours")
     root.add_argument("--resume", type=pathlib.Path, metavar="CSV", help="go on with this file of an earlier run")
@@ -82,7 +91,7 @@ def parser():
 
     def command(name, summary, epilog=None):
         p = commands.add_parser(name, help=summary, description=TEXTS[name], **options)
-        if name not in ("residency", "check", "compare"):
+        if name not in ("residency", "check", "compare", "loops", "fit"):
             p.add_argument("--out", default=argparse.SUPPRESS, help="where results go (default: results)", **out)
         return p
 
@@ -104,7 +113,16 @@ def parser():
     p.add_argument("files", nargs="*", type=pathlib.Path, metavar="CSV", help="files or folders")
     p = command("compare", "two runs' ratios, with their spread")
     p.add_argument("files", nargs=2, type=pathlib.Path, metavar="CSV", help="before, after")
-    command("verify", "environment, GPU tests, quick sweep, pictures, report.md: ten minutes")
+    p = command("loops", "every candidate plan's time loops, for `fit`")
+    p.add_argument("--seconds", type=positive, default=140, metavar="N", help="for all of it (default: 140)")
+    p.add_argument("--csv", type=pathlib.Path, default=pathlib.Path("results/loops.csv"), metavar="FILE",
+                   help="where rows go (default: results/loops.csv)")
+    p.add_argument("--list", action="store_true", help="list the candidates of an H100 and time none")
+    p = command("fit", "the cost model's constants from a CSV file of `loops`")
+    p.add_argument("files", nargs=1, type=pathlib.Path, metavar="CSV", help="of `loops`")
+    p = command("verify", "first or record: two calls of five minutes on a GPU")
+    p.add_argument("call", choices=("first", "record"), help="which of the two")
+    p.add_argument("--triton", type=pathlib.Path, metavar="FOLDER", help="with a second Triton, to put on the path")
     return root
 
 
@@ -170,7 +188,7 @@ def sweep(args):
     out.mkdir(parents=True, exist_ok=True)
     path = args.resume or out / f"{here.date.replace(':', '-')}-{here.commit}.csv"
     print(f"{here}\n{len(cases)} cases, {len(chosen)} providers, into {path}", flush=True)
-    seconds = dict(quick=100, record=420, full=None)[amount]
+    seconds = dict(quick=100, record=200, full=None)[amount]
     major, minor = torch.cuda.get_device_capability()
     compiling_s = sweeping.compile_all(cases, Limits.of(torch.device("cuda")), 10 * major + minor)
     gpu = instrument.Gpu()
@@ -180,9 +198,22 @@ def sweep(args):
           + ", ".join(f"{floor.exchange_us(plan, 'bf16'):.2f}" for plan in plans) + " us, GEMM "
           + ", ".join(f"{name} {floor.gemm_tflops(name):.0f}" for name in DTYPES) + " TFLOP/s", flush=True)
     code = sweeping.run(path, cases, chosen, gpu, floor, here, sweeping.EFFORTS[amount],
-                        seconds and seconds - compiling_s)
+                        seconds and (seconds if amount == "record" else seconds - compiling_s))
     plot([path], out)
     return code
+
+
+def time_loops(loops, args):
+    """The command ``loops``; returns the exit code."""
+    from triton_lstm.plan import H200
+    if args.list:
+        print("\n".join(candidate.label for candidate in loops.all_candidates(H200)))
+        return 0
+    if (facts := loops.facts()) is None:
+        print("No GPU here: nothing is timed. --list lists the candidates.")
+        return 0
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    return loops.run(args.csv, args.seconds, facts)
 
 
 def main(arguments=None):
@@ -199,7 +230,7 @@ def main(arguments=None):
         return 0
     if args.command == "verify":
         from . import verify
-        return verify.verify(out)
+        return verify.verify(out.resolve(), verify.CALLS[args.call](out.resolve(), args.triton))
 
     import warnings
 
@@ -208,6 +239,12 @@ def main(arguments=None):
     from triton_lstm.kernels import launch
 
     from . import correctness, residency, train
+    if args.command == "fit":
+        from . import fit
+        return fit.show(args.files[0])
+    if args.command == "loops":
+        from . import loops
+        return time_loops(loops, args)
     interpreted, gpu = launch.INTERPRET, torch.cuda.is_available()
     if interpreted and args.command in (None, "residency"):
         sys.exit("unset TRITON_INTERPRET: this compiles kernels")

@@ -40,7 +40,10 @@ def poison():
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
+    for item in items:
+        if "gpu" in item.keywords:
+            # other versions of torch and Triton than those of CI warn of other things: ours alone are errors
+            for these in ("error:::triton_lstm", "default"):
+                item.add_marker(pytest.mark.filterwarnings(these), append=False)
+            if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tarfile
 import time
 from unittest import mock
 
@@ -267,7 +268,7 @@ def test_command_with_a_gpu_sweeps(tmp_path):
 
 
 def test_command_line_is_explained(capsys):
-    for arguments in ([], ["residency"], ["check"], ["train"], ["plot"], ["compare"], ["verify"]):
+    for arguments in ([], ["residency"], ["check"], ["train"], ["plot"], ["compare"], ["verify"], ["loops"], ["fit"]):
         with pytest.raises(SystemExit) as stop:
             command.main([*arguments, "--help"])
         assert stop.value.code == 0 and "usage: python -m bench" in capsys.readouterr().out
@@ -283,35 +284,74 @@ def test_nothing_compiles_in_the_interpreter():
         command.main(["residency"])
 
 
-# The check in one call
+# The two calls on a GPU
 
 def test_verify_reports_whatever_fails_and_stops_what_takes_too_long(tmp_path, capsys):
     child = tmp_path / "child"
     python = lambda code: [sys.executable, "-c", code]
-    steps = [("good part", python("print('all well')"), 30),
-             ("bad part", python("import sys; print('alas'); sys.exit(3)"), 30),
-             ("slow part", ["sh", "-c", f"(sleep 3; touch {child}) & sleep 60"], 1),
-             ("last part", python("print('the end')"), 30)]
+    steps = [("good part", python("import os; print('all well', os.environ['EXTRA'])"), 30, dict(EXTRA="so far")),
+             ("bad part", python("import sys; print('alas'); sys.exit(3)"), 30, {}),
+             ("slow part", ["sh", "-c", f"(sleep 3; touch {child}) & sleep 60"], 1, {}),
+             ("last part", python("print('the end')"), 30, {})]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "picture.png").touch()
     began = time.monotonic()
     assert verify.verify(tmp_path / "out", steps) == 1 and time.monotonic() - began < 30
     text = (tmp_path / "out" / "report.md").read_text()
-    for line in ("## good part: ok", "all well", "## bad part: exit code 3", "alas", "## slow part: stopped after 1 s",
-                 "## last part: ok", "the end", "![picture.png](picture.png)"):
+    for line in ("## good part: ok", "all well so far", "## bad part: exit code 3", "alas",
+                 "## slow part: stopped after 1 s", "## last part: ok", "the end", "![picture.png](picture.png)"):
         assert line in text
     assert verify.verify(tmp_path / "out", steps[:1]) == 0
     time.sleep(max(0, began + 5 - time.monotonic()))
     assert not child.exists()           # what the slow part had started was stopped with it
 
 
-def test_verify_covers_what_it_promises(tmp_path):
-    assert [name for name, *_ in verify.parts(tmp_path)] == ["environment", "GPU tests", "quick sweep", "training"]
-    (tmp_path / "run.csv").touch()
-    parts = list(verify.parts(tmp_path))
-    assert [name for name, *_ in parts] == ["environment", "GPU tests", "quick sweep", "pictures", "training"]
-    assert sum(seconds for *_, seconds in parts) <= 11 * 60
+def test_verify_begins_nothing_when_its_time_is_over(tmp_path):
+    now = iter(range(0, 1000, 100))
+    steps = [(name, [sys.executable, "-c", "print('ran')"], 500, {}) for name in ("one", "two", "three")]
+    assert verify.verify(tmp_path, steps, seconds=250, clock=lambda: next(now)) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "## one: ok" in text and "## two: not begun" in text and "## three: not begun, 250 s are over" in text
+
+
+def test_few_files_are_left(tmp_path):
+    for n in range(6):
+        (tmp_path / f"{n}.log").write_text(f"log {n}")
+        (tmp_path / f"{n}.png").write_bytes(b"png")
+    for name in ("report.md", "check.jsonl", "loops.csv"):
+        (tmp_path / name).write_text(name)
+    with mock.patch.object(verify, "MOST_BYTES", 100):
+        (tmp_path / "large.csv").write_bytes(b"0" * 200)
+        verify.pack(tmp_path)
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {"report.md", "check.jsonl", "loops.csv", "0.png", "1.png", "2.png", "3.png", "rest.tar.gz"}
+        assert len(left) == verify.MOST_FILES
+        (tmp_path / "0.log").write_text("log anew")
+        verify.pack(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == left
+    with tarfile.open(tmp_path / "rest.tar.gz") as packed:
+        assert sorted(packed.getnames()) == ["0.log", "1.log", "2.log", "3.log", "4.log", "4.png", "5.log", "5.png",
+                                             "large.csv"]
+        assert packed.extractfile("0.log").read() == b"log anew" and packed.extractfile("3.log").read() == b"log 3"
+
+
+def test_verify_covers_what_it_promises(tmp_path, monkeypatch):
+    monkeypatch.setattr(verify.shutil, "which", lambda name: f"/bin/{name}")
+    parts = list(verify.first(tmp_path))
+    assert [name for name, *_ in parts] == ["environment", "check", "loops"] + [
+        f"{what} of {kind}" for kind in ("resident", "split", "wgmma") for what in ("memcheck", "racecheck", "profile")]
     outcome, good = verify.run_part(parts[0][1], 120, tmp_path / "log")
     assert good and outcome == "ok" and f"torch {torch.__version__}" in (tmp_path / "log").read_text()
-    for _, words, _ in parts[2:]:       # the command line knows them
-        command.parser().parse_args(words[3:])
+    names = [name for name, *_ in verify.first(tmp_path, tmp_path / "triton")]
+    assert names.index("check with the second Triton") > names.index("loops")
+    recorded = list(verify.record(tmp_path))
+    assert [name for name, *_ in recorded] == ["GPU tests", "sweep", "other GPU tests"]
+    (tmp_path / "2026-01-01.csv").touch()
+    assert "pictures" in [name for name, *_ in verify.record(tmp_path)]
+    for _, words, _, environment in verify.first(tmp_path, tmp_path / "triton"):
+        if "bench" in words:            # the command line knows them
+            command.parser().parse_args(words[3:])
+        assert not environment or environment["PYTHONPATH"].startswith(str(tmp_path / "triton"))
+    for _, words, _, _ in recorded:
+        if "bench" in words:
+            command.parser().parse_args(words[3:])

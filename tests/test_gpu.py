@@ -45,6 +45,7 @@ def test_fp32(shape, tf32):
     problem.check(problem.ours())
 
 
+@pytest.mark.gpu_first
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_16_bit(shape, dtype):
@@ -52,6 +53,7 @@ def test_16_bit(shape, dtype):
     problem.check(problem.ours())
 
 
+@pytest.mark.gpu_first
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("schedule", ["resident", "grid", "streamed"])
 def test_every_schedule(schedule, dtype):
@@ -100,6 +102,7 @@ def gluon(problem, ctas):
     return plan
 
 
+@pytest.mark.gpu_first
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, ctas", [
     ((1, 1, 1, 1, 2), 1), ((40, 17, 6, 33, 2), 1), ((64, 64, 32, 64, 1), 1), ((1, 1, 1, 1, 2), 2), ((3, 3, 4, 5, 1), 2),
@@ -122,6 +125,7 @@ def test_r_in_registers_and_shared_memory(shape, ctas, dtype):
     problem.check(problem.ours(plan=plan))
 
 
+@pytest.mark.gpu_first
 @pytest.mark.parametrize("masks", [{}, dict(packed=True), dict(ragged=True, resets=True)], ids=" ".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, layout", [
@@ -140,6 +144,7 @@ def test_warp_groups(shape, layout, dtype, masks):
     problem.check(problem.ours(plan=plan))
 
 
+@pytest.mark.gpu_first
 @pytest.mark.parametrize("masks", [{}, dict(packed=True), dict(ragged=True, resets=True)], ids=" ".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, layout", [
@@ -197,6 +202,7 @@ def test_deterministic(H):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.gpu_first
 @pytest.mark.parametrize("H", [64, 300])
 def test_cuda_graph(H):
     """Captured once, replayed on other input: the counters start at zero in every replay."""
@@ -246,6 +252,7 @@ def test_second_device():
     assert y.device.index == 1 and y.isfinite().all()
 
 
+@pytest.mark.gpu_first
 @pytest.mark.parametrize("options", [dict(), dict(num_layers=3, bidirectional=True, batch_first=True, bias=False)],
                          ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -168,6 +168,19 @@ def run_check(args):
     return int(bool(bad) or not reached)
 
 
+def run_case(kind):
+    """The command ``case``; returns the exit code."""
+    gpu = torch.cuda.is_available() and not op.launch.INTERPRET
+    device = torch.device("cuda" if gpu else "cpu")
+    case = next(case for case in check.cases(op.limits_of(device) if gpu else None) if case.kind == kind)
+    if not case.plan or not gpu and not op.launch.INTERPRET:
+        print(f"{kind}: not here: {case.reason or 'no GPU'}")
+        return 0
+    found = check.run(case, device)
+    print(json.dumps(_line(case, found, 0.)))
+    return int(found["outcome"] != "right")
+
+
 def _positive(text):
     if not (number := float(text)) > 0:
         raise argparse.ArgumentTypeError(f"must be positive, got {text}")
@@ -186,11 +199,15 @@ def main(arguments=None):
     p.add_argument("--list", action="store_true", help="list the cases and run none")
     for hidden in ("worker", "facts"):      # of ``check``'s own processes
         commands.add_parser(hidden)
+    p = commands.add_parser("case", help="one small case of a kind, in this process: for sanitizers and profilers")
+    p.add_argument("kind", choices=list(check.VARIANTS))
     args = root.parse_args(arguments)
     if args.command == "check":
         return run_check(args)
     if args.command == "facts":
         print(json.dumps(check.facts()))
+    elif args.command == "case":
+        return run_case(args.kind)
     elif args.command == "worker":
         answers = os.fdopen(os.dup(1), "w")     # whatever else is printed goes to stderr
         os.dup2(2, 1)

@@ -1,0 +1,119 @@
+"""Fits the constants of the plans' cost model to measured loops (see ``loops``). Needs no GPU and writes nothing."""
+import contextlib
+import csv
+import math
+import statistics
+
+from triton_lstm import plan as model
+from triton_lstm.plan import H200, Plan, PlanError, make_plan
+
+from .console import markdown
+from .correctness import dtype_of
+from .workloads import WORKLOADS
+
+# (constant, key or None) that are fitted
+CONSTANTS = [("RESIDENT_STEP", None), ("TILE_STEP", None), ("TILE_WORK", None), ("CLUSTER_EXCHANGE", None),
+             ("L2_EXCHANGE", None), ("L2_BYTES", None),
+             *((name, key) for name in ("GLUON_STEP", "SPLIT_STEP", "SPLIT_PRODUCTS", "WARP_GROUP_STEP",
+                                        "WARP_GROUP_UNIT", "WARP_GROUP_LOOK") for key in ("native", "tf32")),
+             *(("LOOP_SHARE", key) for key in model.LOOP_SHARE)]
+FACTORS = (0.5, 0.7, 0.9, 0.97, 0.99, 1.01, 1.03, 1.1, 1.4, 2.)
+ROUNDS = 40
+
+
+def load(path):
+    """(plan, loop, measured cycles of a step) of the rows of status "ok". ValueError if there is none."""
+    with open(path, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("status") == "ok" and row["us_median"]]
+    if not rows:
+        raise ValueError(f"no measured loop in {path}")
+    mhz = lambda row: float(row["predicted_cycles"]) / float(row["predicted_us"])
+    return [(Plan.decode(row["encoded"]), row["loop"], float(row["us_median"]) * mhz(row)) for row in rows]
+
+
+def get(constant):
+    name, key = constant
+    value = getattr(model, name)
+    return value if key is None else value[key]
+
+
+def put(constant, value):
+    name, key = constant
+    setattr(model, name, value if key is None else {**getattr(model, name), key: value})
+
+
+@contextlib.contextmanager
+def trying(values):
+    """The cost model with other constants, {constant: value}."""
+    before = {name: getattr(model, name) for name, _ in CONSTANTS}
+    try:
+        for constant, value in values.items():
+            put(constant, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(model, name, value)
+
+
+def residuals(rows, multiprocessors):
+    """log(predicted / measured) of each row, by the constants of now."""
+    return [math.log(plan.step_cycles(multiprocessors, loop) / cycles) for plan, loop, cycles in rows]
+
+
+def fit(rows, multiprocessors=H200.multiprocessors):
+    """{constant: value} with the least mean of |log(predicted / measured)|, which outliers do not move much, by a
+    search along one constant after another from the present ones."""
+    values = {constant: get(constant) for constant in CONSTANTS}
+    loss = lambda: statistics.fmean(map(abs, residuals(rows, multiprocessors)))
+    with trying(values):
+        best = loss()
+        for _ in range(ROUNDS):
+            start = best
+            for constant in CONSTANTS:
+                here = get(constant)
+                for factor in FACTORS:
+                    put(constant, here * factor)
+                    if (found := loss()) < best - 1e-9:
+                        best, values[constant] = found, here * factor
+                put(constant, values[constant])
+            if start - best < 1e-6:
+                break
+    return values
+
+
+def plans(values):
+    """What the workloads' plans are with these constants, as text by workload."""
+    found = {}
+    with trying(values):
+        for w in WORKLOADS:
+            try:
+                plan = make_plan(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions, limits=H200)
+                found[w.name] = " / ".join(f"{of.variant} {of.programs} x {of.groups}" for of in (plan, plan.backward))
+            except PlanError as error:
+                found[w.name] = str(error)
+    return found
+
+
+def show(path):
+    """Print what ``fit`` finds in the CSV file ``path``; returns the exit code."""
+    try:
+        rows = load(path)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"cannot fit to {path}: {error}")
+        return 1
+    before = {constant: get(constant) for constant in CONSTANTS}
+    after = fit(rows)
+    label = lambda constant: constant[0] if constant[1] is None else f"{constant[0]}[{constant[1]!r}]"
+    print(f"# fitted to {path.name}, {len(rows)} loops")
+    print(markdown(["constant", "old", "new"], [
+        (label(c), f"{before[c]:.4g}", f"{after[c]:.4g}") for c in CONSTANTS if after[c] != before[c]]))
+    for name, values in (("old", before), ("new", after)):
+        with trying(values):
+            off = sorted(map(abs, residuals(rows, H200.multiprocessors)))
+        print(f"{name}: predicted and measured differ by {math.expm1(statistics.median(off)):.1%} in the median, "
+              f"{math.expm1(off[int(0.9 * (len(off) - 1))]):.1%} for nine of ten")
+    old, new = plans(before), plans(after)
+    changed = [(name, old[name], new[name]) for name in old if old[name] != new[name]]
+    print(markdown(["plans that would change", "old, forward / backward", "new"], changed) if changed else
+          "no plan would change")
+    return 0

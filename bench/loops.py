@@ -1,0 +1,213 @@
+"""Every candidate plan of every workload, each time loop by itself: what ``bench fit`` fits the cost model to.
+
+The parent never touches the GPU: ``triton_lstm.runner`` gives each candidate to a worker, and kills one that hangs.
+"""
+import csv
+import dataclasses
+import functools
+import itertools
+import json
+import subprocess
+import sys
+import time
+
+import torch
+from triton_lstm.kernels.ahead import compile_apart
+
+from triton_lstm import PlanError, make_plan, runner
+from triton_lstm.kernels import launch
+from triton_lstm.plan import Limits, Plan, candidates
+
+from .console import progress
+from .correctness import TOLERANCE, dtype_of, error
+from .workloads import WORKLOADS
+
+STEPS, SAMPLES = 64, 9
+SHARE = 10.         # seconds of a candidate at most
+FIELDS = ("workload", "dtype", "gpu", "triton", "loop", "kind", "plan", "chosen", "status", "error", "us_p20",
+          "us_median", "us_p80", "exchange_us", "predicted_cycles", "predicted_us", "encoded")
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A plan of a workload, of which one loop is timed; ``chosen`` where it is the one that ``make_plan`` takes."""
+    workload: str
+    dtype: str
+    loop: str
+    chosen: bool
+    plan: Plan
+
+    def encode(self):
+        return json.dumps({**dataclasses.asdict(self), "plan": self.plan.encode()})
+
+    @staticmethod
+    def decode(text):
+        fields = json.loads(text)
+        return Candidate(**{**fields, "plan": Plan.decode(fields["plan"])})
+
+    @property
+    def label(self):
+        return f"{self.workload} {self.loop} {self.plan.variant}"
+
+
+def all_candidates(limits, workloads=WORKLOADS):
+    """Those of a device: the chosen plans of all workloads first, then the others, a workload after the other."""
+    chosen, others = [], []
+    for w in workloads:
+        options = dict(limits=limits, keep_every=STEPS)
+        try:
+            plan = make_plan(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions, **options)
+        except PlanError:
+            continue
+        chosen += [Candidate(w.name, w.dtype, "forward", True, plan),
+                   Candidate(w.name, w.dtype, "backward", True, plan.backward)]
+        alone = lambda plan: plan if plan.wgmma else dataclasses.replace(plan, backward_plan=None)
+        rest = candidates(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions, **options)
+        others.append([Candidate(w.name, w.dtype, loop, False, other) for other in rest
+                       for loop in ("forward", "backward")
+                       if other not in (alone(plan) if loop == "forward" else plan.backward,)
+                       and not (loop == "backward" and other.wgmma)])
+    return chosen + [c for turn in itertools.zip_longest(*others) for c in turn if c is not None]
+
+
+def workload_of(candidate):
+    return next(w for w in WORKLOADS if w.name == candidate.workload)
+
+
+@functools.cache
+def problem(workload, dtype, device):
+    """(inputs of the launcher, gradients, exact results) of a workload's layer, over STEPS steps."""
+    w = next(w for w in WORKLOADS if w.name == workload)
+    D, B, H, I = w.directions, w.batch, w.hidden_size, w.input_size
+    torch.manual_seed(0)
+    lstm = torch.nn.LSTM(I, H, bidirectional=D == 2, device=device, dtype=dtype_of(dtype))
+    normal = lambda *shape: torch.randn(*shape, device=device, dtype=dtype_of(dtype))
+    x, h0, c0 = normal(STEPS, B, I), normal(D, B, H), normal(D, B, H)
+    gradients = normal(STEPS, B, D * H), normal(D, B, H), normal(D, B, H)
+    parameters = [p.detach() for p in lstm.parameters()]
+    both = lambda n: torch.stack(parameters[n::4])
+    exact = lstm.double()
+    leaves = [t.double().requires_grad_() for t in (x, h0, c0)]
+    y, (h_n, c_n) = exact(leaves[0], tuple(leaves[1:]))
+    found = torch.autograd.grad((y, h_n, c_n), [*leaves, *exact.parameters()], [g.double() for g in gradients])
+    right = dict(y=y.detach(), h_n=h_n.detach(), c_n=c_n.detach(), dx=found[0], dh0=found[1], dc0=found[2],
+                 dw=torch.stack(found[3::4]), dr=torch.stack(found[4::4]))
+    return (x, both(0), both(1), both(2) + both(3), h0, c0), gradients, right
+
+
+def measure(candidate, device, synchronize=torch.cuda.synchronize, timed=None):
+    """The row of a candidate but for what the parent knows: status, error, microseconds a step."""
+    inputs, gradients, right = problem(candidate.workload, candidate.dtype, device)
+    plan, events = candidate.plan, []
+
+    def run(kernel, *args, **options):
+        if kernel.__name__ == "coefficients":
+            return launch.launch_kernel(kernel, *args, **options)
+        torch.cuda._sleep(2_000_000)            # about a millisecond: the host is ahead when the loop begins
+        pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        pair[0].record()
+        launch.launch_kernel(kernel, *args, **options)
+        pair[1].record()
+        events.append(pair)
+
+    def call(run):
+        if candidate.loop == "forward":
+            y, h_n, c_n, _ = launch.forward(*inputs, None, plan, False, run=run)
+            return dict(y=y, h_n=h_n, c_n=c_n)
+        y = right["y"].to(inputs[0].dtype)
+        kept = torch.empty(0, *inputs[-1].shape, device=device)
+        dx, dw, dr, _, dh0, dc0 = launch.backward(*gradients, *inputs, None, y, kept, plan, [True] * 6, run=run)
+        return dict(dx=dx, dw=dw, dr=dr, dh0=dh0, dc0=dc0)
+
+    got = call(None)
+    precision = {"tf32": "tf32", "tf32x3": "fp32"}.get(plan.precision, candidate.dtype)
+    off = error(got, {name: right[name] for name in got})
+    if not off <= TOLERANCE[precision]:
+        return dict(status="wrong", error=off)
+    for _ in range(SAMPLES):
+        call(timed or run)
+    synchronize(device)
+    found = dict(status="ok", error=off)
+    if events:
+        us = torch.tensor([1000 * a.elapsed_time(b) / STEPS for a, b in events])
+        found.update(zip(("us_p20", "us_median", "us_p80"), us.quantile(torch.tensor([.2, .5, .8])).tolist()))
+    return found
+
+
+def work():
+    """A worker on the GPU, as ``runner`` wants it."""
+    import os
+
+    from triton_lstm import wait_report
+
+    from . import floors, instrument
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    say = lambda **found: print(json.dumps(found), file=answers, flush=True)
+    device, floor = torch.device("cuda"), floors.Floors(instrument.Gpu())
+    say(ready=True)
+    for line in sys.stdin:
+        candidate = Candidate.decode(line)
+        try:
+            found = measure(candidate, device)
+            if candidate.chosen and found["status"] == "ok":
+                found["exchange_us"] = floor.exchange_us(candidate.plan, candidate.dtype, 200)
+        except Exception as failure:            # of one candidate: its row says so, and the rest goes on
+            text = " ".join(f"{type(failure).__name__}: {failure}".split())[:500]
+            record = wait_report()
+            found = dict(status=f"trapped: {record}" if record else f"failed: {text}",
+                         fatal=record is not None or "CUDA" in text)
+        say(**found)
+
+
+def row(candidate, found, facts, triton_version):
+    """All FIELDS of a candidate of which ``found`` is known."""
+    plan = candidate.plan
+    cycles = plan.step_cycles(facts["limits"]["multiprocessors"], candidate.loop)
+    status = found.get("status") or found["outcome"] + (f": {found['message']}" if "message" in found else "")
+    return dict(dict.fromkeys(FIELDS), workload=candidate.workload, dtype=candidate.dtype, gpu=facts["gpu"],
+                triton=triton_version, loop=candidate.loop, kind=plan.variant, chosen=int(candidate.chosen),
+                plan=f"{plan.programs} x {plan.groups} x {plan.tiles}, {plan.block_h} units, {plan.block_b} rows",
+                predicted_cycles=round(cycles), predicted_us=cycles / facts["limits"]["mhz"], encoded=plan.encode(),
+                **{"status": status, **{name: value for name, value in found.items() if name in FIELDS}})
+
+
+def run(path, seconds, facts, command=None, everything=None, share=SHARE):
+    """Time the candidates into the CSV file ``path``, each row as soon as it is known; returns the exit code."""
+    import triton
+    end = time.monotonic() + seconds
+    limits = Limits(**facts["limits"])
+    everything = all_candidates(limits) if everything is None else everything
+    if command is None:
+        jobs = {}
+        for c in everything:
+            inputs = workload_of(c).input_size
+            inputs = inputs if c.plan.multiplies_input(inputs) else 64
+            jobs.setdefault((c.plan, c.dtype, inputs), (c.plan, dtype_of(c.dtype), dict(inputs=inputs)))
+        major, minor = facts["capability"]
+        compiling = compile_apart(list(jobs.values()), 10 * major + minor, 0.4 * seconds)
+        for _ in progress(compiling, lambda _: "compiling", len(jobs)):
+            pass                                    # of what does not compile its row will tell
+    bad = False
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        results = runner.run([(c, c.encode()) for c in everything], command or [sys.executable, "-m", "bench.loops"],
+                             end - time.monotonic(), share)
+        for candidate, found, _ in progress(results, lambda result: result[0].label, len(everything)):
+            line = row(candidate, found, facts, triton.__version__)
+            bad = bad or line["status"] not in ("ok", "not reached")
+            writer.writerow(line)
+            file.flush()
+    return int(bad)
+
+
+def facts():
+    """Of the GPU, from a process of its own; None where there is none."""
+    result = subprocess.run([sys.executable, "-m", "triton_lstm", "facts"], capture_output=True, text=True)
+    found = json.loads(result.stdout.splitlines()[-1]) if result.stdout else dict(gpu=None)
+    return found if found["gpu"] else None
+
+
+if __name__ == "__main__":
+    work()

@@ -1,0 +1,112 @@
+"""Every candidate's time loop by itself, and the fit of the cost model to what they take. Without a GPU."""
+import csv
+import dataclasses
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+import harness
+from bench import __main__ as command
+from bench import fit, loops
+from bench.workloads import WORKLOADS
+from triton_lstm import make_plan
+from triton_lstm.kernels import launch
+from triton_lstm.plan import H200, Plan
+
+LOOPS_WORKER = """
+import json, sys, time
+say = lambda **found: print(json.dumps(found), flush=True)
+say(ready=True)
+for n, line in enumerate(sys.stdin):
+    if n == 2: time.sleep(100)
+    say(status="ok" if n else "wrong", error=0.5, us_p20=1., us_median=2., us_p80=3., exchange_us=0.5)
+"""
+FACTS = dict(gpu="GPU", capability=[9, 0], limits=dataclasses.asdict(dataclasses.replace(H200, cluster=16)))
+
+
+def test_candidates_of_all_workloads():
+    limits = dataclasses.replace(H200, cluster=16)
+    found = loops.all_candidates(limits)
+    named = {w.name for w in WORKLOADS}
+    chosen = [c for c in found if c.chosen]
+    assert found[:len(chosen)] == chosen and {c.workload for c in chosen} == named and len(chosen) == 2 * len(named)
+    assert len(set(found)) == len(found) and {c.plan.kind for c in found} == {
+        "resident", "cluster", "grid", "split", "wgmma", "streamed"}
+    assert not any(c.plan.wgmma for c in found if c.loop == "backward")
+    for c in found:
+        c.plan.check(limits)
+        assert c.plan.keep_every == loops.STEPS and loops.Candidate.decode(c.encode()) == c
+
+
+def test_loops_are_written_as_they_come(tmp_path):
+    found = [c for c in loops.all_candidates(dataclasses.replace(H200, cluster=16)) if c.workload == "flashrnn_768"][:4]
+    path = tmp_path / "loops.csv"
+    code = loops.run(path, 60, FACTS, [sys.executable, "-c", LOOPS_WORKER], found, share=1.)
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert code == 1 and [row["status"] for row in rows] == ["wrong", "ok", "hung: no answer in 1.0 s", "wrong"]
+    assert rows[1]["us_median"] == "2.0" and rows[1]["loop"] == "backward" and rows[1]["chosen"] == "1"
+    assert Plan.decode(rows[1]["encoded"]) == found[1].plan
+    cycles = found[1].plan.step_cycles(H200.multiprocessors, "backward")
+    assert float(rows[1]["predicted_us"]) == pytest.approx(cycles / H200.mhz)
+
+
+@pytest.mark.parametrize("loop", ["forward", "backward"])
+def test_a_loop_is_compared_and_runs_by_itself(loop):
+    """In the emulator, on a small layer, without events."""
+    w = dataclasses.replace(WORKLOADS[0], name="small", batch=3, input_size=4, hidden_size=33, directions=1)
+    calls = []
+
+    def timed(kernel, *args, **options):
+        calls.append(kernel.__name__)
+        launch.launch_kernel(kernel, *args, **options)
+    with mock.patch.object(loops, "WORKLOADS", [w]), mock.patch.object(loops, "STEPS", 4), \
+            mock.patch.object(loops, "SAMPLES", 1), harness.emulator():
+        plan = dataclasses.replace(make_plan(3, 33, torch.float32, limits=dataclasses.replace(H200, cluster=1)),
+                                   keep_every=4)
+        candidate = loops.Candidate("small", "fp32", loop, True, plan)
+        loops.problem.cache_clear()
+        found = loops.measure(candidate, torch.device("cpu"), lambda device: None, timed)
+        with mock.patch.object(loops, "TOLERANCE", dict(tf32=1e-9)):
+            assert loops.measure(candidate, torch.device("cpu"))["status"] == "wrong"
+        loops.problem.cache_clear()
+    assert found["status"] == "ok" and 0 < found["error"] < 1e-2
+    assert [name for name in calls if name != "coefficients"] == [f"{loop}_gluon"]
+
+
+
+def made_up(path, values, noise=0.):
+    """A CSV file of loops as a GPU would have them whose constants are ``values``."""
+    found = loops.all_candidates(dataclasses.replace(H200, cluster=16))
+    with open(path, "w", newline="") as file, fit.trying(values):
+        writer = csv.DictWriter(file, loops.FIELDS)
+        writer.writeheader()
+        for n, c in enumerate(found):
+            us = c.plan.step_cycles(H200.multiprocessors, c.loop) / H200.mhz
+            us *= 20 if n % 25 == 3 else 1 + noise * (n % 3 - 1)          # some are far off
+            row = loops.row(c, dict(status="failed" if n % 30 == 7 else "ok", us_median=us), FACTS, "3.9")
+            writer.writerow({**row, "predicted_cycles": 1980, "predicted_us": 1.})
+
+
+def test_fit_finds_the_constants_that_made_the_rows(tmp_path, capsys):
+    # constants that others cannot make up for
+    values = {("SPLIT_STEP", "native"): 1500., ("L2_EXCHANGE", None): 2000., ("GLUON_STEP", "tf32"): 1300.}
+    before = {constant: fit.get(constant) for constant in fit.CONSTANTS}
+    made_up(tmp_path / "loops.csv", values, 0.02)
+    found = fit.fit(fit.load(tmp_path / "loops.csv"))
+    for constant, value in values.items():
+        assert found[constant] == pytest.approx(value, rel=0.15), constant
+    assert {constant: fit.get(constant) for constant in fit.CONSTANTS} == before
+    assert command.main(["fit", str(tmp_path / "loops.csv")]) == 0
+    text = capsys.readouterr().out
+    assert "SPLIT_STEP['native']" in text and "fitted to loops.csv" in text and "plans that would change" in text
+    old, new = (float(line.split("differ by ")[1].split("%")[0]) for line in text.splitlines() if "differ by" in line)
+    assert new < 5 < old
+
+
+def test_fit_of_nothing(tmp_path, capsys):
+    (tmp_path / "loops.csv").write_text("status,us_median\nfailed,\n")
+    assert command.main(["fit", str(tmp_path / "loops.csv")]) == 1
+    assert "no measured loop" in capsys.readouterr().out

@@ -4,6 +4,8 @@ import csv
 import math
 import statistics
 
+import torch
+
 from triton_lstm import plan as model
 from triton_lstm.plan import H200, Plan, PlanError, make_plan
 
@@ -17,8 +19,7 @@ CONSTANTS = [("RESIDENT_STEP", None), ("TILE_STEP", None), ("TILE_WORK", None), 
              *((name, key) for name in ("GLUON_STEP", "SPLIT_STEP", "SPLIT_PRODUCTS", "WARP_GROUP_STEP",
                                         "WARP_GROUP_UNIT", "WARP_GROUP_LOOK") for key in ("native", "tf32")),
              *(("LOOP_SHARE", key) for key in model.LOOP_SHARE)]
-FACTORS = (0.5, 0.7, 0.9, 0.97, 0.99, 1.01, 1.03, 1.1, 1.4, 2.)
-ROUNDS = 40
+ROUNDS, DIFFERENCE = 60, 1e-4
 
 
 def load(path):
@@ -61,24 +62,39 @@ def residuals(rows, multiprocessors):
 
 
 def fit(rows, multiprocessors=H200.multiprocessors):
-    """{constant: value} with the least mean of |log(predicted / measured)|, which outliers do not move much, by a
-    search along one constant after another from the present ones."""
-    values = {constant: get(constant) for constant in CONSTANTS}
-    loss = lambda: statistics.fmean(map(abs, residuals(rows, multiprocessors)))
-    with trying(values):
-        best = loss()
-        for _ in range(ROUNDS):
-            start = best
-            for constant in CONSTANTS:
-                here = get(constant)
-                for factor in FACTORS:
-                    put(constant, here * factor)
-                    if (found := loss()) < best - 1e-9:
-                        best, values[constant] = found, here * factor
-                put(constant, values[constant])
-            if start - best < 1e-6:
+    """{constant: value} with about the least mean of |log(predicted / measured)|, which outliers do not move much.
+
+    Least squares whose weights are anew each time what makes squares absolute values (iteratively reweighted), in the
+    logarithms of the constants, by damped steps from the present ones.
+    """
+    start = torch.tensor([get(constant) for constant in CONSTANTS], dtype=torch.float64)
+    at = lambda logs: dict(zip(CONSTANTS, (start * logs.exp()).tolist()))
+
+    def off(logs):
+        with trying(at(logs)):
+            return torch.tensor(residuals(rows, multiprocessors), dtype=torch.float64)
+
+    logs, damping = torch.zeros_like(start), 1e-3
+    here = off(logs)
+    for _ in range(ROUNDS):
+        slopes = torch.stack([(off(logs + step) - here) / DIFFERENCE
+                              for step in DIFFERENCE * torch.eye(len(logs), dtype=torch.float64)], 1)
+        weights = 1 / here.abs().clamp(min=1e-4)
+        matrix = slopes.T @ (weights[:, None] * slopes)
+        for _ in range(12):
+            damped = matrix + damping * (matrix.diagonal().diag() + torch.eye(len(logs), dtype=torch.float64))
+            new = (logs - torch.linalg.solve(damped, slopes.T @ (weights * here))).clamp(-3, 3)
+            there = off(new)
+            if there.abs().mean() < here.abs().mean():
                 break
-    return values
+            damping *= 4
+        else:
+            break
+        gained = here.abs().mean() - there.abs().mean()
+        logs, here, damping = new, there, damping / 8
+        if gained < 1e-7:
+            break
+    return at(logs)
 
 
 def plans(values):
@@ -106,7 +122,8 @@ def show(path):
     label = lambda constant: constant[0] if constant[1] is None else f"{constant[0]}[{constant[1]!r}]"
     print(f"# fitted to {path.name}, {len(rows)} loops")
     print(markdown(["constant", "old", "new"], [
-        (label(c), f"{before[c]:.4g}", f"{after[c]:.4g}") for c in CONSTANTS if after[c] != before[c]]))
+        (label(c), f"{before[c]:.4g}", f"{after[c]:.4g}") for c in CONSTANTS
+        if not math.isclose(after[c], before[c], rel_tol=1e-3)]))
     for name, values in (("old", before), ("new", after)):
         with trying(values):
             off = sorted(map(abs, residuals(rows, H200.multiprocessors)))

@@ -228,15 +228,12 @@ class _Rows:
 def finish(chunks):
     """What the generator ``chunks`` returns, after all that it has left to do. An error of CUDA says which kernel gave
     up, if one did."""
-    while True:
-        try:
-            next(chunks)
-        except StopIteration as end:
-            return end.value
-        except RuntimeError as error:
-            if (explained := waiting.explain(error)) is error:
-                raise
-            raise explained from error
+    with waiting.explained():
+        while True:
+            try:
+                next(chunks)
+            except StopIteration as end:
+                return end.value
 
 
 def forward(*args, **kwargs):

@@ -6,6 +6,7 @@ Programs of a cluster wait at mbarriers, by a loop that Gluon writes: those wait
 """
 import atexit
 import collections
+import contextlib
 import os
 import sys
 
@@ -147,14 +148,18 @@ def wait_report():
     return "\n".join(filter(None, map(describe, _records.values()))) or None
 
 
-def explain(error):
-    """``error``, of CUDA, or what to raise from it where a kernel has given up."""
-    text = wait_report()
-    if text is None:
-        return error
-    return RuntimeError(f"a kernel of triton_lstm gave up, for its programs waited for each other longer than "
-                        f"{_limit_s:g} s (see triton_lstm.set_wait_limit):\n{text}\nThis process cannot use the GPU "
-                        f"any more; `python -m triton_lstm check` finds out whether the kernel works on it.")
+@contextlib.contextmanager
+def explained():
+    """An error of CUDA that is raised inside says which kernel has given up, if one has."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (text := wait_report()) is None:
+            raise
+        raise RuntimeError(
+            f"a kernel of triton_lstm gave up, for its programs waited for each other longer than {_limit_s:g} s (see "
+            f"triton_lstm.set_wait_limit):\n{text}\nThis process cannot use the GPU any more; `python -m triton_lstm "
+            f"check` finds out whether the kernel works on it.") from error
 
 
 @atexit.register

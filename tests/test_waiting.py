@@ -62,6 +62,28 @@ def test_a_wait_for_a_mute_program_ends_with_a_record(kernel, make_plan, records
     assert ("shares of dh after step 2" if "backward" in kernel else "waited for h before step 1") in text
 
 
+def lose(kernel):
+    """An edit of PTX: one store of those that others wait for is gone, of each program."""
+    def edit(ptx):
+        stores = list(re.finditer(r"st\.relaxed[^;]*;", ptx))
+        store = stores[0 if "gluon" in kernel else -1]
+        return ptx[:store.start()] + ptx[store.end():]
+    return edit
+
+
+@pytest.mark.parametrize("kernel", PLANS)
+def test_a_wait_for_a_lost_store_ends_with_a_record(kernel, records):
+    """What ``test_a_lost_store_is_caught`` and its like have as a deadlock, without the clock."""
+    plan = PLANS[kernel](SMALL)
+    with harness.emulator(edit=lose(kernel), only=[kernel], turn_ns=10 ** 7), pytest.raises(Trap, match="trap, CTA"):
+        SMALL.ours(plan=plan)
+    found = records[records[:, 0] != 0]
+    assert len(found) and {waiting.KERNELS[number] for number in found[:, 0].tolist()} == {kernel}
+    # the first that is sent is missing, so nobody comes further
+    assert set(found[:, 5].tolist()) == {SMALL.T - 2 if "backward" in kernel else 1}
+    assert kernel in waiting.wait_report()
+
+
 @pytest.mark.parametrize("kernel", PLANS)
 def test_waits_that_end_leave_nothing(kernel, records):
     with harness.emulator(seed=3):

@@ -172,7 +172,8 @@ def run_case(kind):
     """The command ``case``; returns the exit code."""
     gpu = torch.cuda.is_available() and not op.launch.INTERPRET
     device = torch.device("cuda" if gpu else "cpu")
-    case = next(case for case in check.cases(op.limits_of(device) if gpu else None) if case.kind == kind)
+    case = next(case for case in check.cases(op.limits_of(device) if gpu else None)
+                if case.kind == kind and (case.what == "layer" or not case.plan))
     if not case.plan or not gpu and not op.launch.INTERPRET:
         print(f"{kind}: not here: {case.reason or 'no GPU'}")
         return 0

@@ -19,7 +19,7 @@ KERNELS = {1: "forward_grid", 2: "backward_grid", 3: "forward_grid_gluon", 4: "f
 FORWARD_GRID, BACKWARD_GRID, FORWARD_WGMMA, FORWARD_SPLIT, BACKWARD_SPLIT, EXCHANGES = map(tl.constexpr, KERNELS)
 # Records, by program, and the words of each: kernel; the program's three indices; how many there are of the first;
 # step; batch tile; thread.
-SLOTS, FIELDS = 4096, 8
+SLOTS, FIELDS = 256, 8
 TICK_BITS = 20          # the clock is looked at in units of 2^20 ns, so that a wait needs one register for it
 LINGER_MS = 64          # between a record and its trap, which ends all programs: others that wait leave theirs
 VARIABLE, DEFAULT_S = "TRITON_LSTM_WAIT_LIMIT", 10.

@@ -59,3 +59,14 @@ def test_launch_compiles_what_the_tests_compile(H, schedule, dtype, limits, inpu
             assert grid == (plan.programs, plan.groups, D)
         elif name != "coefficients":
             assert grid == (2, D)       # 32 rows in tiles of 16
+
+
+def test_compiled_apart():
+    """In processes of their own, each job with what went wrong; without time nothing is waited for."""
+    plan = triton_lstm.make_plan(16, 32, torch.bfloat16, limits=PORTABLE)
+    jobs = [(plan, torch.bfloat16, {}), (plan, torch.bfloat16, dict(nonsense=1))]
+    errors = {str(options): error for (_, _, options), error in ahead.compile_apart(jobs, 90)}
+    assert errors.pop("{}") is None
+    (error,) = errors.values()
+    assert isinstance(error, TypeError) and "nonsense" in str(error)
+    assert list(ahead.compile_apart(jobs, 90, seconds=0.1)) == []

@@ -361,27 +361,19 @@ def test_compile_all_compiles_each_kernel_once():
     cases = [*CASES, *(dataclasses.replace(CASES[0], **change) for change in
                        (dict(steps=99), dict(hidden_size=10 ** 5), dict(sequences="ragged"), dict(sequences="resets")))]
 
-    class Pool:
-        def __init__(self, *_):
-            self.submitted = []
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def submit(self, *call):
-            submitted.append(call)
-            return mock.Mock()
-
     submitted = []
-    with mock.patch.object(sweep.concurrent.futures, "ProcessPoolExecutor", Pool), \
-            mock.patch.object(sweep.concurrent.futures, "as_completed", list):
+
+    def compile_apart(jobs, arch):
+        submitted.extend(jobs)
+        assert arch == 90
+        return ((job, None) for job in jobs)
+
+    with mock.patch.object(sweep, "compile_apart", compile_apart):
         assert sweep.compile_all(cases, triton_lstm.plan.H200, 90) < 60
-    assert [(call[1].hidden_size, *call[2:]) for call in submitted] == [
-        (8, "fp16", False, 8, 90), (16, "fp16", False, 16, 90), (8, "fp32", False, 64, 90),
-        (16, "fp32", False, 64, 90), (8, "fp16", True, 8, 90)]     # 64 inputs stand for all that the loop leaves out
+    # 64 inputs stand for all that the loop leaves out
+    assert [(plan.hidden_size, dtype, options["marked"], options["inputs"]) for plan, dtype, options in submitted] == [
+        (8, torch.float16, False, 8), (16, torch.float16, False, 16), (8, torch.float32, False, 64),
+        (16, torch.float32, False, 64), (8, torch.float16, True, 8)]
 
 
 # The file

@@ -13,8 +13,8 @@ Benchmark of triton_lstm.
 With no command, on a GPU: times triton_lstm.LSTM side by side with cuDNN (torch.nn.LSTM) and with what rivals are
 installed, over the layers of published models and a grid of sizes. Each result is checked against float64 first, and
 a wrong one gets no time. Writes a CSV file, pictures and a report. Without a GPU nothing is timed: the kernels are
-checked in Triton's interpreter (as `check`), then come the table of `residency` and the pictures of recorded runs.
-The exit code is 1 if a result is wrong."""
+checked in Triton's interpreter (as `python -m triton_lstm check` does), then come the table of `residency` and the
+pictures of recorded runs. The exit code is 1 if a result is wrong."""
 
 PROVIDERS = """\
 providers:
@@ -33,9 +33,6 @@ TEXTS = dict(
     residency="""\
 Compiles the plan of every workload, reads the machine code of its time loops, and prints a Markdown
 table: where R lives, registers, spills, barriers, a bound of the cycles of a step. Needs no GPU.""",
-    check="""\
-Compares a few small layers of odd shapes with float64, forward and backward. The kernels run in
-Triton's interpreter on the CPU.""",
     train="""\
 Trains a character model on the sources of Python's standard library with torch's LSTM and with ours,
 from the same weights on the same batches, and draws both loss curves and speeds into train.png.
@@ -91,7 +88,7 @@ def parser():
 
     def command(name, summary, epilog=None):
         p = commands.add_parser(name, help=summary, description=TEXTS[name], **options)
-        if name not in ("residency", "check", "compare", "loops", "fit"):
+        if name not in ("residency", "compare", "loops", "fit"):
             p.add_argument("--out", default=argparse.SUPPRESS, help="where results go (default: results)", **out)
         return p
 
@@ -99,7 +96,6 @@ def parser():
     p.add_argument("--arch", type=int, default=90, choices=(80, 90, 100), help="compute capability (default: 90)")
     p.add_argument("--workload", nargs="+", metavar="NAME", default=names[:-1], choices=names[:-1], dest="only",
                    help="only these, of " + ", ".join(names[:-1]))
-    command("check", "the kernels in Triton's interpreter against float64")
     p = command("train", "a character model with torch's LSTM and ours side by side")
     for name, meaning, default in (("batch", "sequences in a batch", "64 on a GPU, 8 without"),
                                    ("sequence", "characters in a sequence", "128, 16"),
@@ -209,7 +205,8 @@ def time_loops(loops, args):
     if args.list:
         print("\n".join(candidate.label for candidate in loops.all_candidates(H200)))
         return 0
-    if (facts := loops.facts()) is None:
+    from triton_lstm.check import ask_facts
+    if (facts := ask_facts())["gpu"] is None:
         print("No GPU here: nothing is timed. --list lists the candidates.")
         return 0
     args.csv.parent.mkdir(parents=True, exist_ok=True)
@@ -236,9 +233,10 @@ def main(arguments=None):
 
     import torch
 
+    from triton_lstm.check import child
     from triton_lstm.kernels import launch
 
-    from . import correctness, residency, train
+    from . import residency, train
     if args.command == "fit":
         from . import fit
         return fit.show(args.files[0])
@@ -253,8 +251,6 @@ def main(arguments=None):
     if args.command == "residency":
         residency.show([w for w in WORKLOADS if w.name in args.only], args.arch)
         return 0
-    if args.command == "check":
-        return int(not correctness.check_interpreted()) if interpreted else run_in_interpreter(arguments)
     if args.command == "train":
         if not interpreted and not gpu:
             return run_in_interpreter(arguments)
@@ -262,7 +258,8 @@ def main(arguments=None):
     if gpu:
         return sweep(args)
     print("No GPU here: nothing is timed. The kernels in Triton's interpreter against float64:", flush=True)
-    code = run_in_interpreter(["check"])
+    checking, environment = child("check", "--kind", "portable resident")
+    code = subprocess.run(checking, env=environment).returncode
     print(flush=True)
     residency.show(WORKLOADS)
     print(flush=True)

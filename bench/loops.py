@@ -7,30 +7,34 @@ import dataclasses
 import functools
 import itertools
 import json
-import subprocess
+import os
 import sys
 import time
 
 import torch
 from triton_lstm.kernels.ahead import compile_apart
 
-from triton_lstm import PlanError, make_plan, runner
-from triton_lstm.kernels import launch
+from triton_lstm import PlanError, check, make_plan, runner
+from triton_lstm.check import TOLERANCE
+from triton_lstm.kernels import launch, waiting
 from triton_lstm.plan import Limits, Plan, candidates
 
 from .console import progress
-from .correctness import TOLERANCE, dtype_of, error
+from .correctness import dtype_of, error
 from .workloads import WORKLOADS
 
 STEPS, SAMPLES = 64, 9
-SHARE = 10.         # seconds of a candidate at most
+SHARE, WAIT_LIMIT = 10., "2"        # seconds of a candidate at most, and those after which its kernel gives up
 FIELDS = ("workload", "dtype", "gpu", "triton", "loop", "kind", "plan", "chosen", "status", "error", "us_p20",
           "us_median", "us_p80", "exchange_us", "predicted_cycles", "predicted_us", "encoded")
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A plan of a workload, of which one loop is timed; ``chosen`` where it is the one that ``make_plan`` takes."""
+    """One time loop, "forward" or "backward", of one plan for one workload.
+
+    chosen: whether ``make_plan`` takes this plan for this loop.
+    """
     workload: str
     dtype: str
     loop: str
@@ -50,10 +54,10 @@ class Candidate:
         return f"{self.workload} {self.loop} {self.plan.variant}"
 
 
-def all_candidates(limits, workloads=WORKLOADS):
-    """Those of a device: the chosen plans of all workloads first, then the others, a workload after the other."""
+def all_candidates(limits):
+    """Those of a device: first the chosen plans of all workloads, then one other of each workload in turn."""
     chosen, others = [], []
-    for w in workloads:
+    for w in WORKLOADS:
         options = dict(limits=limits, keep_every=STEPS)
         try:
             plan = make_plan(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions, **options)
@@ -61,23 +65,23 @@ def all_candidates(limits, workloads=WORKLOADS):
             continue
         chosen += [Candidate(w.name, w.dtype, "forward", True, plan),
                    Candidate(w.name, w.dtype, "backward", True, plan.backward)]
-        alone = lambda plan: plan if plan.wgmma else dataclasses.replace(plan, backward_plan=None)
+        # as candidates have it: only warp groups' plans come with another one for backward
+        forward = plan if plan.wgmma else dataclasses.replace(plan, backward_plan=None)
+        own = dict(forward=forward, backward=plan.backward)
         rest = candidates(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions, **options)
-        others.append([Candidate(w.name, w.dtype, loop, False, other) for other in rest
-                       for loop in ("forward", "backward")
-                       if other not in (alone(plan) if loop == "forward" else plan.backward,)
-                       and not (loop == "backward" and other.wgmma)])
+        others.append([Candidate(w.name, w.dtype, loop, False, other) for other in rest for loop in own
+                       if other != own[loop] and not (loop == "backward" and other.wgmma)])
     return chosen + [c for turn in itertools.zip_longest(*others) for c in turn if c is not None]
 
 
-def workload_of(candidate):
-    return next(w for w in WORKLOADS if w.name == candidate.workload)
+def workload(name):
+    return next(w for w in WORKLOADS if w.name == name)
 
 
 @functools.cache
-def problem(workload, dtype, device):
+def problem(name, dtype, device):
     """(inputs of the launcher, gradients, exact results) of a workload's layer, over STEPS steps."""
-    w = next(w for w in WORKLOADS if w.name == workload)
+    w = workload(name)
     D, B, H, I = w.directions, w.batch, w.hidden_size, w.input_size
     torch.manual_seed(0)
     lstm = torch.nn.LSTM(I, H, bidirectional=D == 2, device=device, dtype=dtype_of(dtype))
@@ -96,7 +100,11 @@ def problem(workload, dtype, device):
 
 
 def measure(candidate, device, synchronize=torch.cuda.synchronize, timed=None):
-    """The row of a candidate but for what the parent knows: status, error, microseconds a step."""
+    """Check a candidate against float64, then time its loop: a dict with "status", "error" and, if it is right, three
+    quantiles of the microseconds that a step takes.
+
+    ``synchronize`` and ``timed``, a stand-in for the timed launch, let tests run this without a GPU.
+    """
     inputs, gradients, right = problem(candidate.workload, candidate.dtype, device)
     plan, events = candidate.plan, []
 
@@ -136,35 +144,27 @@ def measure(candidate, device, synchronize=torch.cuda.synchronize, timed=None):
 
 def work():
     """A worker on the GPU, as ``runner`` wants it."""
-    import os
-
-    from triton_lstm import wait_report
-
     from . import floors, instrument
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    say = lambda **found: print(json.dumps(found), file=answers, flush=True)
     device, floor = torch.device("cuda"), floors.Floors(instrument.Gpu())
-    say(ready=True)
-    for line in sys.stdin:
+
+    def answer(line):
         candidate = Candidate.decode(line)
-        try:
+
+        def compute():
             found = measure(candidate, device)
             if candidate.chosen and found["status"] == "ok":
                 found["exchange_us"] = floor.exchange_us(candidate.plan, candidate.dtype, 200)
-        except Exception as failure:            # of one candidate: its row says so, and the rest goes on
-            text = " ".join(f"{type(failure).__name__}: {failure}".split())[:500]
-            record = wait_report()
-            found = dict(status=f"trapped: {record}" if record else f"failed: {text}",
-                         fatal=record is not None or "CUDA" in text)
-        say(**found)
+            return found
+        return check.told(compute)
+    runner.serve(answer)
 
 
 def row(candidate, found, facts, triton_version):
-    """All FIELDS of a candidate of which ``found`` is known."""
+    """The CSV row of a candidate: its plan and prediction, and its worker's answer, or ``runner`` where none came."""
     plan = candidate.plan
     cycles = plan.step_cycles(facts["limits"]["multiprocessors"], candidate.loop)
-    status = found.get("status") or found["outcome"] + (f": {found['message']}" if "message" in found else "")
+    status = found.get("status") or ": ".join([found["outcome"], *filter(None, [
+        found.get("record") or found.get("message")])])
     return dict(dict.fromkeys(FIELDS), workload=candidate.workload, dtype=candidate.dtype, gpu=facts["gpu"],
                 triton=triton_version, loop=candidate.loop, kind=plan.variant, chosen=int(candidate.chosen),
                 plan=f"{plan.programs} x {plan.groups} x {plan.tiles}, {plan.block_h} units, {plan.block_b} rows",
@@ -181,7 +181,7 @@ def run(path, seconds, facts, command=None, everything=None, share=SHARE):
     if command is None:
         jobs = {}
         for c in everything:
-            inputs = workload_of(c).input_size
+            inputs = workload(c.workload).input_size
             inputs = inputs if c.plan.multiplies_input(inputs) else 64
             jobs.setdefault((c.plan, c.dtype, inputs), (c.plan, dtype_of(c.dtype), dict(inputs=inputs)))
         major, minor = facts["capability"]
@@ -193,20 +193,13 @@ def run(path, seconds, facts, command=None, everything=None, share=SHARE):
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         results = runner.run([(c, c.encode()) for c in everything], command or [sys.executable, "-m", "bench.loops"],
-                             end - time.monotonic(), share)
+                             end - time.monotonic(), share, {**os.environ, waiting.VARIABLE: WAIT_LIMIT})
         for candidate, found, _ in progress(results, lambda result: result[0].label, len(everything)):
             line = row(candidate, found, facts, triton.__version__)
             bad = bad or line["status"] not in ("ok", "not reached")
             writer.writerow(line)
             file.flush()
     return int(bad)
-
-
-def facts():
-    """Of the GPU, from a process of its own; None where there is none."""
-    result = subprocess.run([sys.executable, "-m", "triton_lstm", "facts"], capture_output=True, text=True)
-    found = json.loads(result.stdout.splitlines()[-1]) if result.stdout else dict(gpu=None)
-    return found if found["gpu"] else None
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import torch
 from triton_lstm.kernels.ahead import compile_apart
 
 import triton_lstm
+from triton_lstm.check import TOLERANCE
 
 from .console import progress
-from .correctness import TOLERANCE, dtype_of, error, exact_results, results
+from .correctness import dtype_of, error, exact_results, results
 from .providers import Graph, Problem, Unavailable
 from .rows import OURS, Row, Writer, load
 

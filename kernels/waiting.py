@@ -134,16 +134,16 @@ def describe(records):
             who = [program for program, wait in waits.items() if wait == (step, tile)]
             lines.append(f"    program {_numbers(who)} waited for {what} step {step} of batch tile {tile}")
         if others := set(range(programs)) - set(waits):
-            lines.append(f"    program {_numbers(others)} did not wait")
+            lines.append(f"    program {_numbers(others)} left no record")
     return "\n".join(lines) or None
 
 
 def wait_report():
     """Who waited for what where programs of a kernel waited for each other past the limit; None if none did.
 
-    Right after the CUDA error ("unspecified launch failure") of a kernel that has given up, which a process sees at
-    whatever it does next on the GPU. Steps are counted from the first that a direction takes. Whoever waits for an
-    earlier step than others, or not at all, is who the others wait for.
+    To be asked after the CUDA error ("unspecified launch failure") of a kernel that has given up, which a process sees
+    at whatever it does next on the GPU. Steps are counted from the first that a direction takes. Look first at programs
+    that waited for an earlier step than the others, or left no record: the others wait for those.
     """
     return "\n".join(filter(None, map(describe, _records.values()))) or None
 

@@ -15,7 +15,6 @@ import torch
 from triton_lstm.kernels.ahead import compile_plan
 
 import harness
-import triton_lstm
 from bench import __main__ as command
 from bench import console, correctness, machine_code, residency, train, verify
 from bench.workloads import DTYPES, WORKLOADS
@@ -163,18 +162,6 @@ def test_progress_tells_the_time_left(capsys):
     assert re.fullmatch(r"\[1/2\] a\n\[2/2\] b, \d+ s left\n", capsys.readouterr().err)
 
 
-# The check in the interpreter
-
-@pytest.mark.parametrize("layer, good", [(triton_lstm.LSTM, True), (Wrong, False)])
-def test_check(layer, good, capsys):
-    launch = harness.interpreted_launch
-    with harness.interpreter(), mock.patch.object(correctness, "SHAPES", correctness.SHAPES[:2]), \
-            mock.patch.object(launch, "launch_kernel", wraps=launch.launch_kernel) as launched:
-        assert correctness.check_interpreted(layer) == good
-    assert launched.call_count == 3 * 2 * good           # forward, coefficients, backward
-    assert capsys.readouterr().out.count("ok" if good else "WRONG") == 2
-
-
 def test_an_error_that_is_not_a_number_passes_no_bound():
     one, zero = dict(y=torch.ones(2)), dict(y=torch.zeros(2))
     assert correctness.error(zero, dict(y=torch.zeros(2).double())) == 0
@@ -250,10 +237,12 @@ def test_text_and_batches_are_the_same_each_time():
 def test_command_without_a_gpu_says_so_and_passes_the_check_on(tmp_path, capsys):
     for code in (0, 1):
         with mock.patch.object(torch.cuda, "is_available", return_value=False), \
-                mock.patch.object(command, "run_in_interpreter", return_value=code) as checked, \
+                mock.patch.object(command.subprocess, "run") as checked, \
                 mock.patch.object(residency, "show") as shown, mock.patch.object(command, "plot") as plotted:
+            checked.return_value.returncode = code
             assert command.main(["--out", str(tmp_path)]) == code
-        checked.assert_called_once_with(["check"])
+        checked.assert_called_once()
+        assert checked.call_args.args[0][1:] == ["-m", "triton_lstm", "check", "--kind", "portable resident"]
         shown.assert_called_once_with(WORKLOADS)
         plotted.assert_called_once_with([], tmp_path)
         assert "nothing is timed" in capsys.readouterr().out
@@ -268,7 +257,7 @@ def test_command_with_a_gpu_sweeps(tmp_path):
 
 
 def test_command_line_is_explained(capsys):
-    for arguments in ([], ["residency"], ["check"], ["train"], ["plot"], ["compare"], ["verify"], ["loops"], ["fit"]):
+    for arguments in ([], ["residency"], ["train"], ["plot"], ["compare"], ["verify"], ["loops"], ["fit"]):
         with pytest.raises(SystemExit) as stop:
             command.main([*arguments, "--help"])
         assert stop.value.code == 0 and "usage: python -m bench" in capsys.readouterr().out

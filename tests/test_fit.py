@@ -47,6 +47,8 @@ def test_loops_are_written_as_they_come(tmp_path):
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     assert code == 1 and [row["status"] for row in rows] == ["wrong", "ok", "hung: no answer in 1.0 s", "wrong"]
+    trapped = loops.row(found[0], dict(outcome="trapped", message="CUDA", record="forward_grid, group 0"), FACTS, "3.9")
+    assert trapped["status"] == "trapped: forward_grid, group 0" and trapped["us_median"] is None
     assert rows[1]["us_median"] == "2.0" and rows[1]["loop"] == "backward" and rows[1]["chosen"] == "1"
     assert Plan.decode(rows[1]["encoded"]) == found[1].plan
     cycles = found[1].plan.step_cycles(H200.multiprocessors, "backward")

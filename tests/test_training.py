@@ -49,11 +49,12 @@ def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=0.01)
 
 
-def plain(model, device, packed=False, make_optimizer=sgd):
+def plain(model, device, packed=False, make_optimizer=sgd, before_step=lambda parameters: None):
     optimizer = make_optimizer(model)
     for step in range(STEPS):
         optimizer.zero_grad()
         model(batch(model, step, device), packed).backward()
+        before_step(model.parameters())
         optimizer.step()
 
 
@@ -81,30 +82,15 @@ def retain_graph(model, device):
 
 
 def clip_norm(model, device):
-    optimizer = sgd(model)
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        model(batch(model, step, device)).backward()
-        clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
+    plain(model, device, before_step=lambda parameters: clip_grad_norm_(parameters, 0.1))
 
 
 def clip_norm_one_by_one(model, device):
-    optimizer = sgd(model)
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        model(batch(model, step, device)).backward()
-        clip_grad_norm_(model.parameters(), 0.1, foreach=False)
-        optimizer.step()
+    plain(model, device, before_step=lambda parameters: clip_grad_norm_(parameters, 0.1, foreach=False))
 
 
 def clip_value(model, device):
-    optimizer = sgd(model)
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        model(batch(model, step, device)).backward()
-        clip_grad_value_(model.parameters(), 0.005)
-        optimizer.step()
+    plain(model, device, before_step=lambda parameters: clip_grad_value_(parameters, 0.005))
 
 
 def scaler(model, device):

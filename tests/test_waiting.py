@@ -150,11 +150,11 @@ def test_report(records):
     assert triton_lstm.wait_report() == """\
 backward_grid, group 2, direction 0, 4 programs:
     program 3 waited for shares of dh after step -1 of batch tile 0
-    program 0-2 did not wait
+    program 0-2 left no record
 forward_split_gluon, group 0, direction 1, 8 programs:
     program 5 waited for h before step 6 of batch tile 1
     program 0-2 waited for h before step 7 of batch tile 0
-    program 3-4, 6-7 did not wait"""
+    program 3-4, 6-7 left no record"""
 
 
 def test_an_error_says_who_waited(records):

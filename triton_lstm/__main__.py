@@ -3,9 +3,7 @@ import argparse
 import itertools
 import json
 import os
-import pathlib
 import platform
-import subprocess
 import sys
 import time
 
@@ -26,25 +24,6 @@ of JSON a case, as soon as it is known, then a table. What is wrong on a GPU is 
 away from it, until a later check finds it right. The exit code is 1 if anything is not right."""
 SHARE = {True: 15., False: 120.}        # seconds of a case at most, on a GPU and in the interpreter
 WAIT_LIMIT = "2"                        # seconds that a kernel waits there before it gives up
-
-
-def _child(*command):
-    return [sys.executable, "-m", "triton_lstm", *command]
-
-
-def _environment(**more):
-    """The own one, in which children find this very package."""
-    path = os.pathsep.join([str(pathlib.Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, **more}
-
-
-def _facts():
-    """``check.facts`` of a child: this process never touches the GPU."""
-    try:
-        result = subprocess.run(_child("facts"), capture_output=True, text=True, timeout=120, env=_environment())
-        return json.loads(result.stdout.splitlines()[-1])
-    except (subprocess.TimeoutExpired, IndexError, ValueError):
-        return dict(gpu=None, error="the process that asks for the GPU did not answer")
 
 
 def about(facts):
@@ -125,7 +104,7 @@ def table(lines):
 def run_check(args):
     """The command ``check``; returns the exit code."""
     end = time.monotonic() + args.seconds
-    facts = _facts()
+    facts = check.ask_facts()
     gpu = facts["gpu"] is not None
     limits = Limits(**facts["limits"]) if gpu else None
     cases = [case for case in check.cases(limits) if not args.kind or case.kind in args.kind]
@@ -148,7 +127,8 @@ def run_check(args):
     try:
         possible = [(case, case.encode()) for case in cases if case.plan]
         none = [(case, {"outcome": "not here", "message": case.reason}, 0.) for case in cases if not case.plan]
-        results = runner.run(possible, _child("worker"), end - time.monotonic(), SHARE[gpu], _environment(**more))
+        worker, environment = check.child("worker")
+        results = runner.run(possible, worker, end - time.monotonic(), SHARE[gpu], {**environment, **more})
         for case, found, seconds in itertools.chain(none, results):
             lines.append(_line(case, found, seconds))
             print(json.dumps(lines[-1]), file=file, flush=True)
@@ -210,12 +190,10 @@ def main(arguments=None):
     elif args.command == "case":
         return run_case(args.kind)
     elif args.command == "worker":
-        answers = os.fdopen(os.dup(1), "w")     # whatever else is printed goes to stderr
-        os.dup2(2, 1)
         device = torch.device("cpu" if op.launch.INTERPRET else "cuda")
-        check.work(sys.stdin, lambda line: print(line, file=answers, flush=True), device)
+        runner.serve(lambda line: check.run(check.Case.decode(line), device))
     else:
-        about(_facts())
+        about(check.ask_facts())
     return 0
 
 

@@ -566,8 +566,8 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
 
 
 def candidates(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True, keep_every=None):
-    """All plans that ``make_plan`` chooses from, and none where nothing fits. A loop's own are told by ``Plan.wgmma``:
-    those plans are for the forward loop only."""
+    """A list of all plans that ``make_plan`` chooses from; empty where none fits. Each is for both loops, but those
+    with ``Plan.wgmma`` for the forward loop alone."""
     plans, _ = _candidates(batch, hidden_size, dtype, directions, limits, tf32, None, keep_every)
     if plans and limits is not None:
         cheapest = min(plans, key=lambda plan: plan.step_cycles(limits.multiprocessors, "backward"))

@@ -8,8 +8,20 @@ import os
 import selectors
 import signal
 import subprocess
+import sys
 import tempfile
 import time
+
+
+def serve(answer):
+    """Be a worker: ``answer`` makes of each line of standard input what is sent back as JSON. Whatever else is printed
+    goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    say = lambda found: print(json.dumps(found), file=answers, flush=True)
+    say(dict(ready=True))
+    for line in sys.stdin:
+        say(answer(line))
 
 
 class Worker:

@@ -2,6 +2,7 @@
 
 Each test does the same to nn.LSTM and to ours. ``test_layer.py`` has results, errors and fallbacks.
 """
+import contextlib
 import copy
 import importlib
 import io
@@ -683,6 +684,19 @@ def test_compile_does_not_recompile_by_length(options, kernels, monkeypatch):
         assert torch.equal(got[0], want[0]) and all(map(torch.equal, got[1], want[1]))
         counts.append(counter.frame_count)
     assert counts == [1, 2, 2, 2, 2]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compile_bidirectional_without_gradients(frozen, kernels):
+    """Evaluation, in which dynamo traces the forward of an autograd.Function and not the Function."""
+    _, ours, _ = pair(6, 9, 2, bidirectional=True)
+    x = torch.randn(5, 3, 6)
+    ours.requires_grad_(not frozen)
+    torch._dynamo.reset()
+    with contextlib.nullcontext() if frozen else torch.no_grad():
+        got, want = torch.compile(ours, fullgraph=True, backend="eager")(x), ours(x)
+    assert torch.equal(got[0], want[0]) and all(map(torch.equal, got[1], want[1]))
     torch._dynamo.reset()
 
 

@@ -100,8 +100,8 @@ def test_tensor_cycles(name, arch, cycles):
     assert machine_code._tensor_cycles(instruction, arch) == pytest.approx(cycles)
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("schedule, hidden_size", [("resident", 64), ("grid", 128)])
+@pytest.mark.parametrize("schedule, hidden_size, arch", [("resident", 64, 80), ("resident", 64, 90), ("grid", 128, 90),
+                                                        ("grid", 128, 100)])
 def test_read_a_plan(arch, schedule, hidden_size):
     limits = H200 if schedule == "resident" else PORTABLE
     plan = make_plan(16, hidden_size, torch.float16, schedule=schedule, limits=limits)

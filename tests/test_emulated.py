@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import harness
-from problems import Problem
+from problems import EMULATED, Problem
 
 ARCHS = [80, 90]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def run(problem, arch, plan, memory="sc"):
@@ -19,8 +18,7 @@ def run(problem, arch, plan, memory="sc"):
         problem.check(problem.ours(plan=plan))
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype, arch", EMULATED, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 2), (3, 3, 4, 5, 1), (3, 17, 4, 33, 2), (2, 3, 4, 64, 1)], ids=str)
 def test_resident(shape, dtype, arch):
     problem = Problem(*shape, dtype=dtype)
@@ -42,8 +40,7 @@ def test_tf32(schedule, arch):
     run(problem, arch, plan)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype, arch", EMULATED, ids=str)
 @pytest.mark.parametrize("shape, schedule", [
     ((3, 1, 1, 1, 2), "grid"), ((2, 3, 4, 5, 1), "grid"), ((3, 17, 4, 33, 2), "grid"), ((2, 3, 2, 160, 1), "grid"),
     ((3, 17, 4, 33, 2), "streamed"), ((2, 3, 4, 100, 1), "streamed")], ids=str)

@@ -10,7 +10,7 @@ from triton_lstm.kernels.ahead import compile_plan
 
 import harness
 from bench.machine_code import read
-from problems import Problem
+from problems import EMULATED, Problem
 from ptx_emulator import EmulatorError
 from triton_lstm import Plan, make_plan
 from triton_lstm.plan import A100, FUSED_INPUTS, H200, RTX_4090
@@ -32,8 +32,7 @@ def run(problem, ctas, arch=90, fused=False, **options):
         problem.check(problem.ours(plan=problem.gluon_plan(ctas)))
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype, arch", EMULATED, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 2), (3, 3, 4, 5, 1), (3, 17, 4, 33, 2), (2, 3, 4, 64, 1)], ids=str)
 def test_one_cta(shape, dtype, arch):
     run(problem(shape, dtype), 1, arch)

@@ -130,9 +130,8 @@ def test_marks():
     assert marks[1, :, 0].tolist() == [live | fresh, live | cut, live | start, before]
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("schedule, arch", [("resident", 80), ("grid", 80), ("grid", 90), ("streamed", 90)])
 @pytest.mark.parametrize("masks", MASKS, ids=" ".join)
-@pytest.mark.parametrize("schedule", ["resident", "grid", "streamed"])
 def test_emulated(schedule, masks, arch):
     """The compiled kernels, in weak memory, programs in random order."""
     problem = Problem(5, 4, 3, 20, 2, dtype=torch.float16, **masks)

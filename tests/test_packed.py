@@ -12,7 +12,7 @@ from triton_lstm.kernels.ahead import compile_plan
 import harness
 import triton_lstm
 from bench import machine_code
-from problems import PORTABLE, Problem
+from problems import EMULATED, PORTABLE, Problem
 from test_double_backward import second
 from test_gluon import CLUSTERS
 from test_masks import layers
@@ -127,8 +127,7 @@ def test_forward_in_pieces(schedule, tf32, monkeypatch):
         problem.check(problem.ours(plan=plan))
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+@pytest.mark.parametrize("dtype, arch", EMULATED, ids=str)
 @pytest.mark.parametrize("schedule", ["resident", "grid", "streamed"])
 def test_emulated(schedule, dtype, arch):
     """The compiled kernels, in weak memory: an access beyond the rows that there are would raise."""

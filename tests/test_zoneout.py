@@ -140,10 +140,9 @@ def test_lengths_and_resets(masks, training):
     assert plan.programs == 2
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype, training, masks", [
-    (torch.bfloat16, True, dict()), (torch.float16, True, dict(ragged=True, resets=True)),
-    (torch.float32, False, dict(ragged=True, resets=True))], ids=str)
+@pytest.mark.parametrize("dtype, arch, training, masks", [
+    (torch.bfloat16, 90, True, dict()), (torch.float16, 80, True, dict(ragged=True, resets=True)),
+    (torch.float32, 90, False, dict(ragged=True, resets=True))], ids=str)
 @pytest.mark.parametrize("schedule", ["resident", "grid", "streamed"])
 def test_emulated(schedule, dtype, training, masks, arch):
     """The compiled kernels, in weak memory, programs in random order."""
@@ -446,10 +445,10 @@ def test_plans_are_portable():
 @pytest.mark.parametrize("batch, hidden_size, dtype", [(16, 128, torch.bfloat16), (16, 64, torch.float32),
                                                        (64, 512, torch.bfloat16), (1024, 512, torch.bfloat16),
                                                        (64, 256, torch.float32)], ids=str)
-@pytest.mark.parametrize("zoneout", ["drawn", "expected"])
-def test_loops_neither_spill_nor_lose_r(batch, hidden_size, dtype, zoneout):
+def test_loops_neither_spill_nor_lose_r(batch, hidden_size, dtype):
+    """With masks that are drawn; the expectation computes less."""
     plan = triton_lstm.make_plan(batch, hidden_size, dtype, limits=PORTABLE)
-    for name, kernel in compile_plan(plan, dtype, 90, zoneout=zoneout).items():
+    for name, kernel in compile_plan(plan, dtype, 90, zoneout="drawn").items():
         loop = machine_code.read(kernel).time_loop
         # as without zoneout (see test_compiled.py), and six more for its coefficients
         few = 13 if name == "backward_grid" and plan.programs * plan.block_b * plan.block_h >= 1 << 14 else 0

@@ -232,9 +232,9 @@ def main(arguments=None):
     import warnings
 
     import torch
+    from triton_lstm.kernels.precision import INTERPRET
 
     from triton_lstm.check import child
-    from triton_lstm.kernels import launch
 
     from . import residency, train
     if args.command == "fit":
@@ -243,7 +243,7 @@ def main(arguments=None):
     if args.command == "loops":
         from . import loops
         return time_loops(loops, args)
-    interpreted, gpu = launch.INTERPRET, torch.cuda.is_available()
+    interpreted, gpu = INTERPRET, torch.cuda.is_available()
     if interpreted and args.command in (None, "residency"):
         sys.exit("unset TRITON_INTERPRET: this compiles kernels")
     # where ours steps aside for torch's LSTM there is nothing to compare

@@ -2,13 +2,13 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-from triton_lstm.kernels.gluon_cell import shared_layout, unit_layout
-from triton_lstm.kernels.gluon_cluster import allocate_mbarriers, send_to_all
+from triton_lstm.kernels.cluster_exchange import allocate_mbarriers, send_to_all
+from triton_lstm.kernels.layouts import shared_layout, unit_layout
 
 
 @gluon.jit(do_not_specialize=["steps"])
 def cluster_exchanges(h_ptr, steps, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr):
-    """``steps`` exchanges in each cluster, as ``forward_gluon`` has one a step: what a program sends it has read from
+    """``steps`` exchanges in each cluster, as ``forward_cluster`` has one a step: what a program sends it has read from
     what it received. So h (clusters, BLOCK_B, units) is in the end what it was."""
     dtype: gl.constexpr = h_ptr.dtype.element_ty
     CTAS: gl.constexpr = gl.num_ctas()
@@ -30,5 +30,5 @@ def cluster_exchanges(h_ptr, steps, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr
         h = received.index(s % 2).reinterpret(dtype, [BLOCK_B, UNITS], ROWS).load(UNIT)
         s += 1
         send_to_all(h, received.index(s % 2), bars.index(s % 2), BLOCK_H)
-    mbarrier.wait(bars.index(steps % 2), steps // 2 % 2)        # nobody exits while others store into its shared memory
+    mbarrier.wait(bars.index(steps % 2), steps // 2 % 2)        # no CTA exits while others store into its shared memory
     gl.store(h_ptr, h)

@@ -6,8 +6,8 @@ import statistics
 
 import torch
 
-from triton_lstm import plan as model
 from triton_lstm.plan import H200, Plan, PlanError, make_plan
+from triton_lstm.plan import cost as model
 
 from .console import markdown
 from .correctness import dtype_of
@@ -58,7 +58,7 @@ def trying(values):
 
 def residuals(rows, multiprocessors):
     """log(predicted / measured) of each row, by the constants of now."""
-    return [math.log(plan.step_cycles(multiprocessors, loop) / cycles) for plan, loop, cycles in rows]
+    return [math.log(model.step_cycles(plan, multiprocessors, loop) / cycles) for plan, loop, cycles in rows]
 
 
 def fit(rows, multiprocessors=H200.multiprocessors):

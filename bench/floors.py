@@ -5,22 +5,20 @@ measures 63 %), TF32 half; 16 special functions and 64 bytes from the second-lev
 """
 import dataclasses
 import functools
-import types
 
 import torch
 import triton
 import triton.language as tl
 from triton_lstm.kernels.exchange import receive, send_h
+from triton_lstm.kernels.precision import INTERPRET, products_in
 from triton_lstm.kernels.waiting import EXCHANGES
 
 from triton_lstm import make_plan
-from triton_lstm.kernels import launch, waiting
+from triton_lstm.kernels import exchange, waiting
 from triton_lstm.plan import H200
 
+from .cluster_exchange import cluster_exchanges
 from .correctness import dtype_of
-
-if not launch.INTERPRET:        # which knows no Gluon
-    from .cluster_exchange import cluster_exchanges
 
 MULTIPLY_ADDS = {"native": 1280, "tf32": 640, "tf32x3": 640 / 3}
 WGMMA_MULTIPLY_ADDS = {"native": 2048, "tf32": 1024}
@@ -32,17 +30,17 @@ PORTABLE = dataclasses.replace(H200, cluster=0)         # for plans of plain Tri
 
 
 @triton.jit(do_not_specialize=["steps", "limit"])
-def exchanges(sent_ptr, steps, CHUNKS: tl.constexpr, OWNERS: tl.constexpr, BLOCK_H: tl.constexpr,
+def exchanges(sent_ptr, steps, R_SLICES: tl.constexpr, PADDED_PROGRAMS: tl.constexpr, BLOCK_H: tl.constexpr,
               BLOCK_B: tl.constexpr, INTERPRET: tl.constexpr, stuck_ptr=None, limit=None):
     """``steps`` exchanges of h in each group of programs, as ``forward_grid`` has one a step, and sent as there."""
     p, group = tl.program_id(0), tl.program_id(1)
     dtype: tl.constexpr = sent_ptr.dtype.element_ty
-    UNITS: tl.constexpr = OWNERS * BLOCK_H
+    UNITS: tl.constexpr = PADDED_PROGRAMS * BLOCK_H
     own = tl.arange(0, BLOCK_B)[:, None] * UNITS + p * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
     s = 0
     while s < steps:
         tile = sent_ptr + (s * tl.num_programs(1) + group).to(tl.int64) * (BLOCK_B * UNITS)
-        receive(tile, (stuck_ptr, limit, 0, s, 0), CHUNKS, UNITS, BLOCK_B, EXCHANGES)
+        receive(tile, (stuck_ptr, limit, 0, s, 0), R_SLICES, UNITS, BLOCK_B, EXCHANGES)
         s += 1
         send_h(tile + tl.num_programs(1) * (BLOCK_B * UNITS) + own, tl.full((BLOCK_B, BLOCK_H), 1, dtype), INTERPRET)
 
@@ -61,11 +59,11 @@ class Floors:
 
     def exchange_us(self, plan, dtype, steps=500):
         """An exchange of one tile of h in every group of programs of ``plan``, all that run at once; 0 where a program
-        has all of R. Of 16 rows of the tile where warp groups wait for so many each."""
+        has all of R. In wgmma plans of 16 rows, for which each warp waits."""
         if plan.programs == 1:
             return 0.
-        groups, rows = plan.groups * plan.directions, 16 if plan.wgmma else plan.block_b
-        if plan.schedule == "cluster":
+        groups, rows = plan.groups * plan.directions, 16 if plan.kind == "wgmma" else plan.block_b
+        if plan.kind == "cluster":
             groups = min(groups, self._gpu.multiprocessors // plan.programs)
             h = torch.zeros(groups, rows, plan.programs * plan.block_h, dtype=dtype_of(dtype), device=self._gpu.device)
 
@@ -73,13 +71,13 @@ class Floors:
                 cluster_exchanges[(groups,)](h, n, plan.block_h, rows, num_warps=plan.num_warps,
                                              num_ctas=plan.programs, enable_fp_fusion=True)
         else:
-            sent = torch.empty(steps + 1, groups, rows, plan.owners * plan.block_h, dtype=dtype_of(dtype),
+            sent = torch.empty(steps + 1, groups, rows, plan.padded_programs * plan.block_h, dtype=dtype_of(dtype),
                                device=self._gpu.device)
 
             def call(n):
-                launch.clear(sent, plan)
-                exchanges[(plan.programs, groups)](sent, n, plan.looks, plan.owners, plan.block_h, rows,
-                                                   launch.INTERPRET, **waiting.arguments(sent.device), **LAUNCH)
+                exchange.fill(sent, plan)
+                exchanges[(plan.programs, groups)](sent, n, plan.looks, plan.padded_programs, plan.block_h, rows,
+                                                   INTERPRET, **waiting.arguments(sent.device), **LAUNCH)
         # the difference leaves out launch and start, and clearing, which takes in all steps each time
         few, many = (self._best(functools.partial(call, n)) for n in (steps // 10, steps))
         return 1000 * (many - few) / (steps - steps // 10)
@@ -87,24 +85,24 @@ class Floors:
     def launch_us(self):
         """One of many launches in a row."""
         plan = make_plan(16, 32, torch.float16, schedule="grid", limits=PORTABLE)
-        sent = torch.zeros(1, 1, plan.block_b, plan.owners * plan.block_h, dtype=torch.float16,
+        sent = torch.zeros(1, 1, plan.block_b, plan.padded_programs * plan.block_h, dtype=torch.float16,
                            device=self._gpu.device)
-        return 10 * self._best(lambda: [exchanges[(1, 1)](sent, 0, plan.chunks, plan.owners, plan.block_h, plan.block_b,
-                                                          launch.INTERPRET, **LAUNCH) for _ in range(100)])
+        constants = plan.r_slices, plan.padded_programs, plan.block_h, plan.block_b, INTERPRET
+        return 10 * self._best(lambda: [exchanges[(1, 1)](sent, 0, *constants, **LAUNCH) for _ in range(100)])
 
     def gemm_tflops(self, dtype):
         """An 8192^3 product; fp32 in TF32, as torch lets an LSTM multiply."""
         a, b = (torch.randn(8192, 8192, device=self._gpu.device, dtype=dtype_of(dtype)) for _ in range(2))
-        with launch.matmul_precision(types.SimpleNamespace(precision="tf32")):
+        with products_in("tf32"):
             return 2 * 8192 ** 3 / self._best(lambda: a @ b) / 1e9
 
     def step_us(self, plan, case, sm_mhz):
         """``step_floor``, None where the clock is unknown, and the forward loop's exchange, as measured here."""
-        exchange = self.exchange_us(plan, case.dtype)
+        exchanged = self.exchange_us(plan, case.dtype)
         if not sm_mhz:
-            return None, exchange
-        both = exchange, self.exchange_us(plan.backward, case.dtype) if case.mode == "train" else 0.
-        return step_floor(plan, case, both, sm_mhz, self.gemm_tflops(case.dtype), self._gpu.multiprocessors), exchange
+            return None, exchanged
+        both = exchanged, self.exchange_us(plan.backward, case.dtype) if case.mode == "train" else 0.
+        return step_floor(plan, case, both, sm_mhz, self.gemm_tflops(case.dtype), self._gpu.multiprocessors), exchanged
 
 
 def step_floor(plan, case, exchange_us, sm_mhz, gemm_tflops, multiprocessors):
@@ -127,7 +125,7 @@ def step_floor(plan, case, exchange_us, sm_mhz, gemm_tflops, multiprocessors):
 
 def _waves(plan, multiprocessors):
     """How often programs that wait for none outside their cluster take the place of others."""
-    if plan.schedule in ("grid", "streamed"):
+    if plan.exchanges:
         return 1
     return -(-plan.groups * plan.directions // max(multiprocessors // plan.programs, 1))
 
@@ -136,6 +134,6 @@ def _loop_cycles(plan, special_functions):
     """Cycles of a step of a time loop at least, of which each cell takes so many ``special_functions``."""
     units = plan.hidden_size if plan.schedule == "resident" else plan.block_h
     rows = plan.block_b * plan.tiles
-    rate = (WGMMA_MULTIPLY_ADDS if plan.wgmma else MULTIPLY_ADDS)[plan.precision]
+    rate = (WGMMA_MULTIPLY_ADDS if plan.kind == "wgmma" else MULTIPLY_ADDS)[plan.precision]
     return max(rows * 4 * units * plan.hidden_size / rate, plan.tiles * plan.streamed_bytes / L2_BYTES,
                rows * units * special_functions / SPECIAL_FUNCTIONS)

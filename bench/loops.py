@@ -12,12 +12,12 @@ import sys
 import time
 
 import torch
-from triton_lstm.kernels.ahead import compile_apart
+from triton_lstm.kernels.offline import compile_apart
 
 from triton_lstm import PlanError, check, make_plan, runner
 from triton_lstm.check import TOLERANCE
-from triton_lstm.kernels import launch, waiting
-from triton_lstm.plan import Limits, Plan, candidates
+from triton_lstm.kernels import launch, sequence, waiting
+from triton_lstm.plan import Limits, Plan, candidates, step_cycles
 
 from .console import progress
 from .correctness import dtype_of, error
@@ -66,11 +66,11 @@ def all_candidates(limits):
         chosen += [Candidate(w.name, w.dtype, "forward", True, plan),
                    Candidate(w.name, w.dtype, "backward", True, plan.backward)]
         # as candidates have it: only warp groups' plans come with another one for backward
-        forward = plan if plan.wgmma else dataclasses.replace(plan, backward_plan=None)
+        forward = plan if plan.kind == "wgmma" else dataclasses.replace(plan, backward_plan=None)
         own = dict(forward=forward, backward=plan.backward)
         rest = candidates(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions, **options)
         others.append([Candidate(w.name, w.dtype, loop, False, other) for other in rest for loop in own
-                       if other != own[loop] and not (loop == "backward" and other.wgmma)])
+                       if other != own[loop] and not (loop == "backward" and other.kind == "wgmma")])
     return chosen + [c for turn in itertools.zip_longest(*others) for c in turn if c is not None]
 
 
@@ -120,11 +120,12 @@ def measure(candidate, device, synchronize=torch.cuda.synchronize, timed=None):
 
     def call(run):
         if candidate.loop == "forward":
-            y, h_n, c_n, _ = launch.forward(*inputs, None, plan, False, run=run)
+            y, h_n, c_n, _ = sequence.forward(*inputs, None, plan, False, launcher=run)
             return dict(y=y, h_n=h_n, c_n=c_n)
         y = right["y"].to(inputs[0].dtype)
         kept = torch.empty(0, *inputs[-1].shape, device=device)
-        dx, dw, dr, _, dh0, dc0 = launch.backward(*gradients, *inputs, None, y, kept, plan, [True] * 6, run=run)
+        dx, dw, dr, _, dh0, dc0 = sequence.backward(*gradients, *inputs, None, y, kept, plan, [True] * 6,
+                                                  launcher=run)
         return dict(dx=dx, dw=dw, dr=dr, dh0=dh0, dc0=dc0)
 
     got = call(None)
@@ -162,7 +163,7 @@ def work():
 def row(candidate, found, facts, triton_version):
     """The CSV row of a candidate: its plan and prediction, and its worker's answer, or ``runner`` where none came."""
     plan = candidate.plan
-    cycles = plan.step_cycles(facts["limits"]["multiprocessors"], candidate.loop)
+    cycles = step_cycles(plan, facts["limits"]["multiprocessors"], candidate.loop)
     status = found.get("status") or ": ".join([found["outcome"], *filter(None, [
         found.get("record") or found.get("message")])])
     return dict(dict.fromkeys(FIELDS), workload=candidate.workload, dtype=candidate.dtype, gpu=facts["gpu"],

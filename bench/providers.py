@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import triton_lstm
-from triton_lstm.op import automatic_plan, tf32_allowed
+from triton_lstm.op import on_device, tf32_allowed
 from triton_lstm.plan import SCHEDULES, Limits
 
 from .correctness import dtype_of
@@ -249,9 +249,10 @@ def _ours(schedule=None, packed=False):
         if packed and case.sequences != "ragged":
             raise Unavailable("for ragged sequences")
         layer = problem.layer(triton_lstm.LSTM)
+        plan, reason = on_device(case.batch, case.hidden_size, x.dtype, case.directions, x.device)
+        if plan is None:        # ours would leave x to torch's own LSTM, so there is nothing to time
+            raise Unavailable(reason)
         try:
-            # where ours would leave x to torch's own LSTM there is nothing to time
-            plan = automatic_plan(case.batch, case.hidden_size, x.dtype, case.directions, x.device)
             if schedule and plan.schedule != schedule:
                 plan = triton_lstm.make_plan(case.batch, case.hidden_size, x.dtype, case.directions,
                                              limits=Limits.of(x.device), tf32=tf32_allowed(), schedule=schedule)

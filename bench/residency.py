@@ -2,7 +2,7 @@
 import dataclasses
 
 import triton
-from triton_lstm.kernels.ahead import compile_plan
+from triton_lstm.kernels.offline import compile_plan
 
 from triton_lstm import Plan, PlanError, make_plan
 from triton_lstm.plan import A100, H200
@@ -60,7 +60,7 @@ def read_plans(workloads, arch=90):
             reasons[w.name] = str(error)
     dtypes = {w.name: w.dtype for w in workloads}
     distinct = dict.fromkeys((plan, dtypes[name]) for name, plan in plans.items())
-    for plan, dtype in progress(distinct, lambda key: f"compiling {key[0].schedule} H={key[0].hidden_size} "
+    for plan, dtype in progress(distinct, lambda key: f"compiling {key[0].kind} H={key[0].hidden_size} "
                                                       f"B={key[0].batch} {key[1]} for sm_{arch}"):
         kernels = compile_plan(plan, dtype_of(dtype), arch)
         distinct[plan, dtype] = [next(read(kernel) for name, kernel in kernels.items() if name.startswith(which))

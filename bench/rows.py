@@ -38,7 +38,7 @@ class Row:
     saved_bytes   that a training forward keeps for backward beyond weights, input and output
     floor_us      microseconds of a step that the plan cannot go below (see ``floors.step_floor``)
     exchange_us   of it, the exchange between programs as measured in the same run
-    predicted_us  microseconds of a step by ``Plan.step_cycles`` at sm_mhz: of the time loops only
+    predicted_us  microseconds of a step by ``triton_lstm.plan.step_cycles`` at sm_mhz: of the time loops only
     gemm_tflops   what an 8192^3 product reached in this type in the same run
     sm_mhz, memory_mhz    clocks as read after the timing
     plan          schedule and programs of ours

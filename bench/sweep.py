@@ -4,10 +4,11 @@ import functools
 import time
 
 import torch
-from triton_lstm.kernels.ahead import compile_apart
+from triton_lstm.kernels.offline import compile_apart
 
 import triton_lstm
 from triton_lstm.check import TOLERANCE
+from triton_lstm.plan import step_cycles
 
 from .console import progress
 from .correctness import dtype_of, error, exact_results, results
@@ -120,9 +121,9 @@ def measure(case, providers, gpu, floors, environment, effort):
         p20, median, p80 = torch.tensor(samples[name]).quantile(torch.tensor([.2, .5, .8])).tolist()
         if (plan := getattr(run.layer, "plan", None)) is not None:
             floor_us, exchange_us = floors.step_us(plan, case, sm_mhz)
-            cycles = case.layers * plan.step_cycles(gpu.multiprocessors, "forward")
+            cycles = case.layers * step_cycles(plan, gpu.multiprocessors, "forward")
             if case.mode == "train":
-                cycles += case.layers * plan.backward.step_cycles(gpu.multiprocessors, "backward")
+                cycles += case.layers * step_cycles(plan.backward, gpu.multiprocessors, "backward")
             figures.update(floor_us=floor_us, exchange_us=exchange_us, predicted_us=sm_mhz and cycles / sm_mhz,
                            plan=f"{plan.kind} {plan.programs} x {plan.groups}")
         yield row(name, **figures, ms_p20=p20, ms_median=median, ms_p80=p80, samples=len(samples[name]), sm_mhz=sm_mhz,
@@ -186,8 +187,8 @@ def compile_all(cases, limits, arch):
         widths = {case.input_size, *[case.directions * case.hidden_size] * (case.layers > 1)}
         for inputs in {width if plan.multiplies_input(width) else 64 for width in widths}:
             wanted.setdefault((key, case.dtype, case.sequences != "padded", inputs), plan)
-    jobs = [(plan, dtype_of(dtype), dict(marked=marked, inputs=inputs))
-            for (_, dtype, marked, inputs), plan in wanted.items()]
+    jobs = [(plan, dtype_of(dtype), dict(flagged=flagged, inputs=inputs))
+            for (_, dtype, flagged, inputs), plan in wanted.items()]
     for _ in progress(compile_apart(jobs, arch), lambda _: "compiling", len(jobs)):
         pass                            # of a kernel that does not compile its row will tell
     return time.monotonic() - began

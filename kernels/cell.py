@@ -1,60 +1,23 @@
-"""Device functions that the kernels share: activations, the LSTM cell, dot operands."""
+"""The LSTM cell: activations, one step from pre-activations, and zoneout."""
 import triton
 import triton.language as tl
 
 TANH_SMALL = tl.constexpr(0.625)
-# Marks of a row at a step, where rows have lengths of their own or states are reset; see ``launch.marks``
-LIVE, FRESH, START, END, BEFORE, CUT = (tl.constexpr(1 << n) for n in range(6))
 # Factors and key steps of Philox-4x32
 PHILOX_M0, PHILOX_M1, PHILOX_W0, PHILOX_W1 = map(tl.constexpr, (0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85))
-
-
-@triton.jit
-def first_row(offsets_ptr, time, B):
-    """Where the rows of one time begin in x and y: B a time where padded, packed as offsets (T + 1,) int64 tell."""
-    if offsets_ptr is None:
-        return time.to(tl.int64) * B
-    else:
-        return tl.load(offsets_ptr + time)
-
-
-@triton.jit
-def rows_at(offsets_ptr, time, B):
-    """``first_row``, and how many rows there are at that time: always the first ones of the batch."""
-    start = first_row(offsets_ptr, time, B)
-    if offsets_ptr is None:
-        return start, B
-    else:
-        return start, (first_row(offsets_ptr, time + 1, B) - start).to(tl.int32)
-
-
-@triton.jit
-def place_of(offsets_ptr, padded, packed):
-    """The one or the other, as rows lie: where a tensor's first dimension is time, or rows."""
-    if offsets_ptr is None:
-        return padded
-    else:
-        return packed
-
-
-@triton.jit
-def chunk_shift(offsets_ptr, d, T, S, B, first):
-    """From a row of x and y to its place in a chunk's buffers: the rows of direction 0's times ``first`` to
-    ``first + S``, then those of the times that direction 1 takes meanwhile, each in order of time."""
-    others = first_row(offsets_ptr, first + S, B) - first_row(offsets_ptr, first, B)
-    return d * others - first_row(offsets_ptr, tl.where(d == 0, first, T - first - S), B)
+RATE_BITS = 24          # zoneout compares a rate with so many random bits
 
 
 @triton.jit
 def sigmoid(x):
-    # exp overflows to inf for x < -88 and the quotient is then 0: right at every finite and infinite x.
+    # exp overflows to inf for x < -88, and the quotient is then 0: right at every finite and infinite x
     return 1 / (1 + tl.exp(-x))
 
 
 @triton.jit
 def tanh(x):
-    # Below 0.625 an odd polynomial (our own minimax fit, 0.8 ulp in fp32), for the quotient cancels there;
-    # above it 1 - 2 / (e^2|x| + 1), which saturates to 1 without overflow to NaN.
+    # Below 0.625 an odd polynomial (our own minimax fit, 0.8 ulp in fp32), because the quotient cancels there.
+    # Above it 1 - 2 / (e^2|x| + 1), which saturates to 1 and does not overflow to NaN.
     x2 = x * x
     p = -5.704985e-3 * x2 + 2.063908614e-2
     p = p * x2 - 5.373971537e-2
@@ -65,6 +28,17 @@ def tanh(x):
 
 
 @triton.jit
+def fast_tanh(x):
+    """Relative error 2^-11: for results in 16-bit types."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def fast_sigmoid(x):
+    return fast_tanh(0.5 * x) * 0.5 + 0.5
+
+
+@triton.jit
 def cell(i, f, g, o, c):
     """One LSTM step from pre-activations and the state c, all fp32: the new (h, c)."""
     c = sigmoid(f) * c + sigmoid(i) * tanh(g)
@@ -72,13 +46,24 @@ def cell(i, f, g, o, c):
 
 
 @triton.jit
-def zoneout(seed, rate_h, rate_c, d, time, row, unit, ZONEOUT: tl.constexpr):
-    """What share of their earlier h and c some units keep at a step: fp32, broadcast from row and unit.
+def cell_for(i, f, g, o, c, dtype: tl.constexpr):
+    """``cell`` whose h will be rounded to ``dtype``: with the hardware's approximate tanh for 16-bit types."""
+    if dtype == tl.float32:
+        return cell(i, f, g, o, c)
+    else:
+        c = fast_sigmoid(f) * c + fast_sigmoid(i) * fast_tanh(g)
+        return fast_sigmoid(o) * fast_tanh(c), c
 
-    ZONEOUT "expected": the rates. "drawn": 0 or 1, and 1 for rate of 2^24 values, rates being integers here. The bits
-    are two words of Philox-4x32 (Salmon et al. 2011; 7 rounds, the fewest that pass their tests) of the 64-bit ``seed``
-    at counter (unit, row, time, direction): whoever asks and however the steps are cut, a unit gets the same. The
-    package's reference has the same in torch.
+
+@triton.jit
+def zoneout(seed, rate_h, rate_c, d, time, row, unit, ZONEOUT: tl.constexpr):
+    """The shares m_h and m_c of their earlier h and c that some units keep at a step: fp32, by row and unit.
+
+    ZONEOUT "expected": the rates themselves. "drawn": 0 or 1; rates are then integers, out of 2^24, and a share is 1
+    where 24 random bits are below the rate. The bits are two words of Philox-4x32 (Salmon et al. 2011; 7 rounds, the
+    fewest that pass their tests) of the 64-bit ``seed`` at counter (unit, row, time, direction). So forward and
+    backward, and any way to cut the steps into launches, get the same shares. ``triton_lstm/reference.py`` has the same
+    in torch.
     """
     if ZONEOUT == "expected":
         return rate_h, rate_c
@@ -95,64 +80,12 @@ def zoneout(seed, rate_h, rate_c, d, time, row, unit, ZONEOUT: tl.constexpr):
         return ((n0 >> 8).to(tl.int32) < rate_h).to(tl.float32), ((n1 >> 8).to(tl.int32) < rate_c).to(tl.float32)
 
 
-@triton.jit
-def narrow(v, dtype: tl.constexpr, INTERPRET: tl.constexpr):
-    """``v`` (fp32) rounded to nearest even in ``dtype``, which Triton's interpreter fails to do for bf16."""
-    if INTERPRET and dtype == tl.bfloat16:
-        bits = v.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        v = tl.where(v == v, rounded.to(tl.float32, bitcast=True), v)
-    return v.to(dtype)
-
-
-@triton.jit
-def round_tf32(v, INTERPRET: tl.constexpr):
-    """``v`` (fp32) to the nearest TF32, as cuBLAS and cuDNN round: the tensor core itself drops the bits."""
-    if INTERPRET:   # which knows no machine instructions; the carry would turn the NaN 0x7fffffff into a zero
-        rounded = (v.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
-        return tl.where(v == v, rounded.to(tl.float32, bitcast=True), v)
-    else:
-        return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [v], dtype=tl.float32, is_pure=True,
-                                         pack=1)
-
-
-@triton.jit
-def operand(v, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """``v`` as ``product`` wants its first factor: a tuple of one tensor, or of two for tf32x3.
-
-    Triton's interpreter multiplies the raw bits of bf16; there the same values are passed as fp32.
-    """
-    if PRECISION == "tf32":
-        return (round_tf32(v, INTERPRET),)
-    elif PRECISION == "tf32x3":
-        high = round_tf32(v, INTERPRET)
-        low = tl.where(tl.abs(v) < float("inf"), v - high, 0.)
-        return (high, round_tf32(low, INTERPRET))
-    elif INTERPRET:
-        return (v.to(tl.float32),)
-    else:
-        return (v,)
-
-
-@triton.jit
-def load_r(r_ptr, at, mask, plane, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """A block of R as ``product`` wants its second factor.
-
-    R comes rounded, for tf32x3 as two planes whose sum it is: once a call, not in every program of every launch.
-    """
-    high = tl.load(r_ptr + at, mask=mask, other=0.)
-    if PRECISION == "tf32x3":
-        return (high, tl.load(r_ptr + plane + at, mask=mask, other=0.))
-    elif INTERPRET:
-        return (high.to(tl.float32),)
-    else:
-        return (high,)
-
-
-@triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b. tf32x3 sums three TF32 products, smallest first, and comes close to fp32's accuracy."""
-    if PRECISION == "tf32x3":
-        acc = tl.dot(a[1], b[0], acc, input_precision="tf32")
-        acc = tl.dot(a[0], b[1], acc, input_precision="tf32")
-    return tl.dot(a[0], b[0], acc, input_precision="tf32")
+def zoneout_arguments(zoneout):
+    """(seed, rate_h, rate_c) or None as arguments of a kernel; a seed of None asks for the expectation. None adds no
+    argument, and so leaves the kernels what they are without zoneout."""
+    if zoneout is None:
+        return {}
+    seed, *rates = zoneout
+    if seed is not None:
+        rates = [round(rate * 2 ** RATE_BITS) for rate in rates]
+    return dict(ZONEOUT="expected" if seed is None else "drawn", seed_ptr=seed, rate_h=rates[0], rate_c=rates[1])

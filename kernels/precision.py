@@ -1,9 +1,114 @@
-"""The switch by which torch's products on CUDA are in TF32 or in fp32."""
+"""How products are computed: rounding to TF32, operands of products, and the switch of torch's own products.
+
+    native    16-bit types: products of 16-bit operands, added up in fp32
+    tf32      fp32 operands rounded to TF32, to nearest
+    tf32x3    fp32 as the sum of two TF32 numbers each: three products, close to the accuracy of fp32
+"""
 import contextlib
 import threading
 import warnings
 
 import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+# -- in the kernels ---------------------------------------------------------------------------------------------------
+
+@triton.jit
+def narrow(v, dtype: tl.constexpr, INTERPRET: tl.constexpr):
+    """``v`` (fp32) rounded to nearest even in ``dtype``. Triton's interpreter does not round to bf16 by itself."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = v.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        v = tl.where(v == v, rounded.to(tl.float32, bitcast=True), v)
+    return v.to(dtype)
+
+
+# Whether the kernels of this copy of the package run in Triton's interpreter, which is decided when they are defined.
+INTERPRET = isinstance(narrow, InterpretedFunction)
+
+
+@triton.jit
+def round_tf32(v, INTERPRET: tl.constexpr):
+    """``v`` (fp32) rounded to the nearest TF32, as cuBLAS and cuDNN do. The tensor core alone cuts the bits off."""
+    if INTERPRET:   # which knows no machine instructions; the carry would turn the NaN 0x7fffffff into a zero
+        rounded = (v.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+        return tl.where(v == v, rounded.to(tl.float32, bitcast=True), v)
+    else:
+        return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [v], dtype=tl.float32, is_pure=True,
+                                         pack=1)
+
+
+@triton.jit
+def operand(v, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """``v`` as the first operand of ``product``: a tuple of one tensor, or of two for tf32x3.
+
+    Triton's interpreter multiplies the raw bits of bf16, so there the same values are passed as fp32.
+    """
+    if PRECISION == "tf32":
+        return (round_tf32(v, INTERPRET),)
+    elif PRECISION == "tf32x3":
+        high = round_tf32(v, INTERPRET)
+        low = tl.where(tl.abs(v) < float("inf"), v - high, 0.)
+        return (high, round_tf32(low, INTERPRET))
+    elif INTERPRET:
+        return (v.to(tl.float32),)
+    else:
+        return (v,)
+
+
+@triton.jit
+def received_operand(h, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """``operand`` of h that another program has sent, which has rounded it to TF32 already."""
+    if PRECISION == "tf32":
+        return (h,)
+    else:
+        return operand(h, PRECISION, INTERPRET)
+
+
+@triton.jit
+def load_operand(r_ptr, at, mask, plane, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """A block of R, as ``prepare_r`` has it, as the second operand of ``product``. plane: elements between the two
+    planes of tf32x3."""
+    high = tl.load(r_ptr + at, mask=mask, other=0.)
+    if PRECISION == "tf32x3":
+        return (high, tl.load(r_ptr + plane + at, mask=mask, other=0.))
+    elif INTERPRET:
+        return (high.to(tl.float32),)
+    else:
+        return (high,)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b. tf32x3 adds three TF32 products, the smallest first."""
+    if PRECISION == "tf32x3":
+        acc = tl.dot(a[1], b[0], acc, input_precision="tf32")
+        acc = tl.dot(a[0], b[1], acc, input_precision="tf32")
+    return tl.dot(a[0], b[0], acc, input_precision="tf32")
+
+
+# -- on the host ------------------------------------------------------------------------------------------------------
+
+def rounded_to_tf32(v):
+    """``round_tf32`` of a tensor."""
+    bits = (v.view(torch.int32) + 0x1000) & -0x2000
+    return torch.where(v == v, bits.view(torch.float32), v)
+
+
+def prepare_r(r, precision):
+    """R (D, 4H, H) as the kernels read it: rounded to TF32, or for tf32x3 two such planes whose sum it is,
+    (2, D, 4H, H). Done once a call, and not in every program of every launch."""
+    r = r.contiguous()
+    if precision == "native":
+        return r
+    high = rounded_to_tf32(r)
+    if precision == "tf32":
+        return high
+    low = torch.where(r.isfinite(), r - high, torch.zeros_like(r))
+    return torch.stack((high, rounded_to_tf32(low)))
+
 
 # Held while products are queued, by every thread that cares how they are computed. It is the process's switch: a thread
 # that does not ask here and multiplies meanwhile still sees it.
@@ -54,3 +159,9 @@ def products_in_tf32(tf32):
                 torch.set_float32_matmul_precision(older)
             for matmul, value in zip(newer, before):
                 matmul.fp32_precision = value
+
+
+def products_in(precision):
+    """torch's own products of fp32 tensors on CUDA are computed as the kernels of ``precision`` compute theirs. Torch
+    has one switch for nn.LSTM and another for matrix products."""
+    return contextlib.nullcontext() if INTERPRET or precision == "native" else products_in_tf32(precision == "tf32")

@@ -1,8 +1,8 @@
-"""Waiting that ends: a program that waits for another longer than a limit leaves a record and traps.
+"""Waits that end: a program that waits for another one longer than a limit leaves a record and traps.
 
-A fault of the protocol, or a program that never ran, is then an error of CUDA and not a process that hangs. The record
-lies in pinned host memory, which the host can read after the error, when nothing on the GPU can be reached any more.
-Programs of a cluster wait at mbarriers, by a loop that Gluon writes: those waits have no limit.
+So a fault of the protocol, or a program that never ran, is a CUDA error and not a process that hangs. The record is in
+pinned host memory, because after such an error the host can reach nothing on the GPU any more. Programs of a cluster
+wait at mbarriers, by a loop that Gluon writes. Those waits have no limit.
 """
 import atexit
 import collections
@@ -14,23 +14,24 @@ import torch
 import triton
 import triton.language as tl
 
-KERNELS = {1: "forward_grid", 2: "backward_grid", 3: "forward_grid_gluon", 4: "forward_split_gluon",
-           5: "backward_split_gluon", 6: "exchanges"}
+KERNELS = {1: "forward_grid", 2: "backward_grid", 3: "forward_wgmma", 4: "forward_split",
+           5: "backward_split", 6: "exchanges"}
 FORWARD_GRID, BACKWARD_GRID, FORWARD_WGMMA, FORWARD_SPLIT, BACKWARD_SPLIT, EXCHANGES = map(tl.constexpr, KERNELS)
-# Records, by program, and the words of each: kernel; the program's three indices; how many there are of the first;
-# step; batch tile; thread.
+# How many records there are, one for a program, and the words of each: kernel; the program's three indices; number of
+# programs along the first index; step; batch tile; thread.
 SLOTS, FIELDS = 256, 8
-TICK_BITS = 20          # the clock is looked at in units of 2^20 ns, so that a wait needs one register for it
-LINGER_MS = 64          # between a record and its trap, which ends all programs: others that wait leave theirs
+TICK_BITS = 20          # time is counted in 2^20 ns, so that a wait needs one register for it
+LINGER_MS = 64          # between a record and the trap, which ends all programs: time for others to leave theirs
 VARIABLE, DEFAULT_S = "TRITON_LSTM_WAIT_LIMIT", 10.
 
 
 @triton.constexpr_function
 def give_up(kernel, since, stuck, limit, first, step, tile):
-    """PTX for the slow path of a wait of ``kernel``, after a look in vain; the others are names of its operands.
+    """PTX for a wait of ``kernel`` that has looked in vain. The other arguments are names of registers.
 
-    ``since``, a register of 32 bits that is zero before the first look, is when the wait began. Past ``limit`` ticks
-    the program's record goes to ``stuck`` (SLOTS, FIELDS); its step is ``first`` + ``step``.
+    ``since`` (32 bits) is when the wait began, zero before the first look. Once the wait has lasted more than ``limit``
+    ticks the program writes its record to ``stuck`` (SLOTS, FIELDS) and traps. The record's step is ``first`` +
+    ``step``.
     """
     return f"""
         .reg .pred late; .reg .b64 now, slot; .reg .b32 n<7>;
@@ -52,9 +53,11 @@ def give_up(kernel, since, stuck, limit, first, step, tile):
 
 @triton.jit
 def look_at_clock(since, watch, KERNEL: tl.constexpr):
-    """After a look in vain, of which a wait's first has ``since`` zero: the ``since`` of the next one, or the end. All
-    threads of the program come here. watch: (stuck, limit, first, step, tile) of ``give_up``, stuck None for no
-    limit."""
+    """After a look in vain: give up if the wait has lasted too long, else return ``since`` for the next look.
+
+    since is zero after a wait's first look. watch: (stuck, limit, first, step, tile) as ``give_up`` has them, with None
+    for stuck where there is no limit. All threads of the program call this together.
+    """
     if watch[0] is None:
         return since
     else:
@@ -79,11 +82,11 @@ _limit_s = _seconds(os.environ.get(VARIABLE, DEFAULT_S))
 
 
 def set_wait_limit(seconds):
-    """How long the programs of a kernel may wait for each other before they give up, in seconds of the GPU's clock.
+    """Set how long the programs of a kernel may wait for each other, in seconds of the GPU's clock.
 
-    10 at first, or what the environment variable TRITON_LSTM_WAIT_LIMIT says. ``float("inf")``: for ever; the kernels
-    are then compiled without a look at the clock. A CUDA graph keeps the limit with which it was captured. Returns the
-    limit before. ValueError unless it is a positive number.
+    The limit is 10 s at first, or what the environment variable TRITON_LSTM_WAIT_LIMIT says. ``float("inf")`` means no
+    limit; kernels are then compiled without a look at the clock. A CUDA graph keeps the limit with which it was
+    captured. Returns the limit before. ValueError unless ``seconds`` is a positive number.
     """
     global _limit_s
     before, _limit_s = _limit_s, _seconds(seconds)
@@ -94,7 +97,7 @@ _records = {}       # by device
 
 
 def records(device):
-    """Where the programs of launches on ``device`` leave their records, (SLOTS, FIELDS) int32: zero, none yet."""
+    """Where programs on ``device`` leave their records, (SLOTS, FIELDS) int32; a record of zeros is none."""
     if device not in _records:
         _records[device] = torch.zeros(SLOTS, FIELDS, dtype=torch.int32, device="cpu",
                                        pin_memory=device.type == "cuda")
@@ -102,7 +105,7 @@ def records(device):
 
 
 def arguments(device):
-    """What a launch whose programs wait for each other takes for that."""
+    """The arguments of a launch whose programs wait for each other."""
     if _limit_s == float("inf"):
         return {}
     return dict(stuck_ptr=records(device), limit=max(min(int(_limit_s * 1e9) >> TICK_BITS, 2 ** 31 - 1), 1))
@@ -120,7 +123,7 @@ def _numbers(numbers):
 
 
 def describe(records):
-    """What ``records`` (n, FIELDS) say, for people; None where there is none."""
+    """The ``records`` (n, FIELDS) in words; None where there is none."""
     groups = collections.defaultdict(dict)
     for kernel, program, group, direction, programs, step, tile, _ in records.tolist():
         if kernel:
@@ -139,32 +142,32 @@ def describe(records):
 
 
 def wait_report():
-    """Who waited for what where programs of a kernel waited for each other past the limit; None if none did.
+    """Which programs waited for what when a kernel gave up; None if none has.
 
-    To be asked after the CUDA error ("unspecified launch failure") of a kernel that has given up, which a process sees
-    at whatever it does next on the GPU. Steps are counted from the first that a direction takes. Look first at programs
-    that waited for an earlier step than the others, or left no record: the others wait for those.
+    For use after the CUDA error of such a kernel ("unspecified launch failure"), which a process gets at the next thing
+    that it does on the GPU. Steps are counted in the order in which a direction takes them. Look first at programs that
+    left no record or waited for an earlier step than the others: the others wait for those.
     """
     return "\n".join(filter(None, map(describe, _records.values()))) or None
 
 
 @contextlib.contextmanager
 def explained():
-    """An error of CUDA that is raised inside says which kernel has given up, if one has."""
+    """A CUDA error that is raised inside says which kernel has given up, if one has."""
     try:
         yield
     except RuntimeError as error:
         if (text := wait_report()) is None:
             raise
         raise RuntimeError(
-            f"a kernel of triton_lstm gave up, for its programs waited for each other longer than {_limit_s:g} s (see "
+            f"a kernel of triton_lstm gave up: its programs waited for each other longer than {_limit_s:g} s (see "
             f"triton_lstm.set_wait_limit):\n{text}\nThis process cannot use the GPU any more; `python -m triton_lstm "
             f"check` finds out whether the kernel works on it.") from error
 
 
 @atexit.register
 def _tell_at_exit():
-    """The error may have surfaced where nothing of this package could explain it."""
+    """Print the report at the end of the process, since the error may have been raised outside of this package."""
     if text := wait_report():
         print(f"triton_lstm: the programs of a kernel waited for each other longer than {_limit_s:g} s:\n{text}",
               file=sys.stderr)

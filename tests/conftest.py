@@ -32,7 +32,7 @@ def poison():
 
     with contextlib.ExitStack() as stack:
         single, several = ("forward", "backward"), ("_forward", "_backward")
-        for module, names in ((harness.interpreted_launch, single), (harness.compiled_launch, single),
+        for module, names in ((harness.interpreted_sequence, single), (harness.compiled_sequence, single),
                               (wavefront, several)):
             for name in names:
                 stack.enter_context(mock.patch.object(module, name, poisoned(getattr(module, name))))

@@ -9,8 +9,8 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
-import pathlib
 import random
+import shutil
 import sys
 from unittest import mock
 
@@ -19,7 +19,7 @@ import pytest
 import triton
 import triton.language as tl
 import triton.runtime.interpreter as triton_interpreter
-from triton_lstm.kernels.ahead import compile_launch
+from triton_lstm.kernels.offline import compile_launch
 
 import triton_lstm.functional
 import triton_lstm.op
@@ -28,6 +28,7 @@ from ptx_emulator import EmulatorError
 from ptx_emulator import launch as emulate
 from triton_lstm import kernels
 from triton_lstm.kernels import launch as compiled_launch
+from triton_lstm.kernels import sequence as compiled_sequence
 from triton_lstm.plan import A100, H200, RTX_4090
 
 LIMITS = {80: A100, 89: RTX_4090, 90: H200}
@@ -42,26 +43,27 @@ def interpreting():
         yield
 
 
-def _load_interpreted():
-    """A second copy of the kernels: triton.jit decides at import whether a function is compiled or interpreted."""
-    name = "interpreted_kernels"
-    spec = importlib.util.spec_from_loader(name, loader=None, is_package=True)
-    package = importlib.util.module_from_spec(spec)
-    package.__path__ = list(kernels.__path__)
+def _load_kernels(name, folder):
+    """``sequence`` of another copy of the kernels, imported from ``folder`` as the package ``name``."""
+    for module in [module for module in sys.modules if module.split(".")[0] == name]:
+        del sys.modules[module]
+    package = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader=None, is_package=True))
+    package.__path__ = [folder]
     sys.modules[name] = package
-    with interpreting():
-        return importlib.import_module(name + ".launch")
+    return importlib.import_module(name + ".sequence")
 
 
-interpreted_launch = _load_interpreted()
+# triton.jit decides at import whether a function is compiled or interpreted
+with interpreting():
+    interpreted_sequence = _load_kernels("interpreted_kernels", kernels.__path__[0])
+interpreted_launch = interpreted_sequence.launch
 
 
 @contextlib.contextmanager
-def _use(launch):
+def _use(sequence):
     triton_lstm.op.limits_of.cache_clear()
-    with mock.patch.object(triton_lstm.op, "launch", launch), \
-            mock.patch.object(triton_lstm.functional, "launch", launch):
-        yield launch
+    with mock.patch.object(triton_lstm.op, "sequence", sequence):
+        yield
     triton_lstm.op.limits_of.cache_clear()
 
 
@@ -135,7 +137,7 @@ def interpreter():
     with contextlib.ExitStack() as stack:
         for owner, name, faster in FASTER:
             stack.enter_context(mock.patch.object(owner, name, faster))
-        stack.enter_context(_use(interpreted_launch))
+        stack.enter_context(_use(interpreted_sequence))
         stack.enter_context(interpreting())
         stack.enter_context(np.errstate(over="ignore", invalid="ignore"))
         yield
@@ -228,24 +230,23 @@ def emulator(arch=90, seed=0, memory="sc", edit=None, only=None, **options):
         changed = dict(ptx=edit(compiled.asm["ptx"])) if edit is not None and kernel.__name__ in only else {}
         emulate(compiled, grid, *run_time, seed=seed, memory=memory, **changed, **options)
 
-    with _use(compiled_launch), mock.patch.object(compiled_launch, "launch_kernel", launch), \
+    with _use(compiled_sequence), mock.patch.object(compiled_launch, "launch_kernel", launch), \
             mock.patch.object(triton_lstm.functional, "runs_kernels", lambda x, dtype: True), \
             mock.patch.object(triton_lstm.op, "limits_of", lambda device: LIMITS.get(arch, PORTABLE)):
         yield
 
 
 @contextlib.contextmanager
-def edited(module, function, tmp_path, old, new):
-    """The kernel ``function`` compiled from the source of its ``module`` with ``old`` replaced."""
-    text = pathlib.Path(module.__file__).read_text()
+def edited(module, tmp_path, old, new):
+    """All kernels compiled from a copy of their sources in which ``old`` is replaced in ``module``, the name of one."""
+    folder = tmp_path / "edited_kernels"
+    shutil.copytree(kernels.__path__[0], folder)
+    text = (folder / f"{module}.py").read_text()
     assert old in text
-    name = module.__name__.rpartition(".")[2]
-    copy = tmp_path / f"edited_{name}.py"
-    copy.write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location(f"triton_lstm.kernels.edited_{name}", copy)
-    changed = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(changed)
-    with mock.patch.object(compiled_launch, function, getattr(changed, function)):
+    (folder / f"{module}.py").write_text(text.replace(old, new))
+    changed = _load_kernels("edited_kernels", str(folder)).launch
+    names = ("LOOPS", "COEFFICIENTS", "forward_cluster")
+    with mock.patch.multiple(compiled_launch, **{name: getattr(changed, name) for name in names}):
         yield
 
 

@@ -4,7 +4,8 @@ import dataclasses
 import torch
 
 import triton_lstm
-from triton_lstm.plan import H200, _split_chunks, _wgmma_chunks
+from triton_lstm.plan import H200
+from triton_lstm.plan.plan import split_slices, wgmma_slices
 from triton_lstm.reference import lstm_reference
 
 PORTABLE = dataclasses.replace(H200, cluster=0)     # where no Gluon kernel runs
@@ -197,25 +198,25 @@ class Problem:
         does."""
         limits = dataclasses.replace(PORTABLE, multiprocessors=multiprocessors)
         plan = self.plan(schedule="grid", limits=limits, keep_every=keep_every)
-        return plan if schedule == "grid" else dataclasses.replace(plan, schedule="streamed", chunks=((0, 16),),
-                                                                   block_k=16)
+        if schedule == "streamed":
+            plan = dataclasses.replace(plan, kind="streamed", r_slices=((0, 16),), block_k=16)
+        return plan
 
     def warp_group_plan(self, block_h=16, warps=4, tiles=1, keep_every=2):
         """A grid plan that multiplies by warp groups, though so few rows make no plan take one."""
         backward = self.plan(keep_every=keep_every)
-        chunks = _wgmma_chunks(self.H, 256 if self.dtype.itemsize == 2 else 128)
         rows = 16 * warps
         return dataclasses.replace(
-            backward, schedule="grid", gluon=True, backward_plan=backward, block_k=0, programs=-(-self.H // block_h),
+            backward, kind="wgmma", backward_plan=backward, block_k=0, programs=-(-self.H // block_h),
             block_h=block_h, block_b=rows, num_warps=warps, tiles=tiles, groups=-(-self.B // (rows * tiles)),
-            chunks=chunks)
+            r_slices=wgmma_slices(self.H, backward.precision))
 
     def split_plan(self, block_h=16, tiles=1, keep_every=2):
         """A grid plan whose warps share the units that feed, though so small an H needs no grid."""
+        plan = self.plan(keep_every=keep_every)
         return dataclasses.replace(
-            self.plan(keep_every=keep_every), schedule="grid", gluon=True, block_k=0, programs=-(-self.H // block_h),
-            block_h=block_h, block_b=16, num_warps=8, tiles=tiles, groups=-(-self.B // (16 * tiles)),
-            chunks=_split_chunks(self.H, self.dtype.itemsize))
+            plan, kind="split", block_k=0, programs=-(-self.H // block_h), block_h=block_h, block_b=16, num_warps=8,
+            tiles=tiles, groups=-(-self.B // (16 * tiles)), r_slices=split_slices(self.H, plan.precision))
 
     def check(self, ours):
         """Every result of ours is finite and within the budget."""

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from triton_lstm.kernels.ahead import compile_plan
+from triton_lstm.kernels.offline import compile_plan
 
 import harness
 from bench import __main__ as command
@@ -20,7 +20,7 @@ from bench import console, correctness, machine_code, residency, train, verify
 from bench.workloads import DTYPES, WORKLOADS
 from problems import PORTABLE
 from triton_lstm import make_plan
-from triton_lstm.kernels import launch as compiled_launch
+from triton_lstm.kernels import precision
 from triton_lstm.plan import H200
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -269,7 +269,7 @@ def test_command_line_is_explained(capsys):
 
 
 def test_nothing_compiles_in_the_interpreter():
-    with mock.patch.object(compiled_launch, "INTERPRET", True), pytest.raises(SystemExit):
+    with mock.patch.object(precision, "INTERPRET", True), pytest.raises(SystemExit):
         command.main(["residency"])
 
 

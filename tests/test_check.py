@@ -10,13 +10,13 @@ from unittest import mock
 
 import pytest
 import torch
-from triton_lstm.kernels.ahead import compile_plan
+from triton_lstm.kernels.offline import compile_plan
 
 import harness
 import triton_lstm.__main__ as command
 from problems import PORTABLE
 from triton_lstm import check, faults, op, runner
-from triton_lstm.plan import A100, H200, Plan, PlanError, candidates, make_plan
+from triton_lstm.plan import A100, H200, Plan, PlanError, candidates, check_plan, make_plan
 
 OLDER = dataclasses.replace(H200, cluster=1)        # what Triton 3.6 leaves of a Hopper GPU
 FULL = dataclasses.replace(H200, cluster=16)
@@ -88,7 +88,7 @@ def test_cases_of_a_device(limits, missing):
         if not case.plan:
             continue
         plan = Plan.decode(case.plan)
-        plan.check(limits)
+        check_plan(plan, limits)
         assert plan.variant == case.kind
         assert plan.precision == {"fp16": "native", "bf16": "native", "tf32": "tf32", "fp32": "tf32x3"}[case.dtype]
         if case.kind not in ("portable resident", "resident"):
@@ -151,9 +151,9 @@ def test_exceptions_are_outcomes():
 def test_compiled_beforehand_is_what_runs():
     case = case_of("split", "lengths", "bf16", OLDER)
     plan, dtype, options = case.compiled()
-    assert set(compile_plan(plan, dtype, 90, **options)) == {"forward_split_gluon", "coefficients",
-                                                              "backward_split_gluon"}
-    assert options["marked"] and not options["packed"]
+    assert set(compile_plan(plan, dtype, 90, **options)) == {"forward_split", "coefficients",
+                                                              "backward_split"}
+    assert options["flagged"] and not options["packed"]
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_a_broken_file_is_ignored(cache, text):
 
 def test_automatic_plans_keep_away(cache):
     device = torch.device("cuda", 0)
-    plan = lambda H=640: op.automatic_plan(16, H, torch.bfloat16, 1, device)
+    plan = lambda H=640: op.on_device(16, H, torch.bfloat16, 1, device)[0]
     faults.remember("here", {("split", "forward", "native"): "hung: layer",
                              ("resident", "backward", "native"): "wrong: layer"}, set())
     with mock.patch.object(op, "limits_of", lambda device: OLDER), mock.patch.object(faults, "place", lambda d: "here"):
@@ -202,8 +202,9 @@ def test_automatic_plans_keep_away(cache):
         everything = {(variant, loop, "native"): "hung: layer" for variant in check.VARIANTS for loop in faults.LOOPS}
         faults.remember("here", everything, set())
         faults.known.cache_clear()
-        with pytest.warns(UserWarning), pytest.raises(PlanError, match="known to be wrong here, forward and backward"):
-            plan()
+        with pytest.warns(UserWarning):
+            none, reason = op.on_device(16, 640, torch.bfloat16, 1, device)
+        assert none is None and "known to be wrong here, forward and backward" in reason
     faults.known.cache_clear()
     assert make_plan(16, 640, torch.bfloat16, limits=OLDER).variant == "split"      # what is asked for is given
 
@@ -213,7 +214,7 @@ def test_candidates():
         found = candidates(batch, H, dtype, limits=FULL)
         chosen = make_plan(batch, H, dtype, limits=FULL)
         for plan in found:
-            plan.check(FULL)
+            check_plan(plan, FULL)
         assert chosen.backward in found or dataclasses.replace(chosen, backward_plan=None) in found
         assert any(dataclasses.replace(plan, backward_plan=chosen.backward_plan) == chosen for plan in found)
 
@@ -226,7 +227,7 @@ def line(outcome, kind="split", dtype="bf16", what="layer", backward=None, **mor
 def test_what_lines_tell(cache):
     found = command.remember("here", [
         line("wrong", where={"dx": {}}), line("right"), line("right", kind="streamed"),
-        line("trapped", kind="wgmma", record="forward_grid_gluon, group 0"),
+        line("trapped", kind="wgmma", record="forward_wgmma, group 0"),
         line("hung", kind="cluster 4", dtype="tf32"), line("wrong", kind="wgmma", where={"dr": {}}, backward="grid"),
         line("not here", kind="cluster 8"), line("not reached", kind="streamed")])
     assert found == {("split", "backward", "native"): "wrong: layer", ("wgmma", "forward", "native"): "trapped: layer",

@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from triton_lstm.kernels.ahead import compile_plan
+from triton_lstm.kernels.offline import compile_plan
 
 from bench.correctness import dtype_of
 from bench.machine_code import read
@@ -20,11 +20,11 @@ OPERAND = {"native": 2, "tf32": 4, "tf32x3": 8}        # bytes of an operand of 
 
 
 def check(plan, dtype, arch, limits):
-    if plan.wgmma:
+    if plan.kind == "wgmma":
         check_warp_groups(plan, dtype)
         check(plan.backward, dtype, arch, limits)
         return
-    if plan.split:
+    if plan.kind == "split":
         check_split(plan, dtype, arch)
         return
     if plan.gluon:
@@ -61,7 +61,7 @@ def check(plan, dtype, arch, limits):
             tile = -(-plan.block_b * plan.block_h // threads)         # loads of a tile of the program's own units
             if name == "forward_grid":                      # x of four gates, c, h; and the counter
                 loads = 5 * tile + sum(-(-plan.block_b * width * dtype.itemsize // (16 * threads))
-                                       for _, width in plan.chunks)
+                                       for _, width in plan.r_slices)
             else:                                           # coefficients, dy, dc, dh or its shares; and the counter
                 loads = (9 + plan.programs) * tile
             assert loop.counts["LDG"] <= loads + 1, f"{name}: {loop.counts}"
@@ -73,7 +73,7 @@ def workload_plans():
     for w in WORKLOADS:
         for limits in (H200, PORTABLE):
             plan = make_plan(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions, limits=limits)
-            key = (w.hidden_size, w.dtype, plan.schedule, plan.gluon, plan.block_h)         # two directions only stride
+            key = (w.hidden_size, w.dtype, plan.kind, plan.block_h)         # two directions only stride
             plans.setdefault(key, pytest.param(plan, dtype_of(w.dtype), id=f"{w.name}-{'gluon' * plan.gluon}"))
     return list(plans.values())
 
@@ -112,30 +112,30 @@ def test_sample_of_other_architectures(arch, hidden_size, dtype, directions):
 
 def test_a_new_length_or_batch_compiles_nothing():
     """The kernels that a plan launches for other T and B, with the same tiling, are the same objects."""
-    from triton_lstm.kernels import ahead, launch
+    from triton_lstm.kernels import offline, sequence
     found = []
 
     def collect(kernel, plan, grid, *args, waits, **constants):
-        found.append((kernel.__name__, ahead.compile_launch(kernel, plan, args, waits, constants, 90)[0].hash))
+        found.append((kernel.__name__, offline.compile_launch(kernel, plan, args, waits, constants, 90)[0].hash))
 
     for T, B in ((1, 1), (2, 3), (16, 16), (17, 5), (64, 8)):
         for H, schedule in ((32, "resident"), (160, "grid")):
             plan = make_plan(B, H, BF16, schedule=schedule, keep_every=64)
             tensor = lambda *shape: torch.empty(shape, dtype=BF16, device="meta")
             x, w, r, state = tensor(T, B, 8), tensor(1, 4 * H, 8), tensor(1, 4 * H, H), tensor(1, B, H)
-            y, h, c, kept = launch.forward(x, w, r, None, state, state, None, plan, True, run=collect)
-            launch.backward(y, h, c, x, w, r, None, state, state, None, y, kept, plan, [True] * 6, run=collect)
+            y, h, c, kept = sequence.forward(x, w, r, None, state, state, None, plan, True, launcher=collect)
+            sequence.backward(y, h, c, x, w, r, None, state, state, None, y, kept, plan, [True] * 6, launcher=collect)
     assert len(set(found)) == 3 * 2, sorted(set(found))
 
 
-@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("flagged", [False, True])
 @pytest.mark.parametrize("batch, hidden_size, dtype", [(16, 256, BF16), (64, 512, FP32), (128, 1024, FP16),
                                                        (16, 33, BF16)], ids=str)
-def test_state_in_memory_stays_with_its_thread(batch, hidden_size, dtype, marked):
+def test_state_in_memory_stays_with_its_thread(batch, hidden_size, dtype, flagged):
     """Programs that share R keep c and dc in memory from step to step with no barrier between store and load: the same
     pointers, in the same layout, make the same thread do both."""
     plan = make_plan(batch, hidden_size, dtype, limits=PORTABLE, schedule="grid")
-    kernels = compile_plan(plan, dtype, 90, marked=marked)
+    kernels = compile_plan(plan, dtype, 90, flagged=flagged)
     for name, state in (("forward_grid", "c_prev"), ("backward_grid", "dc")):
         text = kernels[name].asm["ttgir"]
         loaded = re.findall(rf"%{state}_\d+ = tt\.load (%{state}_\d+)", text)

@@ -13,7 +13,7 @@ from bench import fit, loops
 from bench.workloads import WORKLOADS
 from triton_lstm import make_plan
 from triton_lstm.kernels import launch
-from triton_lstm.plan import H200, Plan
+from triton_lstm.plan import H200, Plan, check_plan, step_cycles
 
 LOOPS_WORKER = """
 import json, sys, time
@@ -34,9 +34,9 @@ def test_candidates_of_all_workloads():
     assert found[:len(chosen)] == chosen and {c.workload for c in chosen} == named and len(chosen) == 2 * len(named)
     assert len(set(found)) == len(found) and {c.plan.kind for c in found} == {
         "resident", "cluster", "grid", "split", "wgmma", "streamed"}
-    assert not any(c.plan.wgmma for c in found if c.loop == "backward")
+    assert not any(c.plan.kind == "wgmma" for c in found if c.loop == "backward")
     for c in found:
-        c.plan.check(limits)
+        check_plan(c.plan, limits)
         assert c.plan.keep_every == loops.STEPS and loops.Candidate.decode(c.encode()) == c
 
 
@@ -51,7 +51,7 @@ def test_loops_are_written_as_they_come(tmp_path):
     assert trapped["status"] == "trapped: forward_grid, group 0" and trapped["us_median"] is None
     assert rows[1]["us_median"] == "2.0" and rows[1]["loop"] == "backward" and rows[1]["chosen"] == "1"
     assert Plan.decode(rows[1]["encoded"]) == found[1].plan
-    cycles = found[1].plan.step_cycles(H200.multiprocessors, "backward")
+    cycles = step_cycles(found[1].plan, H200.multiprocessors, "backward")
     assert float(rows[1]["predicted_us"]) == pytest.approx(cycles / H200.mhz)
 
 
@@ -75,7 +75,7 @@ def test_a_loop_is_compared_and_runs_by_itself(loop):
             assert loops.measure(candidate, torch.device("cpu"))["status"] == "wrong"
         loops.problem.cache_clear()
     assert found["status"] == "ok" and 0 < found["error"] < 1e-2
-    assert [name for name in calls if name != "coefficients"] == [f"{loop}_gluon"]
+    assert [name for name in calls if name != "coefficients"] == [f"{loop}_cluster"]
 
 
 
@@ -86,7 +86,7 @@ def made_up(path, values, noise=0.):
         writer = csv.DictWriter(file, loops.FIELDS)
         writer.writeheader()
         for n, c in enumerate(found):
-            us = c.plan.step_cycles(H200.multiprocessors, c.loop) / H200.mhz
+            us = step_cycles(c.plan, H200.multiprocessors, c.loop) / H200.mhz
             us *= 20 if n % 25 == 3 else 1 + noise * (n % 3 - 1)          # some are far off
             row = loops.row(c, dict(status="failed" if n % 30 == 7 else "ok", us_median=us), FACTS, "3.9")
             writer.writerow({**row, "predicted_cycles": 1980, "predicted_us": 1.})

@@ -1,19 +1,19 @@
 """The Gluon kernels: their PTX, executed on CPU tensors, and what the compiler made of them."""
 import dataclasses
-import importlib.util
 import re
 from unittest import mock
 
 import pytest
 import torch
-from triton_lstm.kernels.ahead import compile_plan
+from triton_lstm.kernels.offline import compile_plan
 
 import harness
 from bench.machine_code import read
 from problems import EMULATED, Problem
 from ptx_emulator import EmulatorError
 from triton_lstm import Plan, make_plan
-from triton_lstm.plan import A100, FUSED_INPUTS, H200, RTX_4090
+from triton_lstm.plan import A100, H200, RTX_4090
+from triton_lstm.plan.plan import FUSED_INPUTS
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = [FP16, BF16, FP32]
@@ -78,7 +78,7 @@ def test_few_inputs_neither_spill_nor_lose_r(hidden_size, dtype):
     if plan.schedule not in ("resident", "cluster"):
         pytest.skip("clusters need Triton 3.9")
     with mock.patch.object(Plan, "multiplies_input", lambda plan, inputs: True):
-        loop = read(compile_plan(plan, dtype, inputs=FUSED_INPUTS)["forward_gluon"]).time_loop
+        loop = read(compile_plan(plan, dtype, inputs=FUSED_INPUTS)["forward_cluster"]).time_loop
     assert loop.spills == 0
     assert loop.held >= plan.register_bytes
 
@@ -119,8 +119,7 @@ def test_r_beyond_the_registers():
 ], ids=["wait", "one buffer", "last wait", "backward wait", "backward one buffer"])
 def test_a_broken_exchange_is_caught(name, old, new, tmp_path):
     broken = Problem(6, 3, 2, 33, dtype=BF16)
-    module = importlib.import_module(f"triton_lstm.kernels.gluon_{name}")
-    with harness.edited(module, f"{name}_gluon", tmp_path, old, new):
+    with harness.edited(f"cluster_{name}", tmp_path, old, new):
         assert harness.caught(broken, broken.gluon_plan(2), seeds=8)
 
 
@@ -129,7 +128,7 @@ def remove(pattern, count=1):
 
 
 @CLUSTERS
-@pytest.mark.parametrize("kernel", ["forward_gluon", "backward_gluon"])
+@pytest.mark.parametrize("kernel", ["forward_cluster", "backward_cluster"])
 @pytest.mark.parametrize("edit", [
     remove(r"barrier\.cluster\.arrive\.aligned;\s+barrier\.cluster\.wait\.aligned;"),
     remove(r"st\.async[^;]*;"),
@@ -140,21 +139,21 @@ def test_a_broken_exchange_in_ptx_is_caught(kernel, edit):
     assert harness.caught(broken, broken.gluon_plan(2), seeds=8, edit=edit, only=[kernel])
 
 
-@pytest.mark.parametrize("kernel", ["forward_gluon", "backward_gluon"])
-@pytest.mark.parametrize("marked, which", [(True, 0), (True, 1), pytest.param(False, 0, marks=ONE_BARRIER)])
-def test_a_missing_cta_barrier_is_caught(kernel, marked, which):
+@pytest.mark.parametrize("kernel", ["forward_cluster", "backward_cluster"])
+@pytest.mark.parametrize("flagged, which", [(True, 0), (True, 1), pytest.param(False, 0, marks=ONE_BARRIER)])
+def test_a_missing_cta_barrier_is_caught(kernel, flagged, which):
     """The barriers of a step are the last ones in the text."""
     def edit(ptx):
         at = [m.start() for m in re.finditer(r"bar\.sync", ptx)][-1 - which]
         return ptx[:at] + "//" + ptx[at:]
 
-    broken = Problem(4, 3, 2, 33, dtype=BF16, ragged=marked)
+    broken = Problem(4, 3, 2, 33, dtype=BF16, ragged=flagged)
     with harness.emulator(edit=edit, only=[kernel]), pytest.raises(EmulatorError):
         broken.ours(plan=broken.gluon_plan(1))
 
 
 @ONE_BARRIER
-@pytest.mark.parametrize("kernel, buffer", [("forward_gluon", 16 * 64 * 2), ("backward_gluon", 16 * 4 * 64 * 2)])
+@pytest.mark.parametrize("kernel, buffer", [("forward_cluster", 16 * 64 * 2), ("backward_cluster", 16 * 4 * 64 * 2)])
 def test_one_barrier_needs_two_buffers(kernel, buffer):
     def edit(ptx):      # the bit of a buffer's offset by which the two differ
         ptx, count = re.subn(rf"(and\.b32 [^;]*, ){buffer};", r"\g<1>0;", ptx)
@@ -173,9 +172,9 @@ def test_one_cta_in_weak_memory(T):
         run(Problem(T, 3, 2, 33, dtype=dtype, tf32=dtype == FP32), 1, seed=T, memory="weak")
 
 
-def check_compiled(plan, dtype, arch, limits, marked=False):
+def check_compiled(plan, dtype, arch, limits, flagged=False):
     """No spills, R where the plan says, no more barriers and loads than a step needs."""
-    for name, kernel in compile_plan(plan, dtype, arch, marked).items():
+    for name, kernel in compile_plan(plan, dtype, arch, flagged).items():
         report = read(kernel)
         if name == "coefficients":
             assert report.time_loop.spills == 0
@@ -184,8 +183,8 @@ def check_compiled(plan, dtype, arch, limits, marked=False):
         threads = 32 * kernel.metadata.num_warps
         assert loop.spills == 0, f"{name}: {loop.counts}"
         assert report.shared <= min(plan.shared_bytes, limits.shared_memory), name
-        forward = name == "forward_gluon"
-        barriers = BARRIERS[marked] if plan.programs == 1 else 3 if forward else 4
+        forward = name == "forward_cluster"
+        barriers = BARRIERS[flagged] if plan.programs == 1 else 3 if forward else 4
         assert loop.counts["BAR"] <= barriers, f"{name}: {loop.counts}"
         # R along K, in forward as far as it is not padding; zeros of which the compiler knows take no register
         size, units = dtype.itemsize, plan.block_h * plan.programs
@@ -199,7 +198,7 @@ def check_compiled(plan, dtype, arch, limits, marked=False):
         shared = (parts - in_registers) * along * across * size + (0 if forward or plan.programs == 1 else 64 * units)
         allowed = (16 * parts * along * size + shared / kernel.metadata.num_warps) / 512
         assert loop.counts["LDSM"] <= max(1, allowed), f"{name}: {loop.counts}"
-        if plan.hidden_size * size % 16 == 0 and not marked:
+        if plan.hidden_size * size % 16 == 0 and not flagged:
             own = 8 * plan.block_h // threads       # adjacent units of a thread, in each of two rows
             narrow, wide = 2 * -(-own * size // 16), 2 * -(-own * 4 // 16)
             assert loop.counts["LDG"] == (4 * narrow if forward else 6 * wide + narrow), f"{name}: {loop.counts}"
@@ -225,12 +224,12 @@ def test_compiled_for_a_cluster(H, dtype, batch):
 @CLUSTERS
 @pytest.mark.parametrize("H, dtype", [(128, BF16), (256, FP32), (512, BF16)], ids=str)
 def test_compiled_for_lengths_and_resets(H, dtype):
-    check_compiled(make_plan(64, H, dtype), dtype, 90, H200, marked=True)
+    check_compiled(make_plan(64, H, dtype), dtype, 90, H200, flagged=True)
 
 
 def test_instructions_of_a_step():
     """At H = 128 in bf16, where the portable kernels take 730 and 1,250, and 16 barriers and more."""
     compiled = compile_plan(make_plan(16, 128, BF16), BF16)
-    forward, backward = (read(compiled[name]).time_loop for name in ("forward_gluon", "backward_gluon"))
+    forward, backward = (read(compiled[name]).time_loop for name in ("forward_cluster", "backward_cluster"))
     assert forward.instructions <= 360 and forward.counts["BAR"] <= BARRIERS[False]
     assert backward.instructions <= 360 and backward.counts["BAR"] <= BARRIERS[False]

@@ -86,7 +86,7 @@ def test_shared_lengths_and_resets(shape, schedule, masks, dtype):
 
 
 def test_lengths_and_resets_in_tf32_in_pieces_of_forward(monkeypatch):
-    monkeypatch.setattr("triton_lstm.plan.FORWARD_BYTES", 1)
+    monkeypatch.setattr("triton_lstm.plan.plan.FORWARD_BYTES", 1)
     problem = Problem(7, 4, 3, 20, 2, tf32=True, ragged=True, resets=True)
     with harness.interleaved(seed=3):
         problem.check(problem.ours(plan=problem.shared_plan("grid")))
@@ -125,7 +125,7 @@ def test_tiles_of_32_rows_emulated(dtype, arch):
 
 def test_forward_in_pieces(monkeypatch):
     """A sequence whose pre-activations do not fit the budget runs as several launches."""
-    monkeypatch.setattr("triton_lstm.plan.FORWARD_BYTES", 1)
+    monkeypatch.setattr("triton_lstm.plan.plan.FORWARD_BYTES", 1)
     problem = Problem(7, 3, 4, 10, D=2)
     with harness.interpreter():
         problem.check(problem.ours(keep_every=2))

@@ -8,7 +8,7 @@ import triton
 
 import triton_lstm
 from problems import PORTABLE
-from triton_lstm.kernels import ahead, launch
+from triton_lstm.kernels import offline, sequence
 from triton_lstm.plan import H200
 
 
@@ -20,7 +20,7 @@ def recorded(found):
             found.append((self.warmup(*args, grid=grid, **kwargs), grid))
         return run
 
-    with ahead.no_gpu(90), mock.patch.object(triton.JITFunction, "__getitem__", getitem):
+    with offline.no_gpu(90), mock.patch.object(triton.JITFunction, "__getitem__", getitem):
         yield
 
 
@@ -32,7 +32,7 @@ def recorded(found):
     (128, "resident", torch.float16, H200), (160, "cluster", torch.float16, H200),
     (100, "cluster", torch.float32, H200)], ids=str)
 def test_launch_compiles_what_the_tests_compile(H, schedule, dtype, limits, inputs):
-    """A launch compiles what ``ahead.compile_plan`` gives the tests, or finds it in the cache."""
+    """A launch compiles what ``offline.compile_plan`` gives the tests, or finds it in the cache."""
     if schedule == "cluster" and limits.cluster < 2:
         pytest.skip("clusters need Triton 3.9")
     B, T, D = 32, 2, 2
@@ -42,17 +42,17 @@ def test_launch_compiles_what_the_tests_compile(H, schedule, dtype, limits, inpu
     b, state = tensor(D, 4 * H), tensor(D, B, H)
     found = []
     with recorded(found):
-        y, h, c, kept = launch.forward(x, w, r, b, state, state, None, plan, True)
-        launch.backward(y, h, c, x, w, r, b, state, state, None, y, kept, plan, [True] * 6)
-    expected = ahead.compile_plan(plan, dtype, 90, inputs=inputs)
+        y, h, c, kept = sequence.forward(x, w, r, b, state, state, None, plan, True)
+        sequence.backward(y, h, c, x, w, r, b, state, state, None, y, kept, plan, [True] * 6)
+    expected = offline.compile_plan(plan, dtype, 90, inputs=inputs)
     assert [kernel.metadata.name for kernel, _ in found] == list(expected)
     for kernel, grid in found:
         other = expected[kernel.metadata.name]
         assert kernel.asm["ptx"] == other.asm["ptx"]
         assert kernel.hash == other.hash            # so a launch finds in Triton's cache what was compiled ahead
         name = kernel.metadata.name
-        assert kernel.metadata.num_warps == (plan.forward_warps if name == "forward_gluon" else plan.num_warps)
-        assert kernel.metadata.num_ctas == (plan.programs if name.endswith("_gluon") else 1)
+        assert kernel.metadata.num_warps == (plan.forward_warps if name == "forward_cluster" else plan.num_warps)
+        assert kernel.metadata.num_ctas == (plan.programs if name.endswith("_cluster") else 1)
         waits = name.endswith("_grid")
         assert kernel.metadata.launch_cooperative_grid == other.metadata.launch_cooperative_grid == waits
         if waits:
@@ -65,8 +65,8 @@ def test_compiled_apart():
     """In processes of their own, each job with what went wrong; without time nothing is waited for."""
     plan = triton_lstm.make_plan(16, 32, torch.bfloat16, limits=PORTABLE)
     jobs = [(plan, torch.bfloat16, {}), (plan, torch.bfloat16, dict(nonsense=1))]
-    errors = {str(options): error for (_, _, options), error in ahead.compile_apart(jobs, 90)}
+    errors = {str(options): error for (_, _, options), error in offline.compile_apart(jobs, 90)}
     assert errors.pop("{}") is None
     (error,) = errors.values()
     assert isinstance(error, TypeError) and "nonsense" in str(error)
-    assert list(ahead.compile_apart(jobs, 90, seconds=0.1)) == []
+    assert list(offline.compile_apart(jobs, 90, seconds=0.1)) == []

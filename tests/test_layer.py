@@ -229,11 +229,11 @@ def test_larger_than_the_chip(untold):
     theirs, ours, _ = pair(4, 9)
     with harness.emulator(), mock.patch.object(triton_lstm.op, "limits_of",
                                                lambda device: triton_lstm.plan.Limits(0, 1)):
-        triton_lstm.op._automatic.cache_clear()
+        triton_lstm.op.plan_or_reason.cache_clear()
         with mock.patch.object(triton_lstm.layer, "runs_kernels", lambda x, dtype: True), \
-                pytest.warns(UserWarning, match="multiprocessors"):
+                pytest.warns(UserWarning, match="pass through shared memory once, which has 1;"):
             y = ours(torch.ones(3, 2, 4))[0]
-    triton_lstm.op._automatic.cache_clear()
+    triton_lstm.op.plan_or_reason.cache_clear()
     assert torch.equal(y, theirs(torch.ones(3, 2, 4))[0])
 
 
@@ -297,15 +297,17 @@ def test_compile_full_graph():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("marked", [False, True])
-def test_operators_pass_torchs_own_checks(marked):
+@pytest.mark.parametrize("flagged", [False, True])
+def test_operators_pass_torchs_own_checks(flagged):
     """Schema, fake implementation and autograd registration, as torch.library.opcheck sees them."""
+    from triton_lstm.kernels.rows import step_flags
+
     from triton_lstm.op import lstm_op
     tensors = [torch.randn(3, 2, 4), torch.randn(1, 20, 4), torch.randn(1, 20, 5), torch.randn(1, 20),
                torch.randn(1, 2, 5), torch.randn(1, 2, 5)]
     with harness.interpreter():
-        marks = triton_lstm.op.launch.marks(3, 2, 1, torch.tensor([3, 1]), None, "cpu") if marked else None
-        torch.library.opcheck(lstm_op, (*(t.requires_grad_() for t in tensors), marks, None, "", 2, True))
+        flags = step_flags(3, 2, 1, torch.tensor([3, 1]), None, "cpu") if flagged else None
+        torch.library.opcheck(lstm_op, (*(t.requires_grad_() for t in tensors), flags, None, "", 2, True))
 
 
 @pytest.mark.parametrize("change, error, reason", [

@@ -3,14 +3,14 @@ import dataclasses
 
 import pytest
 import torch
-from triton_lstm.kernels.ahead import compile_plan
+from triton_lstm.kernels.offline import compile_plan
+from triton_lstm.kernels.rows import step_flags
 
 import harness
 import triton_lstm
 from bench import machine_code
 from problems import PORTABLE, Problem
 from triton_lstm import make_plan
-from triton_lstm.kernels import launch
 
 MASKS = [dict(ragged=True), dict(resets=True), dict(ragged=True, resets=True)]
 
@@ -123,11 +123,11 @@ def test_marks():
     lengths, reset = torch.tensor([3, 0]), torch.zeros(4, 2, dtype=torch.bool)
     reset[1] = reset[3] = True
     live, fresh, start, end, before, cut = 1, 2, 4, 8, 16, 32
-    marks = launch.marks(4, 2, 2, lengths, reset, "cpu")
-    assert marks.dtype == torch.uint8 and marks[:, :, 1].eq(0).all()
-    assert marks[0, :, 0].tolist() == [live | cut, live | fresh, live | end, 0]
+    flags = step_flags(4, 2, 2, lengths, reset, "cpu")
+    assert flags.dtype == torch.uint8 and flags[:, :, 1].eq(0).all()
+    assert flags[0, :, 0].tolist() == [live | cut, live | fresh, live | end, 0]
     # the other way: 3 waits, 2 begins, 1 follows, 0 begins a piece
-    assert marks[1, :, 0].tolist() == [live | fresh, live | cut, live | start, before]
+    assert flags[1, :, 0].tolist() == [live | fresh, live | cut, live | start, before]
 
 
 @pytest.mark.parametrize("schedule, arch", [("resident", 80), ("grid", 80), ("grid", 90), ("streamed", 90)])
@@ -145,7 +145,7 @@ def test_emulated(schedule, masks, arch):
                          ids=str)
 def test_marked_loops_neither_spill_nor_lose_r(dtype, hidden_size):
     plan = make_plan(64, hidden_size, dtype, limits=PORTABLE)
-    for name, kernel in compile_plan(plan, dtype, 90, marked=True).items():
+    for name, kernel in compile_plan(plan, dtype, 90, flagged=True).items():
         loop = machine_code.read(kernel).time_loop
         assert loop.spills == 0
         assert name == "coefficients" or loop.held == plan.held_bytes

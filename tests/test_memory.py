@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 import harness
 import triton_lstm
-from triton_lstm.kernels import launch
+from triton_lstm.kernels import sequence
 from triton_lstm.plan import H200
 
 
@@ -74,8 +74,8 @@ def backward_peak(plan, T, I, contiguous=True, zoneout=None):
     dy = torch.randn(T, B, D * H)
     old = [x, w, r, b, state, y, kept, dy]
     with Peak(old) as peak:
-        launch.backward(dy, state, state, x, w, r, b, state, state, None, y, kept, plan, [True] * 6, zoneout=zoneout,
-                        run=lambda *args, **kwargs: None)
+        sequence.backward(dy, state, state, x, w, r, b, state, state, None, y, kept, plan, [True] * 6, zoneout=zoneout,
+                          launcher=lambda *args, **kwargs: None)
     return peak.most - x.numel() * 4
 
 

@@ -32,7 +32,7 @@ def test_wheel(built):
 
 def test_sdist(built):
     names = {name.split("/", 1)[-1] for name in tarfile.open(built[1]).getnames()}
-    for path in ("kernels/forward.py", "tests/conftest.py", "tests/ptx_emulator/__init__.py", "bench/__main__.py",
+    for path in ("kernels/sequence.py", "tests/conftest.py", "tests/ptx_emulator/__init__.py", "bench/__main__.py",
                  "README.md", "LICENSE"):
         assert path in names
 

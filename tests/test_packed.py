@@ -7,7 +7,8 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton_lstm.kernels.ahead import compile_plan
+from triton_lstm.kernels.offline import compile_plan
+from triton_lstm.kernels.rows import step_flags
 
 import harness
 import triton_lstm
@@ -17,7 +18,7 @@ from test_double_backward import second
 from test_gluon import CLUSTERS
 from test_masks import layers
 from triton_lstm import make_plan
-from triton_lstm.kernels import launch
+from triton_lstm.kernels import sequence
 from triton_lstm.plan import H200
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -120,7 +121,7 @@ def test_several_tiles_a_group():
 @pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("schedule", ["resident", "grid"])
 def test_forward_in_pieces(schedule, tf32, monkeypatch):
-    monkeypatch.setattr("triton_lstm.plan.FORWARD_BYTES", 1)
+    monkeypatch.setattr("triton_lstm.plan.plan.FORWARD_BYTES", 1)
     problem = Problem(7, 4, 3, 20, 2, tf32=tf32, packed=True)
     plan = problem.plan(limits=None, keep_every=2) if schedule == "resident" else problem.shared_plan(schedule)
     with harness.interleaved(seed=3):
@@ -194,17 +195,19 @@ def test_nothing_is_padded(schedule, D):
     sizes = torch.tensor([B] + [1] * (T - 1))
     run = lambda *args, **kwargs: None
     with Largest() as largest:
-        marks = launch.marks(T, B, D, (torch.arange(B) < sizes[:, None]).sum(0), None, "cpu")
+        flags = step_flags(T, B, D, (torch.arange(B) < sizes[:, None]).sum(0), None, "cpu")
         state = tensor(D, B, H), tensor(D, B, H)
-        y, h_n, c_n, kept = launch.forward(*arguments, *state, marks, plan, True, sizes, run=run)
-        dx, *_ = launch.backward(y, h_n, c_n, *arguments, *state, marks, y, kept, plan, [True] * 6, sizes, run=run)
+        y, h_n, c_n, kept = sequence.forward(*arguments, *state, flags, plan, True, sizes, launcher=run)
+        dx, *_ = sequence.backward(y, h_n, c_n, *arguments, *state, flags, y, kept, plan, [True] * 6, sizes,
+                                   launcher=run)
     assert y.shape == (rows, D * H) and dx.shape == (rows, I)
-    travels = T * D * plan.groups * plan.tiles * plan.block_b * plan.owners * plan.block_h if schedule == "grid" else 0
+    slots = T * D * plan.groups * plan.tiles * plan.block_b * plan.padded_programs * plan.block_h
+    travels = slots if schedule == "grid" else 0
     needed = max(D * rows, plan.keep_every * B) * 4 * H
     assert largest.elements[BF16] <= max(needed, travels) and needed < T * B * I
     chunk = B + plan.keep_every - 1 + (plan.keep_every if D == 2 else 0)
     weights = 4 * D * H * max(I, H)
-    shares = 2 * D * plan.groups * plan.tiles * plan.owners * plan.programs * plan.block_b * plan.block_h
+    shares = 2 * D * plan.groups * plan.tiles * plan.padded_programs * plan.programs * plan.block_b * plan.block_h
     assert largest.elements[FP32] <= max(chunk * 6 * H, kept.numel(), weights, shares if schedule == "grid" else 0)
 
 
@@ -213,11 +216,11 @@ def test_nothing_is_padded(schedule, D):
 def test_loops_neither_spill_nor_lose_r(limits, dtype, hidden_size):
     """As those for lengths, at whose plans they run."""
     plan = make_plan(64, hidden_size, dtype, limits=limits)
-    marked = compile_plan(plan, dtype, 90, marked=True)
+    flagged = compile_plan(plan, dtype, 90, flagged=True)
     for name, kernel in compile_plan(plan, dtype, 90, packed=True).items():
         loop = machine_code.read(kernel).time_loop
         assert loop.spills == 0, name
-        assert loop.held == machine_code.read(marked[name]).time_loop.held, name
+        assert loop.held == machine_code.read(flagged[name]).time_loop.held, name
 
 
 @pytest.mark.parametrize("outputs", [(0, 1, 2), (0,), (1, 2)])
@@ -285,8 +288,8 @@ def test_operators_pass_torchs_own_checks():
     tensors = [torch.randn(6, 4), torch.randn(1, 20, 4), torch.randn(1, 20, 5), torch.randn(1, 20),
                torch.randn(1, 3, 5), torch.randn(1, 3, 5)]
     with harness.interpreter():
-        marks = launch.marks(3, 3, 1, torch.tensor([3, 2, 1]), None, "cpu")
-        torch.library.opcheck(triton_lstm.op.lstm_op, (*(t.requires_grad_() for t in tensors), marks,
+        flags = step_flags(3, 3, 1, torch.tensor([3, 2, 1]), None, "cpu")
+        torch.library.opcheck(triton_lstm.op.lstm_op, (*(t.requires_grad_() for t in tensors), flags,
                                                        torch.tensor([3, 2, 1]), "", 2, True))
 
 

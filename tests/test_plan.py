@@ -6,7 +6,9 @@ import torch
 
 from problems import PORTABLE
 from triton_lstm import Plan, PlanError, make_plan
-from triton_lstm.plan import A100, BACKWARD_ELEMENTS, H200, HELD_BYTES, RTX_4090, Limits, keep_every_for
+from triton_lstm.plan import A100, H200, RTX_4090, Limits, check_plan, keep_every_for
+from triton_lstm.plan.plan import HELD_BYTES
+from triton_lstm.plan.search import BACKWARD_ELEMENTS
 
 # whatever this Triton can do: plans are arithmetic
 CLUSTERS = dataclasses.replace(H200, cluster=16, wgmma=False)
@@ -22,12 +24,12 @@ def test_every_size_has_a_plan_that_fits(hidden_size, dtype, tf32, limits):
     for directions in (1, 2):
         for batch in (0, 1, 16, 17, 300, 4096):
             plan = make_plan(batch, hidden_size, dtype, directions, limits=limits, tf32=tf32)
-            plan.check(limits)
+            check_plan(plan, limits)
             if plan.schedule == "cluster":
                 assert plan.register_bytes <= HELD_BYTES and plan.shared_bytes <= limits.shared_memory
                 assert 2 <= plan.programs <= limits.cluster
                 continue
-            assert plan.held_bytes <= (limits.shared_memory if plan.wgmma else HELD_BYTES)
+            assert plan.held_bytes <= (limits.shared_memory if plan.kind == "wgmma" else HELD_BYTES)
             assert plan.programs * plan.block_h >= hidden_size
             assert plan.groups * plan.tiles * plan.block_b >= batch
             if plan.schedule != "resident":
@@ -85,9 +87,9 @@ def test_bytes():
 
 
 def test_chunks_do_not_pad_to_a_power_of_two():
-    assert [width for _, width in make_plan(16, 640, torch.bfloat16, limits=PORTABLE).chunks] == [256, 256, 128]
-    assert make_plan(16, 96, torch.bfloat16, limits=PORTABLE).chunks == ((0, 64), (64, 32))
-    assert make_plan(1, 5, torch.bfloat16).chunks == ((0, 16),)
+    assert [width for _, width in make_plan(16, 640, torch.bfloat16, limits=PORTABLE).r_slices] == [256, 256, 128]
+    assert make_plan(16, 96, torch.bfloat16, limits=PORTABLE).r_slices == ((0, 64), (64, 32))
+    assert make_plan(1, 5, torch.bfloat16).r_slices == ((0, 16),)
 
 
 def test_prints():
@@ -123,37 +125,36 @@ def test_keep_every_bounds_the_workspace():
     (dict(keep_every=0), "keep_every must be at least 1, got 0"),
     (dict(programs=7), "7 programs of 16 units hold fewer than 512"),
     (dict(tiles=1, groups=1, batch=33), "1 groups of 1 tiles hold fewer than 33"),
-    (dict(groups=5), "160 programs wait for each other but only 132"),
-    (dict(chunks=((0, 48),)), "powers of two"),
-    (dict(chunks=((0, 256),)), "grid with 256 of 512"),
-    (dict(chunks=((0, 256), (0, 256))), "one after the other"),
-    (dict(block_h=64), "262144 bytes of R for a program's registers"),
-    (dict(schedule="best"), "unknown schedule 'best'"),
-    (dict(schedule="cluster"), "gluon=False with cluster"),
-    (dict(gluon=True, schedule="streamed", chunks=((0, 256),), block_k=16), "gluon=True with streamed"),
-    (dict(schedule="resident"), "a resident plan has one program, got 32"),
-    (dict(schedule="streamed", chunks=((0, 256),), block_k=24), "block_k must be a power of two from 16 up, got 24"),
+    (dict(groups=5), "160 programs of 16 units wait for each other but only 132"),
+    (dict(r_slices=((0, 48),)), "powers of two"),
+    (dict(r_slices=((0, 256),)), "grid with 256 of 512"),
+    (dict(r_slices=((0, 256), (0, 256))), "one after the other"),
+    (dict(block_h=64), "262144 bytes of R do not fit the registers of a program"),
+    (dict(kind="best"), "unknown kind 'best'"),
+    (dict(kind="cluster"), "cluster programs and their units must be powers of two"),
+    (dict(kind="portable resident"), "a resident plan has one program, got 32"),
+    (dict(kind="streamed", r_slices=((0, 256),), block_k=24), "block_k must be a power of two from 16 up, got 24"),
 ])
 def test_impossible_plans_say_why(change, reason):
     plan = dataclasses.replace(make_plan(16, 512, torch.bfloat16, limits=PORTABLE), **change)
     with pytest.raises(PlanError, match=reason.replace("(", r"\(")):
-        plan.check(PORTABLE)
+        check_plan(plan, PORTABLE)
 
 
 @pytest.mark.parametrize("change, cluster, reason", [
     (dict(), 8, "a cluster of 16 programs, where at most 8 run"),
-    (dict(), 0, "the Gluon kernels need compute capability 8.0, 8.9 or 9.0"),
+    (dict(), 0, "the cluster kernels need compute capability 8.0, 8.9 or 9.0"),
     (dict(programs=32), 16, "a cluster has 2 to 16 programs, got 32"),
     (dict(programs=11, block_h=64), 16, "must be powers of two"),
     (dict(block_h=16, programs=32), 16, "from 16 and four a warp up, got 32 of 16 units and 8 warps"),
     (dict(programs=8), 16, "8 programs of 32 units hold fewer than 512"),
     (dict(precision="tf32x3"), 16, "no exact fp32"),
-    (dict(precision="tf32", programs=8, block_h=64), 16, "475152 bytes for R and a step's tiles in shared memory"),
+    (dict(precision="tf32", programs=8, block_h=64), 16, "475152 bytes of R and a step's tiles do not fit"),
 ])
 def test_impossible_clusters_say_why(change, cluster, reason):
     plan = dataclasses.replace(make_plan(16, 512, torch.bfloat16, limits=CLUSTERS), **change)
     with pytest.raises(PlanError, match=reason):
-        plan.check(dataclasses.replace(CLUSTERS, cluster=cluster))
+        check_plan(plan, dataclasses.replace(CLUSTERS, cluster=cluster))
 
 
 @pytest.mark.parametrize("call, reason", [
@@ -162,11 +163,11 @@ def test_impossible_clusters_say_why(change, cluster, reason):
     (lambda: make_plan(-1, 8, torch.float32), "batch -1"),
     (lambda: make_plan(1, 8, torch.float32, 3), "3 directions"),
     (lambda: make_plan(1, 8, torch.float32, schedule="best"), "got 'best'"),
-    (lambda: make_plan(1, 64, torch.float32, tf32=False, schedule="cluster"), "the Gluon kernels have no exact"),
-    (lambda: make_plan(1, 64, torch.bfloat16, limits=PORTABLE, schedule="cluster"), "cluster: the Gluon kernels need"),
-    (lambda: make_plan(1, 64, torch.bfloat16, limits=None, schedule="cluster"), "cluster: no device for 2 programs"),
-    (lambda: make_plan(1, 256, torch.float32, schedule="resident"), "1048576 bytes of R for a program"),
-    (lambda: make_plan(1, 512, torch.bfloat16, limits=Limits(7, 232448)), "8 programs of 64 units do not run"),
+    (lambda: make_plan(1, 64, torch.float32, tf32=False, schedule="cluster"), "the cluster kernels have no exact"),
+    (lambda: make_plan(1, 64, torch.bfloat16, limits=PORTABLE, schedule="cluster"), "cluster kernels need"),
+    (lambda: make_plan(1, 64, torch.bfloat16, limits=None, schedule="cluster"), "interpreter has no cluster kernels"),
+    (lambda: make_plan(1, 256, torch.float32, schedule="resident"), "1048576 bytes of R do not fit"),
+    (lambda: make_plan(1, 512, torch.bfloat16, limits=Limits(7, 232448)), "8 programs of 64 units wait for each"),
     (lambda: make_plan(1, 64, torch.float32, limits=Limits(1, 49152), schedule="resident"),
      "65536 bytes of R pass through shared memory once, which has 49152"),
 ])

@@ -3,9 +3,7 @@ import threading
 
 import pytest
 import torch
-from triton_lstm.kernels.precision import products_in_tf32
-
-from triton_lstm.kernels import launch
+from triton_lstm.kernels.precision import products_in, products_in_tf32
 
 NEWER = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
@@ -66,11 +64,11 @@ def test_untouched_where_it_agrees(monkeypatch):
     with products_in_tf32(False):
         pass
     torch.set_float32_matmul_precision("high")
-    with launch.products_in("tf32"):
+    with products_in("tf32"):
         pass
-    with launch.products_in("native"):
+    with products_in("native"):
         pass
-    with pytest.raises(TypeError), launch.products_in("tf32x3"):
+    with pytest.raises(TypeError), products_in("tf32x3"):
         pass
 
 

@@ -44,7 +44,7 @@ def broken(name, function):
     with harness.interpreting():
         replaced = triton.jit(function)
     package = harness.interpreted_launch.__package__
-    modules = [sys.modules[f"{package}.{module}"] for module in ("exchange", "forward", "backward")]
+    modules = [sys.modules[f"{package}.{module}"] for module in ("exchange", "portable_forward", "portable_backward")]
     with contextlib.ExitStack() as stack:
         for module in modules:
             if hasattr(module, name):

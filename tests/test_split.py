@@ -5,14 +5,14 @@ import re
 
 import pytest
 import torch
-from triton_lstm.kernels.ahead import compile_plan
+from triton_lstm.kernels.offline import compile_plan
 
 import harness
 from bench.machine_code import read
 from problems import EMULATED, NotFinite, Problem
 from ptx_emulator import Deadlock
 from triton_lstm import Plan, PlanError, make_plan
-from triton_lstm.plan import A100, H200, RTX_4090
+from triton_lstm.plan import A100, H200, RTX_4090, check_plan
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = [FP16, BF16, FP32]
@@ -81,7 +81,7 @@ def test_a_broken_wait_is_caught(wait, broken):
         return ptx[:start] + ptx[start:end].replace(wait, broken) + ptx[end:]
 
     assert not caught()
-    assert caught(edit=edit, only=["forward_split_gluon"])
+    assert caught(edit=edit, only=["forward_split"])
 
 
 @pytest.mark.parametrize("which", [-1, -2])
@@ -91,21 +91,21 @@ def test_a_missing_barrier_is_caught(which):
         at = [m.start() for m in re.finditer(r"bar\.sync", ptx)][which]
         return ptx[:at] + "//" + ptx[at:]
 
-    assert caught(edit=edit, only=["forward_split_gluon"])
+    assert caught(edit=edit, only=["forward_split"])
 
 
 def test_a_lost_store_is_caught():
     def edit(ptx):
         return re.sub(r"st\.relaxed[^;]*;", "", ptx, count=1)
 
-    with harness.emulator(edit=edit, only=["forward_split_gluon"]), pytest.raises(Deadlock):
+    with harness.emulator(edit=edit, only=["forward_split"]), pytest.raises(Deadlock):
         BROKEN.ours(plan=BROKEN.split_plan())
 
 
-def check_compiled(plan, dtype, arch=90, marked=False):
+def check_compiled(plan, dtype, arch=90, flagged=False):
     """R is in registers, a step has two barriers, and nothing spills, in either loop."""
-    kernels = compile_plan(plan, dtype, arch, marked=marked)
-    for name in ("forward_split_gluon", *["backward_split_gluon"] * plan.backward.split):
+    kernels = compile_plan(plan, dtype, arch, flagged=flagged)
+    for name in ("forward_split", *["backward_split"] * (plan.backward.kind == "split")):
         report = read(kernels[name])
         loop = report.time_loop
         assert loop.spills == 0 and loop.counts["BAR"] <= 2, name
@@ -113,7 +113,7 @@ def check_compiled(plan, dtype, arch=90, marked=False):
         assert loop.held >= 4 * plan.block_h * padded * dtype.itemsize
         assert report.shared <= plan.shared_bytes
         assert kernels[name].metadata.num_ctas == 1 and kernels[name].metadata.launch_cooperative_grid
-    assert not read(kernels["forward_split_gluon"]).time_loop.counts["LDSM"]
+    assert not read(kernels["forward_split"]).time_loop.counts["LDSM"]
 
 
 @pytest.mark.parametrize("arch, limits", [(80, A100), (89, RTX_4090), (90, dataclasses.replace(H200, cluster=1))],
@@ -121,42 +121,43 @@ def check_compiled(plan, dtype, arch=90, marked=False):
 @pytest.mark.parametrize("hidden_size, dtype", [(256, BF16), (640, FP16), (1024, BF16), (512, FP32)], ids=str)
 def test_machine_code(hidden_size, dtype, arch, limits):
     plan = make_plan(16, hidden_size, dtype, limits=limits)
-    assert plan.split
+    assert plan.kind == "split"
     check_compiled(plan, dtype, arch)
     if arch == 90:
-        check_compiled(plan, dtype, arch, marked=True)
+        check_compiled(plan, dtype, arch, flagged=True)
 
 
 def test_instructions_of_a_step():
     """At H=1024 in bf16: 64 programs of 16 units, and 64 products of each of eight warps."""
     plan = make_plan(16, 1024, BF16, limits=H200)
-    loop = read(compile_plan(plan, BF16)["forward_split_gluon"]).time_loop
+    loop = read(compile_plan(plan, BF16)["forward_split"]).time_loop
     assert (plan.programs, plan.block_h, loop.counts["HMMA"]) == (64, 16, 64)
     assert loop.instructions <= 500
 
 
 def test_plan():
     plan = make_plan(16, 1024, BF16, limits=H200)
-    assert (plan.schedule, plan.gluon, plan.split, plan.wgmma, plan.num_warps) == ("grid", True, True, False, 8)
-    assert plan.chunks == ((0, 128),) and plan.held == 1024 and plan.looks[1] == (128, 128) and len(plan.looks) == 8
+    assert (plan.kind, plan.schedule, plan.gluon, plan.num_warps) == ("split", "grid", True, 8)
+    assert plan.r_slices == ((0, 128),) and plan.held == 1024 and plan.looks[1] == (128, 128) and len(plan.looks) == 8
     assert plan.held_bytes == plan.register_bytes == 4 * 16 * 1024 * 2 and plan.shared_bytes == 8 * 16 * 64 * 4
     assert plan.backward is plan and Plan.decode(plan.encode()) == plan and not plan.multiplies_input(1)
-    assert plan.targets == ((0, 512), (512, 512))
+    assert plan.target_slices == ((0, 512), (512, 512))
     padded = make_plan(16, 600, FP16, limits=H200)
-    assert padded.split and padded.chunks == ((0, 64), (64, 32)) and padded.held == 768 and padded.owners == 48
-    assert padded.targets == ((0, 512), (512, 128))
+    assert padded.kind == "split" and padded.r_slices == ((0, 64), (64, 32))
+    assert padded.held == 768 and padded.padded_programs == 48
+    assert padded.target_slices == ((0, 512), (512, 128))
     assert "128 KiB of R in the registers" in str(plan) and "split it among their warps" in str(plan)
     # clusters exchange faster; exact fp32 has no Gluon kernel
     assert make_plan(16, 512, BF16, limits=dataclasses.replace(H200, cluster=16)).schedule == "cluster"
-    assert make_plan(16, 512, BF16, limits=A100).split
+    assert make_plan(16, 512, BF16, limits=A100).kind == "split"
     assert not make_plan(16, 256, FP32, limits=H200, tf32=False).gluon
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(num_warps=4, chunks=((0, 256),)), "got 4 and 16"), (dict(block_h=64), "got 8 and 64"),
-    (dict(chunks=((0, 64), (64, 16), (80, 64))), "four threads take 64 bytes"),
-    (dict(block_h=32), "262144 bytes of R for a program's registers"),
+    (dict(num_warps=4, r_slices=((0, 256),)), "got 4 and 16"), (dict(block_h=64), "got 8 and 64"),
+    (dict(r_slices=((0, 64), (64, 16), (80, 64))), "four threads take 64 bytes"),
+    (dict(block_h=32), "262144 bytes of R do not fit the registers"),
 ])
 def test_check(change, message):
     with pytest.raises(PlanError, match=message):
-        dataclasses.replace(make_plan(16, 1024, BF16, limits=H200), **change).check(H200)
+        check_plan(dataclasses.replace(make_plan(16, 1024, BF16, limits=H200), **change), H200)

@@ -4,19 +4,18 @@ import re
 
 import pytest
 import torch
-from triton_lstm.kernels.ahead import compile_plan
+from triton_lstm.kernels.offline import compile_plan
 
 import harness
 from bench.machine_code import read
 from problems import Problem
 from ptx_emulator import Deadlock
 from triton_lstm import make_plan
-from triton_lstm.kernels import gluon_split_backward
 from triton_lstm.plan import H200
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = [FP16, BF16, FP32]
-KERNEL = "backward_split_gluon"
+KERNEL = "backward_split"
 
 
 def problem(shape, dtype, **change):
@@ -64,7 +63,7 @@ def test_weak_memory(seed):
 
 def test_batches_of_shares(tmp_path):
     """As where many programs share R."""
-    with harness.edited(gluon_split_backward, KERNEL, tmp_path, "BATCH: gl.constexpr = 64", "BATCH: gl.constexpr = 2"):
+    with harness.edited("split_backward", tmp_path, "BATCH: gl.constexpr = 64", "BATCH: gl.constexpr = 2"):
         run(problem((3, 3, 2, 37, 1), BF16))
 
 
@@ -96,7 +95,7 @@ def caught(**options):
     ids=["no wait", "part of a wait"])
 def test_a_broken_wait_is_caught(old, new, tmp_path):
     assert not caught()
-    with harness.edited(gluon_split_backward, KERNEL, tmp_path, old, new):
+    with harness.edited("exchange", tmp_path, old, new):
         assert caught()
 
 
@@ -119,12 +118,12 @@ def test_a_lost_store_is_caught():
         BROKEN.ours(plan=BROKEN.split_plan())
 
 
-@pytest.mark.parametrize("batch, hidden_size, dtype, marked", [
+@pytest.mark.parametrize("batch, hidden_size, dtype, flagged", [
     (16, 1024, BF16, False), (16, 1024, BF16, True), (16, 512, FP32, False), (16, 768, FP16, False)], ids=str)
-def test_machine_code(batch, hidden_size, dtype, marked):
+def test_machine_code(batch, hidden_size, dtype, flagged):
     """One barrier a step (Triton 3.6 does not tell the two buffers apart), R in registers, and nothing spills."""
     plan = make_plan(batch, hidden_size, dtype, limits=dataclasses.replace(H200, cluster=1), schedule="grid")
-    assert plan.backward.split
-    report = read(compile_plan(plan, dtype, marked=marked)[KERNEL])
+    assert plan.backward.kind == "split"
+    report = read(compile_plan(plan, dtype, flagged=flagged)[KERNEL])
     assert report.time_loop.counts["BAR"] == (1 if harness.TRITON >= (3, 9) else 2) and report.time_loop.counts["LDSM"]
     assert report.time_loop.held == plan.held_bytes and report.time_loop.spills == 0

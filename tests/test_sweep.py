@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton_lstm.kernels.ahead import no_gpu
+from triton_lstm.kernels.offline import no_gpu
 
 import harness
 import ptx_emulator
@@ -24,8 +24,8 @@ from bench.rows import BASELINES, CUDNN, OURS, PACKED, RESET_LOOP, Environment, 
 from bench.workloads import Case
 from problems import PORTABLE
 from triton_lstm import make_plan
-from triton_lstm.kernels import launch
-from triton_lstm.plan import H200
+from triton_lstm.kernels import exchange
+from triton_lstm.plan import H200, step_cycles
 
 HERE = Environment("a GPU", "2.0", "9", "3.6.0", "abc1234", "2026-01-02T03:04")
 CASES = [Case("grid", mode, dtype, 3, 4, hidden, hidden) for mode in ("forward", "train") for dtype in ("fp16", "fp32")
@@ -222,7 +222,7 @@ def test_unavailable_providers_say_why(name, change, reason):
 
 
 def test_ours_is_not_timed_where_torch_would_compute():
-    with mock.patch.object(providers, "automatic_plan", side_effect=triton_lstm.PlanError("too large")), \
+    with mock.patch.object(providers, "on_device", return_value=(None, "too large")), \
             pytest.raises(providers.Unavailable, match="too large"):
         providers.PROVIDERS[OURS](providers.Problem.of(CASES[0], "cpu"))
 
@@ -230,7 +230,7 @@ def test_ours_is_not_timed_where_torch_would_compute():
 @pytest.mark.parametrize("name, sequences", [(OURS, "ragged"), (OURS, "resets"), (f"{OURS} packed", "ragged")])
 def test_ours_computes_lengths_and_resets(name, sequences):
     case = Case("grid", "train", "fp32", 5, 7, 6, 10, sequences=sequences)
-    with mock.patch.object(providers, "automatic_plan", return_value=make_plan(5, 10, torch.float32, limits=None)), \
+    with mock.patch.object(providers, "on_device", return_value=(make_plan(5, 10, torch.float32, limits=None), None)), \
             harness.interpreter():
         run, found, exact = results_of(case, providers.PROVIDERS[name])
     assert getattr(run.layer, "lstm", run.layer).plan.hidden_size == 10 and set(found) == set(exact)
@@ -238,7 +238,7 @@ def test_ours_computes_lengths_and_resets(name, sequences):
 
 
 def test_ours_runs_by_the_schedule_that_its_name_has():
-    with mock.patch.object(providers, "automatic_plan", return_value=make_plan(3, 8, torch.float16)), \
+    with mock.patch.object(providers, "on_device", return_value=(make_plan(3, 8, torch.float16), None)), \
             mock.patch.object(providers.Limits, "of", return_value=triton_lstm.plan.H200):
         for schedule in ("resident", "grid"):
             layer = providers.PROVIDERS[f"{OURS} {schedule}"](providers.Problem.of(CASES[0], "cpu"))
@@ -293,7 +293,7 @@ def test_the_plan_of_ours_has_a_floor(tmp_path):
         return layer
     ours, theirs = run(tmp_path / "a.csv", planned, CASES[:1])[0]
     assert (ours.floor_us, ours.exchange_us, ours.plan) == (2.5, 1., "resident 1 x 1")
-    cycles = make_plan(3, 8, torch.float16).step_cycles(132)
+    cycles = step_cycles(make_plan(3, 8, torch.float16), 132)
     assert ours.predicted_us == pytest.approx(cycles / ours.sm_mhz, rel=1e-5)       # the file has six digits
     assert theirs.floor_us is None and theirs.plan == ""
 
@@ -371,7 +371,7 @@ def test_compile_all_compiles_each_kernel_once():
     with mock.patch.object(sweep, "compile_apart", compile_apart):
         assert sweep.compile_all(cases, triton_lstm.plan.H200, 90) < 60
     # 64 inputs stand for all that the loop leaves out
-    assert [(plan.hidden_size, dtype, options["marked"], options["inputs"]) for plan, dtype, options in submitted] == [
+    assert [(plan.hidden_size, dtype, options["flagged"], options["inputs"]) for plan, dtype, options in submitted] == [
         (8, torch.float16, False, 8), (16, torch.float16, False, 16), (8, torch.float32, False, 64),
         (16, torch.float32, False, 64), (8, torch.float16, True, 8)]
 
@@ -534,7 +534,7 @@ def test_step_floor():
         2 * tensor / 1000 + 3 + 6 * gemm)
     # forward by warp groups multiplies 64 rows at all of the tensor cores' rate, backward 32 as before
     groups = make_plan(128, 1024, torch.float16, limits=H200)
-    assert groups.wgmma and groups.block_b == 64 and groups.tiles == 1 and groups.backward.tiles == 2
+    assert groups.kind == "wgmma" and groups.block_b == 64 and groups.tiles == 1 and groups.backward.tiles == 2
     large = Case("grid", "train", "fp16", 128, 10, 1024, 1024)
     units = 4 * 1024 * 64
     assert floors.step_floor(groups, large, (1.5, .5), 1000, math.inf, 132) == pytest.approx(
@@ -565,15 +565,15 @@ def test_step_floor():
 def test_exchanges_end_where_all_have_met():
     """The compiled microbenchmark in the emulator, programs in random order, weak memory."""
     plan = make_plan(32, 48, torch.bfloat16, schedule="grid", limits=PORTABLE)
-    assert (plan.programs, plan.owners, plan.groups) == (3, 4, 2)
+    assert (plan.programs, plan.padded_programs, plan.groups) == (3, 4, 2)
     signature = dict(sent_ptr="*bf16", steps="i32") | dict.fromkeys(floors.exchanges.arg_names[2:], "constexpr")
-    constants = dict(CHUNKS=plan.chunks, OWNERS=plan.owners, BLOCK_H=plan.block_h, BLOCK_B=plan.block_b,
-                     INTERPRET=False)
+    constants = dict(R_SLICES=plan.r_slices, PADDED_PROGRAMS=plan.padded_programs, BLOCK_H=plan.block_h,
+                     BLOCK_B=plan.block_b, INTERPRET=False)
     compiled = triton.compile(ASTSource(floors.exchanges, signature, constants),
                               target=GPUTarget("cuda", 90, 32), options=floors.LAUNCH)
     for seed in range(3):
         sent = torch.empty(8, 2, 16, 64, dtype=torch.bfloat16)
-        launch.clear(sent, plan)
+        exchange.fill(sent, plan)
         ptx_emulator.launch(compiled, (3, 2, 1), sent, 5, seed=seed, memory="weak")
         assert (sent[1:6, ..., :48] == 1).all() and sent[6:, ..., :48].isnan().all()
         assert not sent[0].any() and not sent[..., 48:].any()

@@ -18,8 +18,8 @@ BF16 = torch.bfloat16
 SMALL = Problem(4, 17, 2, 33, D=2, dtype=BF16)
 # The plans, of the problem that it is given, whose programs wait for each other
 PLANS = dict(forward_grid=lambda p: p.shared_plan("grid"), backward_grid=lambda p: p.shared_plan("grid"),
-             forward_grid_gluon=lambda p: p.warp_group_plan(block_h=8),
-             forward_split_gluon=lambda p: p.split_plan(), backward_split_gluon=lambda p: p.split_plan())
+             forward_wgmma=lambda p: p.warp_group_plan(block_h=8),
+             forward_split=lambda p: p.split_plan(), backward_split=lambda p: p.split_plan())
 STREAMED = dict.fromkeys(("forward_grid", "backward_grid"), lambda p: p.shared_plan("streamed"))
 
 
@@ -102,7 +102,7 @@ def test_the_limit_is_seconds_of_the_clock():
                  " @early bra SLEEP; AWAKE:")
         return ptx[:body + 1] + "\n" + sleep + "\n" + ptx[body + 1:]
 
-    plan, kernel = SMALL.split_plan(), "forward_split_gluon"
+    plan, kernel = SMALL.split_plan(), "forward_split"
     options = dict(edit=late, only=[kernel], turn_ns=4 * 10 ** 6)
     with harness.emulator(**options):
         SMALL.check(SMALL.ours(plan=plan))
@@ -116,7 +116,7 @@ def test_the_limit_is_seconds_of_the_clock():
 
 
 def test_without_a_limit_no_clock_is_read():
-    from triton_lstm.kernels.ahead import compile_plan
+    from triton_lstm.kernels.offline import compile_plan
     ptx = lambda: "".join(compiled.asm["ptx"] for compiled in compile_plan(SMALL.split_plan(), BF16).values())
     assert "globaltimer" in ptx() and "trap" in ptx()
     before = triton_lstm.set_wait_limit(float("inf"))
@@ -151,7 +151,7 @@ def test_report(records):
 backward_grid, group 2, direction 0, 4 programs:
     program 3 waited for shares of dh after step -1 of batch tile 0
     program 0-2 left no record
-forward_split_gluon, group 0, direction 1, 8 programs:
+forward_split, group 0, direction 1, 8 programs:
     program 5 waited for h before step 6 of batch tile 1
     program 0-2 waited for h before step 7 of batch tile 0
     program 3-4, 6-7 left no record"""

@@ -4,15 +4,14 @@ import re
 
 import pytest
 import torch
-from triton_lstm.kernels.ahead import compile_plan
+from triton_lstm.kernels.offline import compile_plan
 
 import harness
 from bench.machine_code import read
 from problems import NotFinite, Problem
 from ptx_emulator import Deadlock
 from triton_lstm import Plan, PlanError, make_plan
-from triton_lstm.kernels import gluon_grid
-from triton_lstm.plan import A100, H200
+from triton_lstm.plan import A100, H200, check_plan
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = [FP16, BF16, FP32]
@@ -50,7 +49,7 @@ def test_large(shape, dtype, layout):
 def test_computed_addresses_of_r(tmp_path):
     """As for the last of more than three looks, which so few units have not."""
     first = "FIRST: gl.constexpr = "
-    with harness.edited(gluon_grid, "forward_grid_gluon", tmp_path, first + "3", first + "1"):
+    with harness.edited("wgmma_forward", tmp_path, first + "3", first + "1"):
         run(problem((2, 3, 2, 200, 1), FP32), block_h=32)
 
 
@@ -84,7 +83,7 @@ def caught(**options):
     ids=["no wait", "half a wait"])
 def test_a_broken_wait_is_caught(old, new, tmp_path):
     assert not caught()
-    with harness.edited(gluon_grid, "forward_grid_gluon", tmp_path, old, new):
+    with harness.edited("exchange", tmp_path, old, new):
         assert caught()
 
 
@@ -94,26 +93,26 @@ def test_a_missing_barrier_is_caught():
         assert len(re.findall(r"bar\.sync", ptx)) == 1
         return ptx.replace("bar.sync", "// bar.sync")
 
-    assert caught(edit=edit, only=["forward_grid_gluon"])
+    assert caught(edit=edit, only=["forward_wgmma"])
 
 
 def test_a_lost_store_is_caught():
     def edit(ptx):
         return re.sub(r"st\.relaxed[^;]*;", "", ptx, count=1)
 
-    with harness.emulator(edit=edit, only=["forward_grid_gluon"]), pytest.raises(Deadlock):
+    with harness.emulator(edit=edit, only=["forward_wgmma"]), pytest.raises(Deadlock):
         BROKEN.ours(plan=BROKEN.warp_group_plan())
 
 
-def check_compiled(plan, dtype, marked=False):
+def check_compiled(plan, dtype, flagged=False):
     """No barrier and no load from shared memory in the forward time loop, whose products read R there; nothing spills,
     but for a few registers with marks."""
-    kernel = compile_plan(plan, dtype, marked=marked)["forward_grid_gluon"]
+    kernel = compile_plan(plan, dtype, flagged=flagged)["forward_wgmma"]
     report = read(kernel)
     counts = report.time_loop.counts
     assert counts["HGMMA"] == plan.held // (16 if dtype.itemsize == 2 else 8)
     assert not counts["BAR"] and not counts["LDS"] and not counts["LDSM"] and not counts["STS"]
-    assert report.time_loop.spills <= (counts.total() / 50 if marked or harness.TRITON < (3, 9) else 0)
+    assert report.time_loop.spills <= (counts.total() / 50 if flagged or harness.TRITON < (3, 9) else 0)
     assert report.shared == plan.shared_bytes <= H200.shared_memory
     assert kernel.metadata.num_ctas == 1 and kernel.metadata.launch_cooperative_grid
 
@@ -121,26 +120,26 @@ def check_compiled(plan, dtype, marked=False):
 @pytest.mark.parametrize("batch, hidden_size, dtype", [(1024, 512, BF16), (16, 1024, FP32), (4096, 256, FP32)], ids=str)
 def test_machine_code(batch, hidden_size, dtype):
     plan = make_plan(batch, hidden_size, dtype, limits=dataclasses.replace(H200, cluster=1))
-    assert plan.wgmma
+    assert plan.kind == "wgmma"
     check_compiled(plan, dtype)
-    check_compiled(plan, dtype, marked=True)
+    check_compiled(plan, dtype, flagged=True)
 
 
 def test_plan():
     plan = make_plan(128, 1024, FP16, limits=H200)
-    assert (plan.schedule, plan.gluon, plan.wgmma, plan.block_b, plan.num_warps) == ("grid", True, True, 64, 4)
+    assert (plan.kind, plan.schedule, plan.gluon, plan.block_b, plan.num_warps) == ("wgmma", "grid", True, 64, 4)
     assert plan.launched <= 132 and plan.held_bytes == 4 * plan.block_h * 1024 * 2 == plan.shared_bytes
-    assert not plan.backward.wgmma and plan.backward.backward is plan.backward
+    assert plan.backward.kind != "wgmma" and plan.backward.backward is plan.backward
     assert plan.backward == make_plan(128, 1024, FP16, limits=dataclasses.replace(H200, cluster=0))
     assert plan.backward_bytes(64, 8, 2) == plan.backward.backward_bytes(64, 8, 2)
     assert Plan.decode(plan.encode()) == plan
     assert not plan.multiplies_input(1)
     assert "128 KiB of R in the shared memory" in str(plan) and "backward grid" in str(plan)
     # R of fp32 at H=1024 fits all multiprocessors' shared memory, though not their registers
-    assert make_plan(16, 1024, FP32, limits=H200).wgmma
+    assert make_plan(16, 1024, FP32, limits=H200).kind == "wgmma"
     assert make_plan(16, 1024, FP32, limits=dataclasses.replace(H200, wgmma=False)).schedule == "streamed"
-    assert not make_plan(128, 1024, FP32, limits=H200, tf32=False).wgmma
-    assert not make_plan(128, 1024, FP16, limits=A100).wgmma
+    assert make_plan(128, 1024, FP32, limits=H200, tf32=False).kind != "wgmma"
+    assert make_plan(128, 1024, FP16, limits=A100).kind != "wgmma"
     assert make_plan(16, 512, BF16, limits=dataclasses.replace(H200, cluster=16)).backward_plan is None
 
 
@@ -150,7 +149,7 @@ def test_plan():
     (dict(num_warps=8), "got 64 rows and 8 warps"),
     (dict(block_b=96, num_warps=6), "got 96 rows and 6 warps"),
     (dict(block_h=24), "8, 16, 32 or 64 units, got 24"),
-    (dict(chunks=((0, 1024),)), "512 bytes of a row at a time"),
+    (dict(r_slices=((0, 1024),)), "512 bytes of a row at a time"),
     (dict(precision="tf32x3"), "no exact fp32"),
     (dict(groups=1), "hold fewer than 128 batch rows"),
     (dict(programs=3), "3 programs of 16 units hold fewer than 1024"),
@@ -158,17 +157,17 @@ def test_plan():
 def test_check(change, message):
     plan = make_plan(128, 1024, FP16, limits=H200)
     with pytest.raises(PlanError, match=re.escape(message)):
-        dataclasses.replace(plan, **change).check(H200)
+        check_plan(dataclasses.replace(plan, **change), H200)
 
 
 def test_limits():
     plan = make_plan(128, 1024, FP16, limits=H200)
     for limits, message in ((dataclasses.replace(H200, wgmma=False), "compute capability 9.0"),
-                            (dataclasses.replace(H200, cluster=0), "the Gluon kernels need"),
-                            (dataclasses.replace(H200, multiprocessors=100), "128 programs wait for each other"),
+                            (dataclasses.replace(H200, cluster=0), "the wgmma kernels need"),
+                            (dataclasses.replace(H200, multiprocessors=100), "128 programs of 16 units wait"),
                             (dataclasses.replace(H200, shared_memory=100000), "131072 bytes of R")):
         with pytest.raises(PlanError, match=message):
-            plan.check(limits)
+            check_plan(plan, limits)
 
 
 def test_zoneout_has_portable_kernels_only():

@@ -13,7 +13,7 @@ import triton_lstm.layer
 from harness import TRITON
 from problems import BUDGET, PORTABLE, Problem, assert_apart, error, floor
 from triton_lstm import wavefront
-from triton_lstm.kernels import wavefront as order
+from triton_lstm.kernels import streams as order
 from triton_lstm.plan import H200, Plan, make_plan
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -148,8 +148,8 @@ def test_layers_below_all_that_learns_do_not_run():
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_no_grad_saves_nothing(training):
     layer, x = make(6, 9, 2, dropout=0.4).train(training), torch.randn(7, 3, 6)
-    real = harness.interpreted_launch.forward_chunks
-    with mock.patch.object(harness.interpreted_launch, "forward_chunks", side_effect=real) as chunks:
+    real = harness.interpreted_sequence.forward_chunks
+    with mock.patch.object(harness.interpreted_sequence, "forward_chunks", side_effect=real) as chunks:
         def function(layer):
             torch.manual_seed(2)
             with torch.no_grad():

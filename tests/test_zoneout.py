@@ -8,17 +8,17 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
-from triton_lstm.kernels.ahead import compile_plan
+from triton_lstm.kernels.offline import compile_plan
 
 import harness
 import triton_lstm
-import triton_lstm.plan
+import triton_lstm.plan.plan
 from bench import machine_code
 from problems import BUDGET, PORTABLE, Problem, _Tf32Matmul, error, floor
 from test_double_backward import second
 from test_memory import backward_peak, saved
 from triton_lstm.functional import draw_seed
-from triton_lstm.op import automatic_plan
+from triton_lstm.op import on_device
 from triton_lstm.plan import H200
 from triton_lstm.reference import lstm_reference, philox, zoneout_shares
 
@@ -100,13 +100,13 @@ def test_masks_of_kernels_and_torch_are_the_same_bits(path, schedule):
                harness.emulator(int(path[3:])))
     seed = seed_of(3)
     with context:
-        launch = triton_lstm.op.launch
+        launch = triton_lstm.op.sequence.launch
         run = launch.launch_kernel
 
         def record(kernel, plan, grid, *args, **options):
             run(kernel, plan, grid, *args, **options)
-            if kernel is launch.coefficients:
-                coef, S, first = args[3], args[7], args[9]
+            if kernel is launch.COEFFICIENTS:
+                coef, S, first = args[3], args[5], args[7]
                 found[first] = coef[:D * S * B].view(D, S, B, 8, H).clone()
         with mock.patch.object(launch, "launch_kernel", record):
             ours = problem.ours(plan=plan, zoneout=RATES)
@@ -237,7 +237,7 @@ def test_chunks_have_the_same_masks(schedule, monkeypatch):
     problem = Problem(7, 3, 3, 20, 2, ragged=True)
     results = []
     for keep_every, forward_bytes in ((1, 1 << 28), (3, 1), (64, 1)):
-        monkeypatch.setattr(triton_lstm.plan, "FORWARD_BYTES", forward_bytes)
+        monkeypatch.setattr(triton_lstm.plan.plan, "FORWARD_BYTES", forward_bytes)
         plan = (problem.plan(schedule="resident", keep_every=keep_every) if schedule == "resident" else
                 problem.shared_plan("grid", keep_every=keep_every))
         assert plan.forward_steps(7, 4) == min(7, keep_every if forward_bytes == 1 else 7)
@@ -420,15 +420,15 @@ def test_plans_are_portable():
     """Automatic plans use no Gluon kernel, plans that do are refused, and ``explain`` says so."""
     with mock.patch.object(triton_lstm.op, "limits_of", lambda device: H200):
         for H in (32, 128):     # larger ones where there are clusters
-            assert automatic_plan(16, H, torch.bfloat16, 1, torch.device("cpu")).gluon
-            plan = automatic_plan(16, H, torch.bfloat16, 1, torch.device("cpu"), zoned=True)
+            assert on_device(16, H, torch.bfloat16, 1, torch.device("cpu"))[0].gluon
+            plan, _ = on_device(16, H, torch.bfloat16, 1, torch.device("cpu"), zoneout=True)
             assert plan == triton_lstm.make_plan(16, H, torch.bfloat16, limits=PORTABLE) and not plan.gluon
     x, layer = torch.empty(5, 16, 4, dtype=torch.bfloat16, device="meta"), triton_lstm.LSTM(4, 128, zoneout=0.1)
     text = triton_lstm.explain(layer, x, H200)
-    assert text.startswith("LSTM(4, 128, zoneout=0.1) on T=5") and "each by resident: " in text
-    assert "  not cluster: the Gluon kernels have no zoneout" in text
+    assert text.startswith("LSTM(4, 128, zoneout=0.1) on T=5") and "each by portable resident: " in text
+    assert "  not cluster: the cluster kernels have no zoneout" in text
     layer.plan = triton_lstm.make_plan(16, 128, torch.bfloat16)
-    assert "layer.plan cannot run: the Gluon kernels have no zoneout" in triton_lstm.explain(layer, x, H200)
+    assert "layer.plan cannot run: the resident kernels have no zoneout" in triton_lstm.explain(layer, x, H200)
     assert triton_lstm.explain(layer, x.double(), H200).endswith("torch operators compute step by step: torch.float64")
     problem = Problem(3, 3, 4, 20, dtype=torch.float16)
     names = set()
@@ -437,7 +437,7 @@ def test_plans_are_portable():
         with mock.patch.object(harness.compiled_launch, "launch_kernel", lambda kernel, *args, **options: (
                 names.add(kernel.__name__), run(kernel, *args, **options))):
             check(problem, torch.enable_grad())
-        with pytest.raises(triton_lstm.PlanError, match="the Gluon kernels have no zoneout"):
+        with pytest.raises(triton_lstm.PlanError, match="the resident kernels have no zoneout"):
             problem.ours(plan=problem.plan(limits=H200), zoneout=0.1)
     assert names == {"forward_resident", "coefficients", "backward_resident"}
 

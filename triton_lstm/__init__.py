@@ -1,5 +1,4 @@
 """LSTM for PyTorch in Triton: recurrent weights stay on chip over all timesteps, backward recomputes the gates."""
-from .cell import LSTMCell
 from .conversion import Conversion, convert, to_torch
 from .dropconnect import drop_connect
 from .explanation import explain
@@ -7,6 +6,7 @@ from .functional import lstm
 from .inspection import Gates, gates, plot_gates
 from .kernels.waiting import set_wait_limit, wait_report
 from .layer import LSTM
+from .lstm_cell import LSTMCell
 from .plan import Plan, PlanError, make_plan
 
 __all__ = ["Conversion", "Gates", "LSTM", "LSTMCell", "Plan", "PlanError", "convert", "drop_connect", "explain",

@@ -12,7 +12,7 @@ import triton
 
 from . import check, faults, op, runner
 from .kernels import waiting
-from .kernels.ahead import compile_apart
+from .kernels.offline import compile_apart
 from .plan import Limits, Plan
 
 DESCRIPTION = """\
@@ -150,11 +150,11 @@ def run_check(args):
 
 def run_case(kind):
     """The command ``case``; returns the exit code."""
-    gpu = torch.cuda.is_available() and not op.launch.INTERPRET
+    gpu = torch.cuda.is_available() and not op.interpreted()
     device = torch.device("cuda" if gpu else "cpu")
     case = next(case for case in check.cases(op.limits_of(device) if gpu else None)
                 if case.kind == kind and (case.what == "layer" or not case.plan))
-    if not case.plan or not gpu and not op.launch.INTERPRET:
+    if not case.plan or not gpu and not op.interpreted():
         print(f"{kind}: not here: {case.reason or 'no GPU'}")
         return 0
     found = check.run(case, device)
@@ -190,7 +190,7 @@ def main(arguments=None):
     elif args.command == "case":
         return run_case(args.kind)
     elif args.command == "worker":
-        device = torch.device("cpu" if op.launch.INTERPRET else "cuda")
+        device = torch.device("cpu" if op.interpreted() else "cuda")
         runner.serve(lambda line: check.run(check.Case.decode(line), device))
     else:
         about(check.ask_facts())

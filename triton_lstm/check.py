@@ -15,10 +15,9 @@ import torch
 
 from . import op
 from .functional import lstm
-from .kernels import launch
 from .kernels.waiting import wait_report
 from .layer import LSTM
-from .plan import Plan, PlanError, candidates, make_plan
+from .plan import Plan, PlanError, candidates, check_plan, make_plan
 from .reference import lstm_reference, packed_reference, zoneout_shares
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
@@ -64,7 +63,7 @@ class Case:
         if not self.plan:
             return None
         return Plan.decode(self.plan), DTYPES[self.dtype], dict(
-            marked=self.what in ("lengths", "packed"), packed=self.what == "packed",
+            flagged=self.what in ("lengths", "packed"), packed=self.what == "packed",
             zoneout="expected" if self.what == "zoneout" else None, inputs=self.inputs)
 
 
@@ -76,11 +75,11 @@ def plan_of(variant, batch, hidden_size, dtype, directions, limits):
             raise PlanError("the interpreter runs programs one by one")
         return make_plan(batch, hidden_size, DTYPES[dtype], directions, limits=None, **options)
     if variant in ("portable resident", "streamed"):
-        plan = make_plan(batch, hidden_size, DTYPES[dtype], directions, limits=op.portable(limits),
+        plan = make_plan(batch, hidden_size, DTYPES[dtype], directions, limits=limits, zoneout=True,
                          schedule="resident" if variant == "portable resident" else "grid", **options)
         if variant == "streamed":       # so narrow a layer streams by no plan of its own
-            plan = dataclasses.replace(plan, schedule="streamed", chunks=((0, 16),), block_k=16)
-            plan.check(limits)
+            plan = dataclasses.replace(plan, kind="streamed", r_slices=((0, 16),), block_k=16)
+            check_plan(plan, limits)
         return plan
     for plan in candidates(batch, hidden_size, DTYPES[dtype], directions, limits=limits, **options):
         if plan.variant == variant:
@@ -348,7 +347,7 @@ def run(case, device):
 def facts():
     """The GPU and its limits, for JSON; {"gpu": None} where there is none or the interpreter is on."""
     from . import faults
-    if launch.INTERPRET or not torch.cuda.is_available():
+    if op.interpreted() or not torch.cuda.is_available():
         return dict(gpu=None)
     device = torch.device("cuda", 0)
     major, minor = torch.cuda.get_device_capability(device)

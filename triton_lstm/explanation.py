@@ -6,8 +6,8 @@ import torch
 from . import wavefront
 from .functional import DTYPES, zoneout_rates
 from .layer import LSTM, _TorchLSTM
-from .op import NO_GLUON, portable, tf32_allowed
-from .plan import H200, SCHEDULES, Limits, PlanError, make_plan
+from .op import avoided, plan_or_reason, tf32_allowed
+from .plan import H200, SCHEDULES, Limits, PlanError, check_plan, make_plan, step_cycles
 from .projection import too_large_together
 
 
@@ -22,8 +22,8 @@ def explain(layer, x, limits=None):
     Nothing is launched. Bytes saved for backward are ``Plan.saved_bytes``, beside the least that an LSTM keeps which
     stores i, f, g, o and c of every step: 5 H elements a row and step. Both keep x, y and weights too; with
     ``proj_size`` ours also keeps o tanh(c), H elements, which are counted. Cycles are predicted by
-    ``Plan.step_cycles``, whose constants are read from machine code; ``python -m bench`` puts what it predicts beside
-    what it measures.
+    ``triton_lstm.plan.step_cycles``, whose constants are read from machine code; ``python -m bench`` puts what it
+    predicts beside what it measures.
     Raises TypeError for another layer or an input that is no tensor, ValueError for one of another shape.
     """
     if not isinstance(layer, (LSTM, _TorchLSTM)):
@@ -47,20 +47,21 @@ def explain(layer, x, limits=None):
     if own and (own.batch, own.hidden_size, own.directions, own.precision == "native") != (
             B, H, D, dtype != torch.float32):
         return f"{title}\nlayer.plan cannot run, it is for another input: {own}"
-    if zoned and own and (own.gluon or own.backward.gluon):
-        return f"{title}\nlayer.plan cannot run: {NO_GLUON}"
-    limits = portable(limits) if zoned else limits
-    try:
-        plan = own or make_plan(B, H, dtype, D, limits=limits, tf32=tf32_allowed())
-        plan.check(limits)
-        if layer.proj_size and not own:
-            too_large = too_large_together(make_plan(1, H, dtype, D, limits=limits, tf32=tf32_allowed()))
-            if too_large:
-                return f"{title}\ntorch's own LSTM computes: {too_large}"
-    except PlanError as error:
-        consequence = ("layer.plan cannot run" if own else
-                       "no plan for the kernels with zoneout" if zoned else "torch's own LSTM computes")
-        return f"{title}\n{consequence}: {error}"
+    if own:
+        try:
+            check_plan(own, limits, zoned)
+        except PlanError as error:
+            return f"{title}\nlayer.plan cannot run: {error}"
+        plan = own
+    else:
+        decide = lambda B: plan_or_reason(B, H, dtype, D, limits, tf32_allowed(), None, zoned,
+                                          avoided(x.device) if x.is_cuda else frozenset())
+        plan, reason = decide(B)
+        if plan is not None and layer.proj_size:
+            reason = too_large_together(decide(1)[0])
+        if reason is not None:
+            instead = "no plan for the kernels with zoneout" if zoned else "torch's own LSTM computes"
+            return f"{title}\n{instead}: {reason}"
     steps, order = plan.forward_steps(T, dtype.itemsize), []
     if layer.num_layers > 1:
         reason = ("there is proj_size" if layer.proj_size else "there is zoneout" if zoned else
@@ -73,7 +74,7 @@ def explain(layer, x, limits=None):
     forward, backward = (-(-T // max(n, 1)) for n in (steps, plan.keep_every))
     loops = [plan] if plan.backward is plan else [dataclasses.replace(plan, backward_plan=None), plan.backward]
     which, names = ([""], [None]) if len(loops) == 1 else (["forward ", "backward "], ["forward", "backward"])
-    cycles = [loop.step_cycles(limits.multiprocessors, name) for loop, name in zip(loops, names)]
+    cycles = [step_cycles(loop, limits.multiprocessors, name) for loop, name in zip(loops, names)]
     matrix, m_bytes = "R", 0
     if layer.proj_size:
         matrix = f"weight_hh weight_hr, {4 * H} x {H} in the place of R,"
@@ -92,22 +93,21 @@ def explain(layer, x, limits=None):
           f"{limits.mhz} MHz" for name, n in zip(which, cycles)],
         f"  saved for backward a layer: {_size(plan.saved_bytes(T) + m_bytes)}; storing i, f, g, o and c of every step "
         f"takes {_size(5 * T * B * D * H * dtype.itemsize)} at least"]
-    lines += [f"  not {schedule}: " + (NO_GLUON if zoned and schedule == "cluster" else
-                                       _why_not(schedule, plan, dtype, limits))
+    lines += [f"  not {schedule}: {_why_not(schedule, plan, dtype, limits, zoned)}"
               for schedule in SCHEDULES if schedule != plan.schedule]
     return "\n".join(lines)
 
 
-def _why_not(schedule, taken, dtype, limits):
+def _why_not(schedule, taken, dtype, limits, zoned):
     """Why the plan taken is none of ``schedule``: there is none, or what it costs."""
     try:
         other = make_plan(taken.batch, taken.hidden_size, dtype, taken.directions, limits=limits, tf32=tf32_allowed(),
-                          schedule=schedule)
+                          schedule=schedule, zoneout=zoned)
     except PlanError as error:
         reasons = str(error).split("; ")
         of_it = [reason.removeprefix(f"{schedule}: ") for reason in reasons if reason.startswith(f"{schedule}: ")]
         return "; ".join(dict.fromkeys(of_it or reasons))
-    cycles = lambda plan: f"{plan.step_cycles(limits.multiprocessors):.0f}"
+    cycles = lambda plan: f"{step_cycles(plan, limits.multiprocessors):.0f}"
     if schedule == "resident":
         return "possible, and chosen where no plan is given: its programs wait for nobody"
     text = (f"possible, with {other.programs} programs for an R, {other.tiles} tile(s) of rows each and "

@@ -2,9 +2,11 @@
 import torch
 from torch.autograd import forward_ad
 
-from .kernels import launch
+from . import op
+from .kernels.rows import step_flags
 from .op import differentiable, lstm_op, transformed
-from .plan import BACKWARD_ELEMENTS, Plan, keep_every_for
+from .plan import Plan, keep_every_for
+from .plan.search import BACKWARD_ELEMENTS
 from .projection import combine, product, project, with_state
 from .reference import lstm_reference, packed_reference, zoneout_shares
 
@@ -13,7 +15,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def runs_kernels(x, dtype):
     """Whether the kernels compute on the device of ``x`` in ``dtype``; torch's own LSTM does the rest."""
-    return dtype in DTYPES and (x.is_cuda or launch.INTERPRET and x.device.type == "cpu")
+    return dtype in DTYPES and (x.is_cuda or op.interpreted() and x.device.type == "cpu")
 
 
 def zoneout_rates(zoneout):
@@ -137,7 +139,7 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, weight_hr=None, lengths
     if packed:
         sizes = batch_sizes.to(x.device, non_blocking=True)
         lengths = (torch.arange(B, device=x.device) < sizes[:, None]).sum(0)
-    marks = None if lengths is None and reset is None else launch.marks(T, B, D, lengths, reset, x.device)
+    flags = None if lengths is None and reset is None else step_flags(T, B, D, lengths, reset, x.device)
     if plan is not None:
         keep_every = plan.keep_every
     elif keep_every is None:
@@ -145,7 +147,7 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, weight_hr=None, lengths
     # vmap hides whether what it wraps requires grad
     save = torch.is_grad_enabled() and (transformed() or any(t is not None and t.requires_grad for t in inputs))
     plan = plan.encode() if plan else ""
-    y, h_n, c_n, _ = differentiable(lstm_op)(*inputs, marks, batch_sizes, plan, keep_every, save, seed,
+    y, h_n, c_n, _ = differentiable(lstm_op)(*inputs, flags, batch_sizes, plan, keep_every, save, seed,
                                              *map(float, rates))
     return y, (h_n, c_n)
 

@@ -7,10 +7,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import apart, wavefront
 from .functional import DTYPES, lstm, runs_kernels, zoneout_rates
-from .op import automatic_plan
-from .plan import PlanError
+from .op import on_device
 from .projection import too_large_together
-from .step import step
 
 _told = set()
 
@@ -74,7 +72,6 @@ class LSTM(torch.nn.RNNBase):
     check_forward_args = _TorchLSTM.check_forward_args
     get_expected_cell_size = _TorchLSTM.get_expected_cell_size
     permute_hidden = _TorchLSTM.permute_hidden
-    step = step
 
     def forward(self, input, hx=None, *, lengths=None, reset=None):
         """As ``torch.nn.LSTM.forward``: input (T, B, I), (B, T, I) with ``batch_first``, or (T, I); hx (h_0, c_0).
@@ -105,6 +102,39 @@ class LSTM(torch.nn.RNNBase):
         if input.dim() == 2:
             y, h_n, c_n = y.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
         return y, (h_n, c_n)
+
+    def step(self, x, state=None, *, inplace=False):
+        """One timestep of an LSTM in one direction: what the layer computes for T = 1.
+
+        x        (B, I), whatever ``batch_first``
+        state    (h, c), (num_layers, B, H) each, as hx of the layer; zeros if None
+        inplace  write the new state into the tensors of ``state`` and return those, so that a CUDA graph captured once
+                 goes on from replay to replay. For inference, under torch.no_grad()
+
+        Returns y (B, H), the last layer's new h, and the new state. The host waits for nothing. The layer is called as
+        always, hooks included. In training mode dropout between layers and zoneout draw anew at every step. With
+        ``proj_size`` y and h have that many units.
+
+        Raises ValueError for a bidirectional layer, whose reverse direction begins at the end of the sequence; for x
+        that is not (B, I); for ``inplace`` without a state; for ``inplace`` with gradients, which need the state that
+        is overwritten; and what the layer raises.
+        """
+        if self.bidirectional:
+            raise ValueError("a bidirectional LSTM has no single step: its reverse direction begins with the last "
+                             "input")
+        if x.dim() != 2:
+            raise ValueError(f"x must have the shape (B, I), got {tuple(x.shape)}")
+        if inplace and state is None:
+            raise ValueError("inplace needs a state to write to")
+        time = 1 if self.batch_first else 0
+        y, new = self(x.unsqueeze(time), state)
+        if not inplace:
+            return y.squeeze(time), new
+        if any(s.requires_grad for s in new):
+            raise ValueError("inplace is for inference, call it under torch.no_grad(): backward needs the state before")
+        for old, s in zip(state, new):
+            old.copy_(s)
+        return y.squeeze(time), state
 
     def _packed(self, input, hx, weights):
         """A packed sequence as it is; states come and go in the caller's order."""
@@ -187,13 +217,13 @@ class LSTM(torch.nn.RNNBase):
                     or not accepted(s) for s, n in zip(hx, units)):
                 return False
         if self.plan is None and not self._zoned() and not torch.compiler.is_compiling():
-            try:
-                plan = lambda B: automatic_plan(B, self.hidden_size, dtype, 2 if self.bidirectional else 1, x.device)
-                plan(B)
-                if self.proj_size and not masked and too_large_together(plan(1)):
-                    return self._no(too_large_together(plan(1)), x)
-            except PlanError as error:
-                return self._no(f"{error}", x)
+            D = 2 if self.bidirectional else 1
+            plan, reason = on_device(B, self.hidden_size, dtype, D, x.device)
+            if plan is not None and self.proj_size and not masked:
+                one_row, _ = on_device(1, self.hidden_size, dtype, D, x.device)
+                reason = too_large_together(one_row)
+            if reason is not None:
+                return self._no(reason, x)
         return True
 
     @staticmethod

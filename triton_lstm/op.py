@@ -6,110 +6,124 @@ for the automatic one, which is then chosen when the shapes are known.
 First derivatives are kernels. The derivatives of those are computed by differentiating the equations in
 ``reference.py`` twice: right to any order, but step by step and with every activation kept.
 """
-import dataclasses
 import functools
+import inspect
 
 import torch
 
 from . import faults
-from .kernels import launch
-from .plan import Limits, Plan, PlanError, make_plan
+from .kernels import sequence
+from .kernels.rows import lengths_and_reset
+from .plan import Limits, Plan, PlanError, check_plan, make_plan
 from .reference import lstm_reference, packed_reference, zoneout_shares
 
-NO_GLUON = "the Gluon kernels have no zoneout: make the plan with limits whose cluster is 0"
+
+def interpreted():
+    """Whether the kernels run in Triton's interpreter."""
+    return sequence.INTERPRET
 
 
 @functools.lru_cache
 def limits_of(device):
     """The limits of a CUDA device; None stands for the interpreter, which has none."""
-    return None if launch.INTERPRET else Limits.of(device)
+    return None if interpreted() else Limits.of(device)
 
 
 def tf32_allowed():
     """Whether torch lets nn.LSTM multiply fp32 in TF32 on CUDA (its default). The interpreter stands for a CPU: no."""
-    if launch.INTERPRET:
+    if interpreted():
         return False
     cudnn = torch.backends.cudnn
     return cudnn.rnn.fp32_precision == "tf32" if hasattr(cudnn, "rnn") else cudnn.allow_tf32
 
 
+def avoided(device):
+    """What automatic plans on ``device`` keep away from, see ``make_plan``."""
+    return faults.known(device) if device.type == "cuda" else frozenset()
+
+
 @functools.lru_cache
-def _automatic(batch, hidden_size, dtype, directions, limits, tf32, keep_every, avoid):
-    return make_plan(batch, hidden_size, dtype, directions, limits=limits, tf32=tf32, keep_every=keep_every,
-                     avoid=avoid)
+def plan_or_reason(batch, hidden_size, dtype, directions, limits, tf32, keep_every=None, zoneout=False,
+                   avoid=frozenset()):
+    """(plan, None) of a call that names no plan, or (None, reason) where the kernels cannot run it. Whether they do is
+    decided here and nowhere else."""
+    try:
+        return make_plan(batch, hidden_size, dtype, directions, limits=limits, tf32=tf32, keep_every=keep_every,
+                         zoneout=zoneout, avoid=avoid), None
+    except PlanError as error:
+        return None, str(error)
 
 
-def portable(limits):
-    """``limits`` of a device on which no Gluon kernel runs: those have no zoneout."""
-    return None if limits is None else dataclasses.replace(limits, cluster=0)
+def on_device(batch, hidden_size, dtype, directions, device, keep_every=None, zoneout=False):
+    """``plan_or_reason`` on a device, with torch's switch for TF32 as it is now."""
+    return plan_or_reason(batch, hidden_size, dtype, directions, limits_of(device), tf32_allowed(), keep_every, zoneout,
+                          avoided(device))
 
 
-def automatic_plan(batch, hidden_size, dtype, directions, device, keep_every=None, zoned=False):
-    """The plan of a call that names none; ``zoned`` tells whether it has zoneout."""
-    limits = limits_of(device)
-    avoid = faults.known(device) if device.type == "cuda" else frozenset()
-    return _automatic(batch, hidden_size, dtype, directions, portable(limits) if zoned else limits, tf32_allowed(),
-                      keep_every, avoid)
-
-
-def plan_for(x, h0, text, keep_every, zoned):
-    """The plan that runs x from h0 (D, B, H): the decoded ``text``, or the automatic one."""
+def plan_for(x, h0, text, keep_every, zoneout):
+    """The plan that runs x from h0 (D, B, H): the decoded ``text``, or the automatic one. PlanError where none can."""
     directions, batch, hidden_size = h0.shape
     if not text:
-        return automatic_plan(batch, hidden_size, x.dtype, directions, x.device, keep_every, zoned)
+        plan, reason = on_device(batch, hidden_size, x.dtype, directions, x.device, keep_every, zoneout)
+        if plan is None:
+            raise PlanError(reason)
+        return plan
     plan = Plan.decode(text)
     if (plan.batch, plan.hidden_size, plan.directions) != (batch, hidden_size, directions):
         raise ValueError(f"the plan is for batch {plan.batch}, hidden_size {plan.hidden_size}, {plan.directions} "
                          f"direction(s), the call has {batch}, {hidden_size}, {directions}")
     if (plan.precision == "native") != (x.dtype != torch.float32):
         raise ValueError(f"the plan computes in {plan.precision}, the input is {x.dtype}")
-    if zoned and (plan.gluon or plan.backward.gluon):
-        raise PlanError(NO_GLUON)
-    plan.check(limits_of(x.device))
+    check_plan(plan, limits_of(x.device), zoneout)
     return plan
 
 
 def _zoneout(seed, rate_h, rate_c):
-    """``zoneout`` as the launcher and ``reference`` take it: None for none."""
+    """``zoneout`` as the kernels and ``reference`` take it: None for none."""
     return (seed, rate_h, rate_c) if rate_h or rate_c else None
 
 
-@torch.library.custom_op("triton_lstm::lstm", mutates_args=())
-def lstm_op(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor,
-            c0: torch.Tensor, marks: torch.Tensor | None, sizes: torch.Tensor | None, plan: str, keep_every: int,
-            save: bool, seed: torch.Tensor | None = None, rate_h: float = 0., rate_c: float = 0.
-            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _lstm(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor,
+          c0: torch.Tensor, flags: torch.Tensor | None, batch_sizes: torch.Tensor | None, plan: str, keep_every: int,
+          save: bool, seed: torch.Tensor | None = None, rate_h: float = 0., rate_c: float = 0.
+          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.autocast(x.device.type, enabled=False):      # the types are chosen already
         zoneout = _zoneout(seed, rate_h, rate_c)
         plan = plan_for(x, h0, plan, keep_every, zoneout is not None)
-        return launch.forward(x, w, r, b, h0, c0, marks, plan, save, sizes, zoneout)
+        return sequence.forward(x, w, r, b, h0, c0, flags, plan, save, batch_sizes, zoneout)
+
+
+lstm_op = torch.library.custom_op("triton_lstm::lstm", _lstm, mutates_args=())
 
 
 @lstm_op.register_fake
-def _(x, w, r, b, h0, c0, marks, sizes, plan, keep_every, save, seed=None, rate_h=0., rate_c=0.):
-    T = (x if sizes is None else sizes).shape[0]
+def _(x, w, r, b, h0, c0, flags, batch_sizes, plan, keep_every, save, seed=None, rate_h=0., rate_c=0.):
+    T = (x if batch_sizes is None else batch_sizes).shape[0]
     D, B, H = h0.shape
     kept = torch.sym_max(T - 1, 0) // keep_every if save else 0
     return (x.new_empty(*x.shape[:-1], D * H), x.new_empty(D, B, H), x.new_empty(D, B, H),
             x.new_empty(kept, D, B, H, dtype=torch.float32))
 
 
-@torch.library.custom_op("triton_lstm::lstm_backward", mutates_args=())
-def lstm_backward_op(dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: torch.Tensor | None, x: torch.Tensor,
-                     w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor,
-                     marks: torch.Tensor | None, sizes: torch.Tensor | None, y: torch.Tensor, kept: torch.Tensor,
-                     plan: str, keep_every: int, needs: list[bool], seed: torch.Tensor | None = None,
-                     rate_h: float = 0., rate_c: float = 0.
-                     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _lstm_backward(dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: torch.Tensor | None, x: torch.Tensor,
+                   w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor,
+                   flags: torch.Tensor | None, batch_sizes: torch.Tensor | None, y: torch.Tensor, kept: torch.Tensor,
+                   plan: str, keep_every: int, needs: list[bool], seed: torch.Tensor | None = None,
+                   rate_h: float = 0., rate_c: float = 0.
+                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     zoneout = _zoneout(seed, rate_h, rate_c)
     plan = plan_for(x, h0, plan, keep_every, zoneout is not None)
     with torch.autocast(x.device.type, enabled=False):
-        gradients = launch.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, y, kept, plan, needs, sizes, zoneout)
+        gradients = sequence.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, plan, needs, batch_sizes,
+                                      zoneout)
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
 
 
+lstm_backward_op = torch.library.custom_op("triton_lstm::lstm_backward", _lstm_backward, mutates_args=())
+
+
 @lstm_backward_op.register_fake
-def _(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks, sizes, y, kept, plan, keep_every, needs, seed=None, rate_h=0.,
+def _(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, batch_sizes, y, kept, plan, keep_every, needs, seed=None, rate_h=0.,
       rate_c=0.):
     shapes = [x.shape, w.shape, r.shape, w.shape[:2], h0.shape, c0.shape]
     return tuple(x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs))
@@ -126,27 +140,27 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, dh_n, dc_n, _):
     needs = list(ctx.needs_input_grad[:6])
     if dy is None and dh_n is None and dc_n is None:
-        return (None,) * 14
+        return ()
     *saved, seed = ctx.saved_tensors
     gradients = differentiable(lstm_backward_op)(dy, dh_n, dc_n, *saved, ctx.plan, ctx.keep_every, needs, seed,
                                                  *ctx.rates)
-    return (*(g if need else None for g, need in zip(gradients, needs)), *(None,) * 8)
+    return tuple(g if need else None for g, need in zip(gradients, needs))
 
 
-def reference_backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, marks=None, sizes=None, keep=None):
+def reference_backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags=None, batch_sizes=None, keep=None):
     """The gradients of ``lstm_reference`` in its inputs, as torch operations that can be differentiated."""
     inputs = (x, w, r, h0, c0) if b is None else (x, w, r, h0, c0, b)
-    if sizes is not None:
-        reference = functools.partial(packed_reference, sizes=sizes, keep=keep)
+    if batch_sizes is not None:
+        reference = functools.partial(packed_reference, batch_sizes=batch_sizes, keep=keep)
     else:
-        lengths, reset = (None, None) if marks is None else launch.unmark(marks)
+        lengths, reset = (None, None) if flags is None else lengths_and_reset(flags)
         reference = functools.partial(lstm_reference, lengths=lengths, reset=reset, keep=keep)
     _, vjp = torch.func.vjp(lambda x, w, r, h0, c0, b=None: reference(x, w, r, b, h0, c0), *inputs)
     dx, dw, dr, dh0, dc0, *db = vjp((dy, dh_n, dc_n))
     return dx, dw, dr, *(db or [None]), dh0, dc0
 
 
-def reference_double_backward(cotangents, inputs, marks=None, sizes=None, zoneout=None):
+def reference_double_backward(cotangents, inputs, flags=None, batch_sizes=None, zoneout=None):
     """Gradients of <cotangents, reference_backward(inputs)> in the nine inputs; None for those that are None.
 
     Computed in fp32 at least. In TF32 only where ``torch.backends.cuda.matmul`` says so.
@@ -154,7 +168,7 @@ def reference_double_backward(cotangents, inputs, marks=None, sizes=None, zoneou
     x, h0 = inputs[3], inputs[7]
     D, B, H = h0.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
-    T = (x if sizes is None else sizes).shape[0]
+    T = (x if batch_sizes is None else batch_sizes).shape[0]
     keep = zoneout and zoneout_shares(zoneout, T, B, D, H, x.new_empty(0, dtype=dtype))
     present = [i for i, t in enumerate(inputs) if t is not None]
     shapes = (*x.shape[:-1], D * H), h0.shape, h0.shape
@@ -162,7 +176,7 @@ def reference_double_backward(cotangents, inputs, marks=None, sizes=None, zoneou
 
     def backward(*tensors):
         given = dict(zip(present, tensors))
-        gradients = reference_backward(*(given.get(i, missing.get(i)) for i in range(9)), marks, sizes, keep)
+        gradients = reference_backward(*(given.get(i, missing.get(i)) for i in range(9)), flags, batch_sizes, keep)
         return tuple(g for g, v in zip(gradients, cotangents) if v is not None)
 
     with torch.autocast(x.device.type, enabled=False):
@@ -174,16 +188,17 @@ def reference_double_backward(cotangents, inputs, marks=None, sizes=None, zoneou
 def _setup_double_context(ctx, inputs, output):
     *_, seed, rate_h, rate_c = inputs
     ctx.rates = rate_h, rate_c
-    ctx.save_for_backward(*inputs[:11], seed)           # y and kept are functions of these
+    before_y = list(inspect.signature(_lstm_backward).parameters).index("y")
+    ctx.save_for_backward(*inputs[:before_y], seed)         # y and kept are functions of these
     ctx.set_materialize_grads(False)
 
 
 def _double_backward(ctx, *cotangents):
     if all(v is None for v in cotangents):
-        return (None,) * 19
-    *inputs, marks, sizes, seed = ctx.saved_tensors
+        return ()
+    *inputs, flags, batch_sizes, seed = ctx.saved_tensors
     zoneout = _zoneout(seed, *ctx.rates)
-    return (*reference_double_backward(cotangents, inputs, marks, sizes, zoneout), *(None,) * 10)
+    return reference_double_backward(cotangents, inputs, flags, batch_sizes, zoneout)
 
 
 def _for_each(op):
@@ -198,17 +213,25 @@ def _for_each(op):
 _functions = {}
 
 
-def register(op, name, setup, formula, vmap):
-    """``op`` gets its backward formula and its rule for vmap, also as an autograd.Function called ``name``."""
-    op.register_autograd(formula, setup_context=setup)
+def register(op, function, name, setup, formula, vmap):
+    """``op``, made of ``function``, gets its backward formula and its rule for vmap, also as an autograd.Function
+    called ``name``. The formula returns the gradients of the first inputs; those of all others are None."""
+    inputs = len(inspect.signature(function).parameters)
+
+    def gradients(ctx, *outputs):
+        found = formula(ctx, *outputs)
+        return (*found, *(None,) * (inputs - len(found)))
+
+    op.register_autograd(gradients, setup_context=setup)
     op.register_vmap(vmap)
     _functions[op] = type(name, (torch.autograd.Function,), dict(
-        forward=staticmethod(op), setup_context=staticmethod(setup), backward=staticmethod(formula),
+        forward=staticmethod(op), setup_context=staticmethod(setup), backward=staticmethod(gradients),
         generate_vmap_rule=True))
 
 
-register(lstm_op, "LSTM", _setup_context, _backward, _for_each(lstm_op))
-register(lstm_backward_op, "LSTMBackward", _setup_double_context, _double_backward, _for_each(lstm_backward_op))
+register(lstm_op, _lstm, "LSTM", _setup_context, _backward, _for_each(lstm_op))
+register(lstm_backward_op, _lstm_backward, "LSTMBackward", _setup_double_context, _double_backward,
+         _for_each(lstm_backward_op))
 
 
 def transformed():

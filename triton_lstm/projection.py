@@ -8,13 +8,12 @@ hold R.
 import torch
 
 from . import apart
-from .kernels import launch
+from .kernels.precision import products_in
 from .op import differentiable, register, tf32_allowed
 from .plan import precision_for
 
 
-@torch.library.custom_op("triton_lstm::product", mutates_args=())
-def product_op(a: torch.Tensor, b: torch.Tensor, exact: bool) -> torch.Tensor:
+def _product(a: torch.Tensor, b: torch.Tensor, exact: bool) -> torch.Tensor:
     """a @ b for a (D, N, K) and b (D, K, M), of which each direction has one; products as the layer's or, if ``exact``,
     rounded to a's type once and to nothing else before."""
     precision, dtype = precision_for(a.dtype, tf32_allowed()), a.dtype
@@ -22,8 +21,11 @@ def product_op(a: torch.Tensor, b: torch.Tensor, exact: bool) -> torch.Tensor:
         # TF32 holds 16-bit numbers as they are; fp32 is exact enough for an R W_hr that is rounded to TF32 afterwards
         precision, dtype = {"native": ("tf32", torch.float32), "tf32": ("tf32x3", torch.float32),
                             "tf32x3": ("tf32x3", torch.float64)}[precision]
-    with torch.autocast(a.device.type, enabled=False), launch.products_in(precision):
+    with torch.autocast(a.device.type, enabled=False), products_in(precision):
         return torch.bmm(a.to(dtype), b.to(dtype)).to(a.dtype)
+
+
+product_op = torch.library.custom_op("triton_lstm::product", _product, mutates_args=())
 
 
 @product_op.register_fake
@@ -41,7 +43,7 @@ def _backward(ctx, g):
     da, db = ctx.needs_input_grad[:2]
     # the second one lies as b does, which may be the transposed of something
     as_b = lambda: product(g.mT, a, ctx.exact).mT if b.stride(-2) == 1 else product(a.mT, g, ctx.exact)
-    return product(g, b.mT, ctx.exact) if da else None, as_b() if db else None, None
+    return product(g, b.mT, ctx.exact) if da else None, as_b() if db else None
 
 
 def _vmap(info, in_dims, a, b, exact):
@@ -50,7 +52,7 @@ def _vmap(info, in_dims, a, b, exact):
     return product_op(*(t.flatten(0, 1) for t in members), exact).unflatten(0, (info.batch_size, -1)), 0
 
 
-register(product_op, "Product", _setup_context, _backward, _vmap)
+register(product_op, _product, "Product", _setup_context, _backward, _vmap)
 
 
 def product(a, b, exact=False):

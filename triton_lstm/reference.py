@@ -31,8 +31,8 @@ def lstm_reference(x, w, r, b, h0, c0, lengths=None, reset=None, multiply=torch.
             if weight_hr is not None:
                 new_h = multiply(new_h, weight_hr[d].t())
             if keep is not None:
-                keep_h, keep_c = (share[d, t] for share in keep)
-                new_h, new_c = keep_h * h + (1 - keep_h) * new_h, keep_c * c + (1 - keep_c) * new_c
+                m_h, m_c = (share[d, t] for share in keep)
+                new_h, new_c = m_h * h + (1 - m_h) * new_h, m_c * c + (1 - m_c) * new_c
             h, c = new_h, new_c
             steps.append(h if live is None else torch.where(live, h, 0))
             if live is not None:
@@ -75,10 +75,10 @@ def philox(seed, n0, n1, n2, n3, rounds=7):
     return n0, n1, n2, n3
 
 
-def packed_reference(x, w, r, b, h0, c0, sizes, **options):
+def packed_reference(x, w, r, b, h0, c0, batch_sizes, **options):
     """``lstm_reference`` of packed x (rows, I), padded for it; y is packed too."""
     B = h0.shape[1]
-    live = torch.arange(B, device="cpu") < sizes[:, None]
+    live = torch.arange(B, device="cpu") < batch_sizes[:, None]
     places, lengths = (t.to(x.device, non_blocking=True) for t in (live.flatten().nonzero()[:, 0], live.sum(0)))
     padded = x.new_zeros(live.numel(), x.shape[1]).index_copy(0, places, x).view(*live.shape, -1)
     y, h_n, c_n = lstm_reference(padded, w, r, b, h0, c0, lengths, **options)

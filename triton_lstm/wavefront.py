@@ -4,7 +4,8 @@ from torch.autograd import forward_ad
 
 from . import op
 from .functional import check, lstm
-from .kernels.wavefront import run_diagonals
+from .kernels.streams import run_diagonals
+from .kernels.waiting import explained
 from .plan import Plan
 
 CHUNK, CHUNKS = 64, 8       # steps of a chunk at least, and how many chunks there are of a long input
@@ -37,8 +38,9 @@ def plan_of_all(x, hx, weights, layers, hidden_size, plan):
             or torch._C._len_torch_dispatch_stack() or not isinstance(plan, (Plan, type(None)))):
         return None
     T, B = x.shape[:2]
-    plan = plan or op.automatic_plan(B, hidden_size, x.dtype, 1, x.device)
-    return None if why_not(plan, T, layers, op.limits_of(x.device)) else plan
+    if plan is None:
+        plan, _ = op.on_device(B, hidden_size, x.dtype, 1, x.device)
+    return None if plan is None or why_not(plan, T, layers, op.limits_of(x.device)) else plan
 
 
 def lstm_layers(x, hx, layers, plan, dropout):
@@ -51,7 +53,7 @@ def lstm_layers(x, hx, layers, plan, dropout):
     h0, c0 = hx or (x.new_zeros(len(layers), B, H), x.new_zeros(len(layers), B, H))
     for n, (w, r, b) in enumerate(layers):
         check(x, (1, B, H if n else x.shape[2], H, H), w, r, b, h0[n:n + 1], c0[n:n + 1])
-    op.plan_for(x, h0[:1], plan.encode(), plan.keep_every, zoned=False)
+    op.plan_for(x, h0[:1], plan.encode(), plan.keep_every, zoneout=False)
     inputs = x, h0, c0, *(t for layer in layers for t in layer)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         y, h_n, c_n = _Wavefront.apply(plan, dropout, *inputs)
@@ -82,7 +84,7 @@ def _forward(plan, dropout, save, x, h0, c0, *weights):
         dropped.append(x.new_empty(x.shape) if n and dropout else None)
         x = x if dropped[n] is None else dropped[n]
         state = h0[n:n + 1], c0[n:n + 1]
-        chunks.append(op.launch.forward_chunks(x, w, r, b, *state, None, plan, save, steps=steps))
+        chunks.append(op.sequence.forward_chunks(x, w, r, b, *state, None, plan, save, steps=steps))
         x = next(chunks[n])
         ys.append(x)
 
@@ -91,9 +93,9 @@ def _forward(plan, dropout, save, x, h0, c0, *weights):
             now = slice(k * steps, (k + 1) * steps)
             torch.mul(ys[n - 1][now], keep[n][now], out=dropped[n][now]).mul_(scale)
 
-    with torch.autocast(x.device.type, enabled=False), op.launch.waiting.explained():
+    with torch.autocast(x.device.type, enabled=False), explained():
         run_diagonals(chunks, -(-T // steps), drop, x.device)
-        _, h_n, c_n, kept = zip(*map(op.launch.finish, chunks))
+        _, h_n, c_n, kept = zip(*map(op.sequence.finish, chunks))
     return (ys[-1], torch.cat(h_n), torch.cat(c_n)), (dropped, ys, kept, keep)
 
 
@@ -110,7 +112,7 @@ def _backward(plan, scale, needs, gradients, inputs, saved):
     for n in order:
         w, r, b = layers[n]
         wants = [needs[0] if n == 0 else n > lowest, *needed[n], *needs[1:3]]
-        chunks.append(op.launch.backward_chunks(dy, *(of_layer(g, n) for g in state_gradients), xs[n], w, r, b,
+        chunks.append(op.sequence.backward_chunks(dy, *(of_layer(g, n) for g in state_gradients), xs[n], w, r, b,
                                                 h0[n:n + 1], c0[n:n + 1], None, ys[n], kept[n], plan, wants))
         dys.append(dy)
         dy = next(chunks[-1])
@@ -121,9 +123,9 @@ def _backward(plan, scale, needs, gradients, inputs, saved):
             now = slice((count - 1 - k) * K, (count - k) * K)
             dys[i][now].mul_(keep[order[i - 1]][now]).mul_(scale)
 
-    with torch.autocast(x.device.type, enabled=False), op.launch.waiting.explained():
+    with torch.autocast(x.device.type, enabled=False), explained():
         run_diagonals(chunks, count, drop, x.device)
-        results = dict(zip(order, map(op.launch.finish, chunks)))
+        results = dict(zip(order, map(op.sequence.finish, chunks)))
     states = [torch.cat([results[n][which] for n in range(len(layers))]) if needs[which - 3] else None
               for which in (4, 5)]
     of_weights = [g for n in range(len(layers)) for g in (results[n][1:4] if n in results else (None,) * 3)]

@@ -1,4 +1,4 @@
-"""Compiles kernels for an architecture with no GPU at hand: what the tests and the benchmark read machine code from."""
+"""Compiles kernels for an architecture without a GPU. Tests and benchmark read machine code from what it returns."""
 import concurrent.futures
 import contextlib
 import multiprocessing
@@ -8,12 +8,12 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from . import launch
+from . import launch, sequence
 
 
 class _Names:
-    """As much of a driver as Triton asks for before it launches. The device is the architecture's number, for Triton
-    remembers kernels by device."""
+    """The part of a driver that Triton uses before a launch. The device's number is that of the architecture, because
+    Triton remembers kernels by device."""
 
     def __init__(self, arch):
         self._arch = arch
@@ -30,7 +30,7 @@ class _Names:
 
 @contextlib.contextmanager
 def no_gpu(arch):
-    """Triton compiles for ``arch``, 80, 90 or 100, whatever device there is. The switch is the process's."""
+    """Triton compiles for ``arch``, such as 80, 90 or 100, on any device. This switches the whole process."""
     try:
         before = driver.active
     except RuntimeError:            # there is none
@@ -43,7 +43,7 @@ def no_gpu(arch):
 
 
 def compile_launch(kernel, plan, args, waits, constants, arch):
-    """What a launch of ``kernel`` with these arguments would compile, and the arguments that remain at run time."""
+    """The compiled kernel that a launch with these arguments would use, and the arguments that remain at run time."""
     constants = {**constants, "H": plan.hidden_size, "DIRECTIONS": plan.directions}
     with no_gpu(arch):
         compiled = kernel.warmup(*args, grid=(1,), **constants, **launch.options(kernel, plan, waits, constants))
@@ -51,11 +51,11 @@ def compile_launch(kernel, plan, args, waits, constants, arch):
     return compiled, [values[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
 
 
-def compile_plan(plan, dtype, arch=90, marked=False, packed=False, zoneout=None, inputs=64):
+def compile_plan(plan, dtype, arch=90, flagged=False, packed=False, zoneout=None, inputs=64):
     """The kernels that a layer of ``plan`` launches in ``dtype``, compiled: {name: what triton.compile returns}.
 
-    marked: those for rows with lengths of their own or resets; packed: those for packed sequences; zoneout: those for
-    it, "drawn" or "expected". inputs: features of x.
+    flagged: those for lengths or resets; packed: those for packed sequences; zoneout: those for zoneout, "drawn" or
+    "expected". inputs: features of x.
     """
     found = {}
 
@@ -66,13 +66,13 @@ def compile_plan(plan, dtype, arch=90, marked=False, packed=False, zoneout=None,
     tensor = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
     x, w, r = tensor(2, B, inputs), tensor(D, 4 * H, inputs), tensor(D, 4 * H, H)
     b, state = tensor(D, 4 * H), tensor(D, B, H)
-    marks = torch.empty(D, 2, B, dtype=torch.uint8, device="meta") if marked or packed else None
-    sizes = torch.tensor([B, B]) if packed else None
+    flags = torch.empty(D, 2, B, dtype=torch.uint8, device="meta") if flagged or packed else None
+    batch_sizes = torch.tensor([B, B]) if packed else None
     x = x.flatten(0, 1) if packed else x
     seed = torch.empty(1, dtype=torch.int64, device="meta") if zoneout == "drawn" else None
-    more = sizes, zoneout and (seed, 0.1, 0.1)
-    y, h_n, c_n, kept = launch.forward(x, w, r, b, state, state, marks, plan, True, *more, run=collect)
-    launch.backward(y, h_n, c_n, x, w, r, b, state, state, marks, y, kept, plan, [True] * 6, *more, run=collect)
+    more = batch_sizes, zoneout and (seed, 0.1, 0.1), collect
+    y, h_n, c_n, kept = sequence.forward(x, w, r, b, state, state, flags, plan, True, *more)
+    sequence.backward(y, h_n, c_n, x, w, r, b, state, state, flags, y, kept, plan, [True] * 6, *more)
     return found
 
 
@@ -81,9 +81,11 @@ def _compile(plan, dtype, arch, options):
 
 
 def compile_apart(jobs, arch, seconds=None):
-    """Compile ``jobs``, (plan, dtype, options of ``compile_plan``) each, into Triton's cache, in processes on all cores
-    that touch no GPU; yields (job, exception or None) as each is done. A launch then finds them there. What is not done
-    after ``seconds`` is left out."""
+    """Compile ``jobs`` into Triton's cache, where launches find them, in processes on all cores that touch no GPU.
+
+    A job is (plan, dtype, options of ``compile_plan``). Yields (job, exception or None) as each is done. Jobs that are
+    not done after ``seconds`` are given up.
+    """
     pool = concurrent.futures.ProcessPoolExecutor(min(os.cpu_count(), max(len(jobs), 1)),
                                                   multiprocessing.get_context("spawn"))
     try:

@@ -4,8 +4,7 @@ import torch
 from . import apart
 from .functional import lstm, runs_kernels
 from .layer import LSTM
-from .op import automatic_plan
-from .plan import PlanError
+from .op import on_device
 
 
 class LSTMCell(torch.nn.LSTMCell):
@@ -48,9 +47,8 @@ class LSTMCell(torch.nn.LSTMCell):
             return False
         if dtype == input.dtype and any(t.dtype != dtype for t in (self.weight_hh, *(hx or ()))):
             return False
-        try:
-            if not torch.compiler.is_compiling():
-                automatic_plan(shape[0] if input.dim() == 2 else 1, self.hidden_size, dtype, 1, input.device)
-        except PlanError as error:
-            return LSTM._no(f"{error}", input)
+        if not torch.compiler.is_compiling():
+            plan, reason = on_device(shape[0] if input.dim() == 2 else 1, self.hidden_size, dtype, 1, input.device)
+            if plan is None:
+                return LSTM._no(reason, input)
         return True

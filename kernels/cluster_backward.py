@@ -4,12 +4,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .cell import FRESH, LIVE, chunk_shift, place_of, round_tf32, rows_at
-from .gluon_cell import (
+from .cluster_exchange import add_shares, allocate_mbarriers, send_shares
+from .layouts import (
     buffers,
     chains,
     coalesced_layout,
-    factor,
+    in_registers,
     load,
     load_there,
     shared_layout,
@@ -17,24 +17,37 @@ from .gluon_cell import (
     there,
     unit_layout,
 )
-from .gluon_cluster import add_shares, allocate_mbarriers, send_shares
+from .precision import round_tf32
+from .rows import FRESH, LIVE, chunk_shift, padded_or_packed, rows_at
 
 
 @gluon.jit
-def load_inputs(dy, k, mark, offsets_ptr, row, count, inside, H: gl.constexpr, HAS_DY: gl.constexpr,
-                MARKED: gl.constexpr):
-    """The six coefficients of some units, dy, and the marks of the rows; for an unused one of these something else.
-    Coefficients that are not ``there`` pass dc on and have no da."""
+def load_inputs(coef_ptr, dy_ptr, flags_ptr, offsets_ptr, time, base, at, row, count, inside, B, stride_dyt,
+                H: gl.constexpr, DY_UNIT: gl.constexpr):
+    """The six coefficients of some units at one time, then dy and the step flags of the rows, whose pointers are those
+    of the first time. In the place of dy or flags that are None stands something else. Coefficients that are not
+    ``there`` pass dc on and have no da."""
+    if dy_ptr is not None:
+        dy_ptr += padded_or_packed(offsets_ptr, time, base) * stride_dyt * DY_UNIT
+    coef_ptr += at * (6 * H)
+    if flags_ptr is not None:
+        flags_ptr += time * B
     inputs = ()
     for n in gl.static_range(6):
-        inputs += (load_there(k + n * H, offsets_ptr, row, count, inside, 1. if n == 5 else 0.),)
-    inputs += (load_there(dy, offsets_ptr, row, count, inside) if HAS_DY else inputs[0],)
-    inputs += (gl.load(mark) if MARKED else inputs[0],)
+        inputs += (load_there(coef_ptr + n * H, offsets_ptr, row, count, inside, 1. if n == 5 else 0.),)
+    if dy_ptr is not None:
+        inputs += (load_there(dy_ptr, offsets_ptr, row, count, inside),)
+    else:
+        inputs += (inputs[0],)
+    if flags_ptr is not None:
+        inputs += (gl.load(flags_ptr),)
+    else:
+        inputs += (inputs[0],)
     return inputs
 
 
 @gluon.jit
-def load_r(r_ptr, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr):
+def load_r_rows(r_ptr, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr):
     """The rows of R of WIDTH / 4 units of each CTA, gates innermost, (CTAs, WIDTH, columns)."""
     CTAS: gl.constexpr = gl.num_ctas()
     UNITS: gl.constexpr = CTAS * BLOCK_H
@@ -50,7 +63,7 @@ def load_r(r_ptr, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.const
 
 @gluon.jit
 def by_units(share):
-    """The accumulator (CTAs, BLOCK_B, columns) in the order of units, as ``load_r`` has permuted them."""
+    """The accumulator (CTAs, BLOCK_B, columns) in the order of units, as ``load_r_rows`` has permuted them."""
     CTAS: gl.constexpr = share.shape[0]
     B: gl.constexpr = share.shape[1]
     UNITS: gl.constexpr = share.shape[2]
@@ -60,7 +73,7 @@ def by_units(share):
 
 @gluon.jit
 def stage(staged, i, f, g, o, PRECISION: gl.constexpr):
-    """The four da, (BLOCK_B, units) each, into shared memory as first factor (CTAs, BLOCK_B, 4 BLOCK_H)."""
+    """The four da, (BLOCK_B, units) each, into shared memory as first operand (CTAs, BLOCK_B, 4 BLOCK_H)."""
     if PRECISION != "native":
         i, f, g, o = round_tf32(i, False), round_tf32(f, False), round_tf32(g, False), round_tf32(o, False)
     CTAS: gl.constexpr = staged.shape[0]
@@ -69,25 +82,24 @@ def stage(staged, i, f, g, o, PRECISION: gl.constexpr):
 
 
 @gluon.jit
-def place(offsets_ptr, shift, s, d, T, S, B, first):
-    """Of step s of the chunk: its time, its rows' base and count, and their place among the chunk's coefficients."""
+def locate_step(offsets_ptr, shift, s, d, T, S, B, first):
+    """Of step s of the chunk: its time, the first of its rows and how many, and where its coefficients begin."""
     time = gl.where(d == 0, first + s, T - 1 - first - s).to(gl.int64)
     base, count = rows_at(offsets_ptr, time, B)
-    at = place_of(offsets_ptr, (d * S + gl.where(d == 0, s, S - 1 - s)).to(gl.int64) * B, shift + base)
+    at = padded_or_packed(offsets_ptr, (d * S + gl.where(d == 0, s, S - 1 - s)).to(gl.int64) * B, shift + base)
     return time, base, count, at
 
 
 @gluon.jit
-def step(inputs, dh, dc, staged, da, here, H: gl.constexpr, HAS_DY: gl.constexpr, MARKED: gl.constexpr,
-         PRECISION: gl.constexpr):
-    """Stage the four da of a step and store them. Returns its dh with dy added, and dc before it."""
+def step(inputs, dh, dc, staged, da, here, dy_ptr, flags_ptr, H: gl.constexpr, PRECISION: gl.constexpr):
+    """Stage the four da of a step and store them. Returns dh with dy added, and dc before the step."""
     dtype: gl.constexpr = staged.dtype
     ko, kh, ki = inputs[0], inputs[1], inputs[2]
     kf, kg, f = inputs[3], inputs[4], inputs[5]
-    dy, mark = inputs[6], inputs[7]
-    if HAS_DY:
-        if MARKED:
-            dy = gl.where((mark & LIVE) != 0, dy, 0.)
+    dy, flags = inputs[6], inputs[7]
+    if dy_ptr is not None:
+        if flags_ptr is not None:
+            dy = gl.where((flags & LIVE) != 0, dy, 0.)
         dh += dy.to(gl.float32)
     dc += dh * kh
     da_i, da_f, da_g, da_o = (dc * ki).to(dtype), (dc * kf).to(dtype), (dc * kg).to(dtype), (dh * ko).to(dtype)
@@ -100,14 +112,15 @@ def step(inputs, dh, dc, staged, da, here, H: gl.constexpr, HAS_DY: gl.constexpr
 
 
 @gluon.jit(do_not_specialize=["T", "S", "B", "first", "stride_dyt", "stride_dyb"])
-def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, offsets_ptr, T, S, B, first,
-                   stride_dyt, stride_dyb, stride_dyh,
-                   H: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr,
-                   HELD: gl.constexpr, HAS_DY: gl.constexpr, DY_UNIT: gl.constexpr, MARKED: gl.constexpr,
-                   PRECISION: gl.constexpr):
-    """As ``backward_resident``, the CTAs of a cluster together: each has the rows of R of its own units.
+def backward_cluster(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, first, stride_dyt, stride_dyb, stride_dyh,
+                     H: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr,
+                     HELD: gl.constexpr, DY_UNIT: gl.constexpr, PRECISION: gl.constexpr,
+                     dy_ptr=None, flags_ptr=None, offsets_ptr=None):
+    """As ``portable_backward.backward_resident``, but the CTAs of a cluster together have all of R, and each the rows
+    of its own units.
 
-    R is cut into parts along K, of which those that fit HELD bytes are in registers, the rest in shared memory.
+    grid (batch tiles, D), of CTAs in clusters. R is cut into slices along K. As many as fit HELD bytes are in
+    registers, the others in shared memory.
     """
     tile, d = gl.program_id(0), gl.program_id(1)
     dtype: gl.constexpr = da_ptr.dtype.element_ty
@@ -118,7 +131,7 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
     ACC: gl.constexpr = shares_layout(gl.num_warps(), CTAS)
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 32 // BITS)
     R: gl.constexpr = gl.DotOperandLayout(1, ACC, 32 // BITS)
-    WIDTH: gl.constexpr = 1024 // BITS      # of a part, whose rows of 128 bytes fill the banks once
+    WIDTH: gl.constexpr = 1024 // BITS      # of a slice, whose rows of 128 bytes fill the banks once
     PARTS: gl.constexpr = 4 * BLOCK_H // WIDTH
     IN_REGISTERS: gl.constexpr = HELD // (WIDTH * UNITS * BITS // 8)
     CHAINS: gl.constexpr = chains(UNITS, gl.num_warps(), PARTS)
@@ -132,7 +145,7 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
     row = gl.minimum(row, B - 1)        # rows past the end repeat the last one, and nothing of them is stored
     r = ()
     for k in gl.static_range(PARTS):
-        part = load_r(r_ptr, k * WIDTH, WIDTH, H, BLOCK_H)
+        part = load_r_rows(r_ptr, k * WIDTH, WIDTH, H, BLOCK_H)
         if k < IN_REGISTERS:
             part = gl.convert_layout(part, R)
         else:
@@ -141,13 +154,15 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
     at_state = (d * B + row).to(gl.int64) * H + unit
     dh = load(dh_ptr + at_state, inside)
     dc = load(dc_ptr + at_state, inside)
-    dy_ptr += row.to(gl.int64) * stride_dyb * DY_UNIT + (d * H + unit) * stride_dyh
-    marks_ptr += d.to(gl.int64) * T * B + row
+    if dy_ptr is not None:
+        dy_ptr += row.to(gl.int64) * stride_dyb * DY_UNIT + (d * H + unit) * stride_dyh
+    if flags_ptr is not None:
+        flags_ptr += d.to(gl.int64) * T * B + row
     shift = chunk_shift(offsets_ptr, d, T, S, B, first)
     coef_ptr += row * (6 * H) + unit
     da_ptr += row * (4 * H) + unit
-    # Two buffers for da where a step ends with the next one's da: see ``gluon_cell.buffers``.
-    BUFFERS: gl.constexpr = buffers(CTAS, MARKED)
+    # With two buffers for da a step ends with da of the next step: see ``layouts.buffers``.
+    BUFFERS: gl.constexpr = buffers(CTAS, flags_ptr is not None)
     staged = gl.allocate_shared_memory(dtype, [BUFFERS, CTAS, BLOCK_B, 4 * BLOCK_H],
                                        shared_layout(BITS, WIDTH, [2, 1, 0], 0, CTAS))
     if CTAS > 1:
@@ -155,30 +170,28 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
                                            shared_layout(32, BLOCK_H, [2, 1, 0], 2, CTAS))
         bars = allocate_mbarriers()
     n = 0
-    time, base, count, at = place(offsets_ptr, shift, S - 1, d, T, S, B, first)
-    inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
-                         coef_ptr + at * (6 * H), marks_ptr + time * B,
-                         offsets_ptr, row, count, inside, H, HAS_DY, MARKED)
+    time, base, count, at = locate_step(offsets_ptr, shift, S - 1, d, T, S, B, first)
+    inputs = load_inputs(coef_ptr, dy_ptr, flags_ptr, offsets_ptr, time, base, at, row, count, inside, B, stride_dyt, H,
+                         DY_UNIT)
     if BUFFERS == 2:
         dh, dc = step(inputs, dh, dc, staged.index(0), da_ptr + at * (4 * H), there(offsets_ptr, row, count, mask),
-                      H, HAS_DY, MARKED, PRECISION)
+                      dy_ptr, flags_ptr, H, PRECISION)
     while n < S:
         if BUFFERS == 1:
             dh, dc = step(inputs, dh, dc, staged.index(0), da_ptr + at * (4 * H),
-                          there(offsets_ptr, row, count, mask), H, HAS_DY, MARKED, PRECISION)
-        mark = inputs[7]
+                          there(offsets_ptr, row, count, mask), dy_ptr, flags_ptr, H, PRECISION)
+        flags = inputs[7]
         # The next inputs arrive during the products; in a cluster, which has few registers left, during the exchange.
-        time, base, count, at = place(offsets_ptr, shift, gl.maximum(S - 2 - n, 0), d, T, S, B, first)
+        time, base, count, at = locate_step(offsets_ptr, shift, gl.maximum(S - 2 - n, 0), d, T, S, B, first)
         if CTAS == 1:
-            inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
-                                 coef_ptr + at * (6 * H), marks_ptr + time * B,
-                                 offsets_ptr, row, count, inside, H, HAS_DY, MARKED)
+            inputs = load_inputs(coef_ptr, dy_ptr, flags_ptr, offsets_ptr, time, base, at, row, count, inside, B,
+                                 stride_dyt, H, DY_UNIT)
         da = staged.index(n % BUFFERS)
         sums = ()
         for chain in gl.static_range(CHAINS):
             total = gl.full((CTAS, BLOCK_B, UNITS), 0., gl.float32, ACC)
             for k in gl.static_range(chain, PARTS, CHAINS):
-                total = mma_v2(da.slice(k * WIDTH, WIDTH, 2).load(A), factor(r[k], R), total,
+                total = mma_v2(da.slice(k * WIDTH, WIDTH, 2).load(A), in_registers(r[k], R), total,
                                input_precision="tf32")
             sums += (total,)
         share = sums[0]
@@ -190,18 +203,17 @@ def backward_gluon(dy_ptr, coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, marks_ptr, o
             dh = gl.convert_layout(share.reshape(BLOCK_B, UNITS), UNIT)
         else:
             send_shares(share, shares.index(n % 2), bars.index(n % 2), BLOCK_H)
-            inputs = load_inputs(dy_ptr + place_of(offsets_ptr, time, base) * stride_dyt * DY_UNIT,
-                                 coef_ptr + at * (6 * H), marks_ptr + time * B,
-                                 offsets_ptr, row, count, inside, H, HAS_DY, MARKED)
+            inputs = load_inputs(coef_ptr, dy_ptr, flags_ptr, offsets_ptr, time, base, at, row, count, inside, B,
+                                 stride_dyt, H, DY_UNIT)
             mbarrier.wait(bars.index(n % 2), n // 2 % 2)
             dh = add_shares(shares.index(n % 2), BLOCK_H)
-        if MARKED:      # dh passes a step that is not live, and ends before a fresh one
-            dh = gl.where((mark & LIVE) != 0, dh, dh_before)
-            dh = gl.where((mark & FRESH) == 0, dh, 0.)
+        if flags_ptr is not None:      # dh passes a step that is not live, and ends before a fresh one
+            dh = gl.where((flags & LIVE) != 0, dh, dh_before)
+            dh = gl.where((flags & FRESH) == 0, dh, 0.)
         n += 1
         if BUFFERS == 2:
             if n < S:
                 dh, dc = step(inputs, dh, dc, staged.index(n % 2), da_ptr + at * (4 * H),
-                              there(offsets_ptr, row, count, mask), H, HAS_DY, MARKED, PRECISION)
+                              there(offsets_ptr, row, count, mask), dy_ptr, flags_ptr, H, PRECISION)
     gl.store(dh_ptr + at_state, dh, mask=mask)
     gl.store(dc_ptr + at_state, dc, mask=mask)

@@ -1,22 +1,22 @@
-"""What the Gluon kernels share: layouts, activations, and R on chip, for one CTA or a cluster of them.
+"""Which thread has what in the Gluon kernels: layouts, and loads and reshapes that follow them.
 
-A CTA has BLOCK_H hidden units and BLOCK_B batch rows. Forward multiplies h (BLOCK_B, units) by all four gates of its
-units at once, 4 BLOCK_H columns in such an order that a thread ends up with the four gates of some adjacent units. From
-the highest bit of a column's number to the lowest, with the values that each part takes:
+Of one CTA or a cluster of them: a CTA has BLOCK_H hidden units and BLOCK_B batch rows. The forward loop multiplies h
+(BLOCK_B, units) by all four gates of its units at once. These are 4 BLOCK_H columns, in such an order that a thread
+gets the four gates of some adjacent units. The bits of a column's number are, from the highest to the lowest, with how
+many values each part takes (W warps):
 
-    CTA | gate's high bit, 2 | unit within a thread, BLOCK_H / 4W | thread's units, 4W | gate's low bit, 2     (W warps)
+    CTA | gate's high bit, 2 | unit within a thread, BLOCK_H / 4W | thread's units, 4W | gate's low bit, 2
 
-Backward multiplies da by the rows of R of its own units, which gives each CTA a share of dh for all units; columns are
+The backward loop multiplies da by the rows of R of its own units, which gives each CTA a share of dh of all units. Its
+columns are, in each CTA:
 
     unit within a thread, high bits | thread's units, 4W | unit's lowest bit, 2
 
-in each CTA. So elementwise work, loads from memory and both products agree on who has which unit, and nothing but the
-first factor of a product ever moves.
+So elementwise work, loads from memory and both products give each thread the same units, and only the first operand of
+a product moves between threads.
 """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-
-from .cell import sigmoid, tanh
 
 
 @gluon.constexpr_function
@@ -57,33 +57,34 @@ def coalesced_layout(warps, ctas):
 
 @gluon.constexpr_function
 def shared_layout(bits, width, order, split, ctas):
-    """Shared memory for ldmatrix, which takes 16 bytes along the first dimension of ``order``, read in slices of
-    ``width`` elements there. CTAs split the dimension ``split``; each has all of it where that is None."""
+    """Shared memory from which ldmatrix reads 16 bytes at a time along the first dimension of ``order``, in slices of
+    ``width`` elements. CTAs split the dimension ``split``; None: each has all of it."""
     bases = [[n if dim == split else 0 for dim in range(len(order))] for n in powers(ctas)]
     return gl.SwizzledSharedLayout(128 // bits, 1, min(8, width * bits // 128), order, bases)
 
 
 @gluon.constexpr_function
 def chains(columns, warps, parts):
-    """Into how many sums to split a product of ``parts`` along K, for a warp to have 4 tiles in work at a time."""
+    """Into how many sums to split a product of ``parts`` slices along K, for a warp to work on 4 tiles at a time."""
     return max(min(parts, 32 * warps // columns), 1)
 
 
 @gluon.constexpr_function
-def buffers(ctas, marked):
-    """How many buffers in shared memory the first factor of a step takes turns in, within a CTA.
+def buffers(ctas, flagged):
+    """How many buffers in shared memory take turns for the first operand of a step's product, within a CTA.
 
-    With one, a step has two barriers: before the buffer is read, and before the next step's factor is stored. With two
-    it is stored past the slow readers of the other one, and only the first barrier is left. The compiler places them,
-    and (Triton 3.9) tells buffers n % 2 and (n + 1) % 2 apart within a pass of the loop, not between two; so a pass
-    reads one, then stores into the other. With marks that did not pay, and in a cluster the exchange sets the order.
+    With one buffer a step has two barriers: one before it is read, one before the next operand is stored. With two,
+    slow warps may still read one while the other is written, and only the first barrier remains. The compiler places
+    the barriers. Triton 3.9 tells buffers n % 2 and (n + 1) % 2 apart within a pass of the loop, but not between
+    passes, so a pass reads one and then stores into the other. Where there are step flags two buffers were slower
+    (bench/NOTES.md), and in a cluster the exchange sets the order.
     """
-    return 2 if ctas == 1 and not marked else 1
+    return 2 if ctas == 1 and not flagged else 1
 
 
 @gluon.jit
-def factor(r, layout: gl.constexpr):
-    """A part of R in registers, from wherever it is."""
+def in_registers(r, layout: gl.constexpr):
+    """A slice of R in registers, from wherever it is."""
     if isinstance(r, gl.tensor):
         return r
     else:
@@ -92,7 +93,7 @@ def factor(r, layout: gl.constexpr):
 
 @gluon.jit
 def load(ptr, inside, other: gl.constexpr = 0.):
-    """``other`` outside of ``inside``, which is None where all is inside."""
+    """``other`` outside of ``inside``; None: all is inside."""
     if inside is None:
         return gl.load(ptr)
     else:
@@ -101,7 +102,7 @@ def load(ptr, inside, other: gl.constexpr = 0.):
 
 @gluon.jit
 def there(offsets_ptr, row, count, inside):
-    """``inside`` without the rows that a time of packed input has not."""
+    """``inside``, without the rows that a time of packed input does not have."""
     if offsets_ptr is None:
         return inside
     elif inside is None:
@@ -112,7 +113,7 @@ def there(offsets_ptr, row, count, inside):
 
 @gluon.jit
 def load_there(ptr, offsets_ptr, row, count, inside, other: gl.constexpr = 0.):
-    """``load`` where ``there`` says; Triton 3.6 lets no function return the None that ``inside`` may be."""
+    """``load`` where ``there`` says. In one function, because in Triton 3.6 none can return the None of ``inside``."""
     if offsets_ptr is None:
         return load(ptr, inside, other)
     else:
@@ -120,31 +121,9 @@ def load_there(ptr, offsets_ptr, row, count, inside, other: gl.constexpr = 0.):
 
 
 @gluon.jit
-def fast_tanh(x):
-    """Relative error 2^-11: for results in 16-bit types."""
-    return gl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def fast_sigmoid(x):
-    return fast_tanh(0.5 * x) * 0.5 + 0.5
-
-
-@gluon.jit
-def cell(i, f, g, o, c, dtype: gl.constexpr):
-    """One LSTM step from pre-activations and the state c, all fp32: the new (h, c), h to be rounded to ``dtype``."""
-    if dtype == gl.float32:
-        c = sigmoid(f) * c + sigmoid(i) * tanh(g)
-        return sigmoid(o) * tanh(c), c
-    else:
-        c = fast_sigmoid(f) * c + fast_sigmoid(i) * fast_tanh(g)
-        return fast_sigmoid(o) * fast_tanh(c), c
-
-
-@gluon.jit
 def split_gates(a, BLOCK_H: gl.constexpr, THREADS: gl.constexpr, UNIT: gl.constexpr):
-    """The accumulator of forward (BLOCK_B, columns) as four gates (BLOCK_B, units) each, in the layout ``UNIT``, where
-    THREADS threads have the units of a row and CTA. Moves nothing."""
+    """The accumulator (BLOCK_B, columns) of the forward loop as i, f, g, o of (BLOCK_B, units) each, in the layout
+    ``UNIT``. THREADS threads have the units of a row and CTA. Moves nothing."""
     B: gl.constexpr = a.shape[0]
     CTAS: gl.constexpr = gl.num_ctas()
     a = a.reshape(B, CTAS, 2, BLOCK_H // THREADS, THREADS, 2).permute(0, 1, 4, 3, 2, 5)
@@ -163,3 +142,30 @@ def join_gates(i, f, g, o, BLOCK_H: gl.constexpr, THREADS: gl.constexpr, ACC: gl
     a = gl.join(gl.join(i, g), gl.join(f, o)).reshape(B, CTAS, THREADS, BLOCK_H // THREADS, 2, 2)
     a = a.permute(0, 1, 4, 3, 2, 5).reshape(B, 4 * CTAS * BLOCK_H)
     return gl.convert_layout(a, ACC, assert_trivial=True)
+
+
+# -- where programs share R and exchange h through the second-level cache ---------------------------------------------
+
+@gluon.constexpr_function
+def split_unit_layout(units, warps):
+    """(16 rows, units) of the split kernels: a thread has adjacent units of one row."""
+    own = units // (2 * warps)
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, n] for n in powers(own)], lane_bases=[[0, own * n] for n in powers(16)] + [[1, 0]],
+        warp_bases=[[2 * n, 0] for n in powers(warps)], block_bases=[], shape=[16, units])
+
+
+@gluon.jit
+def unit_of(k, BITS: gl.constexpr):
+    """The unit that is the ``k``-th of a product's sum where each of four threads has 16 adjacent bytes of h: what a
+    thread reads of h is then what it multiplies."""
+    if BITS == 16:
+        return k // 32 * 32 + k // 2 % 4 * 8 + k // 16 % 2 * 4 + k // 8 % 2 * 2 + k % 2
+    else:
+        return k // 16 * 16 + k % 4 * 4 + k // 8 % 2 * 2 + k // 4 % 2
+
+
+@gluon.jit
+def load_gates(x, inside, H: gl.constexpr):
+    """The pre-activations x W^T + b of the four gates of some units, (rows, units) each."""
+    return load(x, inside), load(x + H, inside), load(x + 2 * H, inside), load(x + 3 * H, inside)

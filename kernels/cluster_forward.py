@@ -4,13 +4,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .cell import FRESH, LIVE, chunk_shift, place_of, round_tf32, rows_at
-from .gluon_cell import (
+from .cell import cell_for
+from .cluster_exchange import allocate_mbarriers, send_to_all
+from .layouts import (
     buffers,
-    cell,
     chains,
-    factor,
     gates_layout,
+    in_registers,
     join_gates,
     load,
     load_there,
@@ -19,12 +19,13 @@ from .gluon_cell import (
     there,
     unit_layout,
 )
-from .gluon_cluster import allocate_mbarriers, send_to_all
+from .precision import round_tf32
+from .rows import FRESH, LIVE, chunk_shift, padded_or_packed, rows_at
 
 
 @gluon.jit
-def load_gates(x, offsets_ptr, row, count, inside, H: gl.constexpr):
-    """The four gates' pre-activations x W^T + b, (rows, units) each."""
+def load_gates_there(x, offsets_ptr, row, count, inside, H: gl.constexpr):
+    """The pre-activations x W^T + b of the four gates, (rows, units) each."""
     gates = ()
     for n in gl.static_range(4):
         gates += (load_there(x + n * H, offsets_ptr, row, count, inside),)
@@ -32,9 +33,9 @@ def load_gates(x, offsets_ptr, row, count, inside, H: gl.constexpr):
 
 
 @gluon.jit
-def load_r(r_ptr, start, WIDTH: gl.constexpr, K: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr,
+def load_r_columns(r_ptr, start, WIDTH: gl.constexpr, K: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr,
            layout: gl.constexpr):
-    """R (4H, K) from WIDTH units that feed on to all columns of the cluster, (WIDTH, columns); and so W."""
+    """A slice of R (4H, K), or of W likewise: (WIDTH units that feed, all columns of the cluster)."""
     THREADS: gl.constexpr = 4 * gl.num_warps()
     OWN: gl.constexpr = BLOCK_H // THREADS
     n = gl.arange(0, 4 * gl.num_ctas() * BLOCK_H, gl.SliceLayout(0, layout))[None, :]
@@ -47,16 +48,16 @@ def load_r(r_ptr, start, WIDTH: gl.constexpr, K: gl.constexpr, H: gl.constexpr, 
 @gluon.jit
 def load_x(x_ptr, base, count, tile, I: gl.constexpr, WIDTH: gl.constexpr, BLOCK_B: gl.constexpr,
            PRECISION: gl.constexpr, layout: gl.constexpr):
-    """The inputs (rows, WIDTH) of a tile as first factor, zeros past the I that there are."""
+    """The inputs (rows, WIDTH) of a tile as first operand of a product, with zeros past the I features."""
     row = tile * BLOCK_B + gl.arange(0, BLOCK_B, gl.SliceLayout(1, layout))[:, None]
     k = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))[None, :]
     x = gl.load(x_ptr + (base + row) * I + k, mask=(row < count) & (k < I), other=0.)
-    return first_factor(x, x_ptr.dtype.element_ty, PRECISION)
+    return rounded_h(x, x_ptr.dtype.element_ty, PRECISION)
 
 
 @gluon.jit
-def first_factor(h, dtype: gl.constexpr, PRECISION: gl.constexpr):
-    """h as the next product reads it: rounded once, and not by each warp that does."""
+def rounded_h(h, dtype: gl.constexpr, PRECISION: gl.constexpr):
+    """h as the next product reads it: rounded once here, and not by each warp that reads it."""
     h = h.to(dtype)
     if PRECISION == "native":
         return h
@@ -65,15 +66,18 @@ def first_factor(h, dtype: gl.constexpr, PRECISION: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["T", "S", "B", "first", "keep_every"])
-def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offsets_ptr, T, S, B, first, keep_every,
-                  H: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr,
-                  HELD: gl.constexpr, MARKED: gl.constexpr, PRECISION: gl.constexpr,
-                  INPUTS: gl.constexpr = 0, w_ptr=None, b_ptr=None):
-    """As ``forward_resident``, the CTAs of a cluster together.
+def forward_cluster(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, keep_every,
+                    H: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr,
+                    HELD: gl.constexpr, PRECISION: gl.constexpr,
+                    flags_ptr=None, offsets_ptr=None, INPUTS: gl.constexpr = 0, w_ptr=None, b_ptr=None):
+    """As ``portable_forward.forward_resident``, but the CTAs of a cluster together have all of R.
 
-    R is cut into parts along K, of which those that fit HELD bytes are in registers, the rest in shared memory. With
-    INPUTS x is not the pre-activations but the layer's input (T, B, INPUTS) or packed (rows, INPUTS), w (D, 4H, INPUTS)
-    as R is rounded, b (D, 4H) or None: where they are few, reading them is less than reading pre-activations.
+    w   (D, 4H, INPUTS), rounded as R, only with INPUTS; x is then the layer's input, (T, B, INPUTS) or packed
+        (rows, INPUTS): where there are few features, reading them is less than reading pre-activations
+    b   (D, 4H) or None, only with INPUTS
+
+    grid (batch tiles, D), of CTAs in clusters. R is cut into slices along K. As many as fit HELD bytes are in
+    registers, the others in shared memory.
     """
     tile, d = gl.program_id(0), gl.program_id(1)
     dtype: gl.constexpr = y_ptr.dtype.element_ty
@@ -85,14 +89,15 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
     ACC: gl.constexpr = gates_layout(gl.num_warps(), CTAS)
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 32 // BITS)
     R: gl.constexpr = gl.DotOperandLayout(1, ACC, 32 // BITS)
-    WIDTH: gl.constexpr = min(1024 // BITS, UNITS)      # of a part, whose rows of 128 bytes fill the banks once
+    WIDTH: gl.constexpr = min(1024 // BITS, UNITS)      # of a slice, whose rows of 128 bytes fill the banks once
     PARTS: gl.constexpr = (H + WIDTH - 1) // WIDTH
     IN_REGISTERS: gl.constexpr = HELD // (WIDTH * BLOCK_H * BITS // 2)
     CHAINS: gl.constexpr = chains(4 * BLOCK_H, gl.num_warps(), PARTS)
     r_ptr += d * (4 * H * H)
     FEATURES: gl.constexpr = (INPUTS + 15) // 16 * 16       # one or two steps of the product's
     if INPUTS == 0:
-        x_ptr += place_of(offsets_ptr, d.to(gl.int64) * S * B, chunk_shift(offsets_ptr, d, T, S, B, first)) * (4 * H)
+        shift = chunk_shift(offsets_ptr, d, T, S, B, first)
+        x_ptr += padded_or_packed(offsets_ptr, d.to(gl.int64) * S * B, shift) * (4 * H)
     row = tile * BLOCK_B + gl.arange(0, BLOCK_B, gl.SliceLayout(1, UNIT))[:, None]
     unit = gl.arange(0, UNITS, gl.SliceLayout(0, UNIT))[None, :]
     mask, inside = row < B, None
@@ -102,7 +107,7 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
     row = gl.minimum(row, B - 1)        # rows past the end repeat the last one, and nothing of them is stored
     r = ()
     for k in gl.static_range(PARTS):
-        part = load_r(r_ptr, k * WIDTH, WIDTH, H, H, BLOCK_H, R)
+        part = load_r_columns(r_ptr, k * WIDTH, WIDTH, H, H, BLOCK_H, R)
         if k >= IN_REGISTERS:
             part = gl.allocate_shared_memory(dtype, part.shape, shared_layout(BITS, WIDTH, [0, 1], 1, CTAS), part)
         r += (part,)
@@ -111,31 +116,31 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
     at_y = row * (DIRECTIONS * H) + d * H + unit
     c = load(c_ptr + at_c, inside)
     h = load(h_ptr + at_y, inside)
-    mark = row
+    flags = row
     time = gl.where(d == 0, first, T - 1 - first)
     base, count = rows_at(offsets_ptr, time, B)
-    if MARKED:
-        marks_ptr += d.to(gl.int64) * T * B
-        mark = gl.load(marks_ptr + time.to(gl.int64) * B + row)
-        goes_on = (mark & FRESH) == 0
+    if flags_ptr is not None:
+        flags_ptr += d.to(gl.int64) * T * B
+        flags = gl.load(flags_ptr + time.to(gl.int64) * B + row)
+        goes_on = (flags & FRESH) == 0
         c, h = gl.where(goes_on, c, 0.), gl.where(goes_on, h, 0.)
-    h = first_factor(h, dtype, PRECISION)
-    at = place_of(offsets_ptr, gl.where(d == 0, 0, S - 1).to(gl.int64) * B, base)
+    h = rounded_h(h, dtype, PRECISION)
+    at = padded_or_packed(offsets_ptr, gl.where(d == 0, 0, S - 1).to(gl.int64) * B, base)
     inputs = 0
     if INPUTS > 0:
-        w = load_r(w_ptr + d * (4 * H * INPUTS), 0, FEATURES, INPUTS, H, BLOCK_H, R)
+        w = load_r_columns(w_ptr + d * (4 * H * INPUTS), 0, FEATURES, INPUTS, H, BLOCK_H, R)
         w = gl.allocate_shared_memory(dtype, w.shape, shared_layout(BITS, FEATURES, [0, 1], 1, CTAS), w)
         inputs = load_x(x_ptr, base, count, tile, INPUTS, FEATURES, BLOCK_B, PRECISION, A)
         if b_ptr is not None:
-            x = load_gates(b_ptr + d * (4 * H) + unit + row * 0, None, row, B, inside, H)
+            x = load_gates_there(b_ptr + d * (4 * H) + unit + row * 0, None, row, B, inside, H)
         else:
             zero = gl.full((BLOCK_B, UNITS), 0., gl.float32, UNIT)
             x = zero, zero, zero, zero
     else:
-        x = load_gates(x_ptr + at * (4 * H) + at_x, offsets_ptr, row, count, inside, H)
+        x = load_gates_there(x_ptr + at * (4 * H) + at_x, offsets_ptr, row, count, inside, H)
     ROWS: gl.constexpr = shared_layout(BITS, WIDTH, [1, 0], None, CTAS)
     if CTAS == 1:
-        BUFFERS: gl.constexpr = buffers(CTAS, MARKED)
+        BUFFERS: gl.constexpr = buffers(CTAS, flags_ptr is not None)
         staged = gl.allocate_shared_memory(dtype, [BUFFERS, BLOCK_B, UNITS], ROWS)
         staged.index(0).store(h)
     else:
@@ -155,23 +160,24 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
         a = join_gates(x[0].to(gl.float32), x[1].to(gl.float32), x[2].to(gl.float32), x[3].to(gl.float32), BLOCK_H,
                        THREADS, ACC)
         # the next x, to arrive during the products
-        ahead = gl.minimum(s + 1, S - 1)
-        time = gl.where(d == 0, first + ahead, T - 1 - first - ahead)
+        upcoming = gl.minimum(s + 1, S - 1)
+        time = gl.where(d == 0, first + upcoming, T - 1 - first - upcoming)
         next_base, next_count = rows_at(offsets_ptr, time, B)
-        at = place_of(offsets_ptr, gl.where(d == 0, ahead, S - 1 - ahead).to(gl.int64) * B, next_base)
+        at = padded_or_packed(offsets_ptr, gl.where(d == 0, upcoming, S - 1 - upcoming).to(gl.int64) * B, next_base)
         if INPUTS > 0:
             a = mma_v2(inputs, w.load(R), a, input_precision="tf32")
             inputs = load_x(x_ptr, next_base, next_count, tile, INPUTS, FEATURES, BLOCK_B, PRECISION, A)
         else:
-            x = load_gates(x_ptr + at * (4 * H) + at_x, offsets_ptr, row, next_count, inside, H)
-        next_mark = mark
-        if MARKED:
-            next_mark = gl.load(marks_ptr + time.to(gl.int64) * B + row)
+            x = load_gates_there(x_ptr + at * (4 * H) + at_x, offsets_ptr, row, next_count, inside, H)
+        next_flags = flags
+        if flags_ptr is not None:
+            next_flags = gl.load(flags_ptr + time.to(gl.int64) * B + row)
         sums = ()
         for n in gl.static_range(CHAINS):
             total = a if n == 0 else gl.full((BLOCK_B, 4 * UNITS), 0., gl.float32, ACC)
             for k in gl.static_range(n, PARTS, CHAINS):
-                total = mma_v2(rows.slice(k * WIDTH, WIDTH, 1).load(A), factor(r[k], R), total, input_precision="tf32")
+                total = mma_v2(rows.slice(k * WIDTH, WIDTH, 1).load(A), in_registers(r[k], R), total,
+                               input_precision="tf32")
             sums += (total,)
         a = sums[0]
         for n in gl.static_range(1, CHAINS):
@@ -182,20 +188,20 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
             at_kept += 1
         until_kept -= 1
         i, f, g, o = split_gates(a, BLOCK_H, THREADS, UNIT)
-        y, new_c = cell(i, f, g, o, c, dtype)
+        y, new_c = cell_for(i, f, g, o, c, dtype)
         h = y
-        if MARKED:
-            live = (mark & LIVE) != 0
-            goes_on = ((next_mark & FRESH) == 0) | (s == S - 1)
-            # a row that has yet to begin still waits with its first h; one that has ended needs none
-            h = gl.load(h_ptr + at_y, mask=mask & ((mark & LIVE) == 0), other=0.).to(gl.float32)
+        if flags_ptr is not None:
+            live = (flags & LIVE) != 0
+            goes_on = ((next_flags & FRESH) == 0) | (s == S - 1)
+            # a row that has not begun yet keeps its first h; one that has ended needs none
+            h = gl.load(h_ptr + at_y, mask=mask & ((flags & LIVE) == 0), other=0.).to(gl.float32)
             h = gl.where(goes_on, gl.where(live, y, h), 0.)
             new_c = gl.where(goes_on, gl.where(live, new_c, c), 0.)
             y = gl.where(live, y, 0.)
-        c, mark = new_c, next_mark
-        h = first_factor(h, dtype, PRECISION)
+        c, flags = new_c, next_flags
+        h = rounded_h(h, dtype, PRECISION)
         time = gl.where(d == 0, first + s, T - 1 - first - s)
-        at = place_of(offsets_ptr, time.to(gl.int64) * B, base)
+        at = padded_or_packed(offsets_ptr, time.to(gl.int64) * B, base)
         s += 1
         if CTAS == 1:
             staged.index(s % BUFFERS).store(h)
@@ -203,6 +209,6 @@ def forward_gluon(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, marks_ptr, offset
             send_to_all(h, received.index(s % 2), bars.index(s % 2), BLOCK_H)
         gl.store(y_ptr + at * (DIRECTIONS * H) + at_y, y.to(dtype), mask=there(offsets_ptr, row, count, mask))
         base, count = next_base, next_count
-    if CTAS > 1:        # nobody exits while others store into its shared memory
+    if CTAS > 1:        # no CTA exits while others store into its shared memory
         mbarrier.wait(bars.index(S % 2), S // 2 % 2)
     gl.store(c_ptr + at_c, c, mask=mask)

@@ -1,4 +1,4 @@
-"""The order of a wavefront: which layer runs over which chunk of steps, and on CUDA in which stream."""
+"""The order of a wavefront: when each layer runs over each chunk of steps, and on CUDA in which stream."""
 import contextlib
 import functools
 
@@ -12,15 +12,15 @@ def side_streams(device, count):
 
 
 def run_diagonals(layers, count, before, device):
-    """Run ``count`` chunks of each of ``layers``, which feed each other in this order.
+    """Run ``count`` chunks of each of ``layers``, where each layer reads what the layer before it writes.
 
-    layers    generators that are set up and then run a chunk at each ``next``
+    layers    generators, already set up, that run one chunk at each ``next``
     before    called with (n, k) before chunk k of layer n, to prepare what it reads
 
-    Chunk k of layer n may read what chunks up to k of the layer before it wrote, so the pairs of one n + k run side by
-    side. On CUDA each layer has a stream of its own. They begin after what the caller's stream was given before, and it
-    goes on after all of them, even when one raises; so what was allocated in the caller's stream may be freed there.
-    Nothing but events is waited for: a CUDA graph may capture it.
+    Chunk k of layer n reads what chunks 0 to k of layer n - 1 wrote. So all pairs with the same n + k may run side by
+    side. On CUDA each layer has a stream of its own. These streams begin after the work that the caller's stream has
+    queued, and the caller's stream continues after all of them, even when a layer raises. So memory that was allocated
+    in the caller's stream may be freed there. Streams wait only for events, which a CUDA graph can capture.
     """
     on_cuda = device.type == "cuda"
     streams = side_streams(device, len(layers)) if on_cuda else []
@@ -29,7 +29,7 @@ def run_diagonals(layers, count, before, device):
         stream.wait_stream(caller)
     try:
         for diagonal in range(len(layers) + count - 1):
-            # the last layer first: then the stream before it ends with just what its chunk reads
+            # The last layer goes first: the stream of the layer before it then ends with exactly what its chunk reads.
             for n in reversed(range(max(diagonal - count + 1, 0), min(diagonal + 1, len(layers)))):
                 with torch.cuda.stream(streams[n]) if on_cuda else contextlib.nullcontext():
                     if on_cuda and n:

@@ -1,14 +1,13 @@
 """How the CTAs of a cluster exchange tiles: they store into each other's shared memory, and an mbarrier there counts.
 
-An exchange has two buffers and two mbarriers, which take turns. Nobody stores into a buffer that is still being read:
-what it stores depends on the exchange in between, to which each warp contributes only what it has computed from what it
-had read.
+Two buffers, each with an mbarrier, take turns. No CTA stores into a buffer that is still being read: what it stores
+depends on the exchange in between, and each warp takes part in that one only after it has read the buffer.
 """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .gluon_cell import powers, unit_layout
+from .layouts import powers, unit_layout
 
 try:
     from triton.experimental.gluon.language.nvidia.hopper import async_store
@@ -19,8 +18,8 @@ except ImportError:         # Triton before 3.9, which compiles the kernels for 
 
 @gluon.constexpr_function
 def sent_layout(bits, block_b, block_h, warps, ctas):
-    """``unit_layout``, but two units of a row where a thread has one of two rows and 16 bits each: 32 is the least that
-    a store to another CTA takes."""
+    """``unit_layout``; but where a thread has one unit of 16 bits in each of two rows, two units of one row. A store to
+    another CTA has 32 bits at least."""
     if bits == 32 or block_h > 4 * warps:
         return unit_layout(block_b, block_h, warps, ctas)
     return gl.DistributedLinearLayout(
@@ -33,7 +32,7 @@ def sent_layout(bits, block_b, block_h, warps, ctas):
 
 @gluon.constexpr_function
 def copies_layout(one, ctas):
-    """(CTAs, rows, units): for every CTA a tile in the layout ``one``, all in the same threads."""
+    """(CTAs, rows, units): a tile in the layout ``one`` for every CTA. A thread has the same elements of all."""
     return gl.DistributedLinearLayout(
         reg_bases=[[0] + base for base in one.reg_bases] + [[n, 0, 0] for n in powers(ctas)],
         lane_bases=[[0] + base for base in one.lane_bases],
@@ -67,7 +66,8 @@ def send_to_all(h, rows, bar, BLOCK_H: gl.constexpr):
 
 @gluon.jit
 def send_shares(share, shares, bar, BLOCK_H: gl.constexpr):
-    """Each CTA's ``share`` (CTAs, BLOCK_B, units) by units to their owners' ``shares``, counted by ``bar``."""
+    """Each CTA's ``share`` (CTAs, BLOCK_B, units) to the ``shares`` of the CTAs that have the units, counted by
+    ``bar``."""
     mbarrier.expect(bar, share.shape[1] * gl.num_ctas() * BLOCK_H * 4)
     async_store(shares, share, bar)
 

@@ -1,0 +1,168 @@
+"""Which rows each time has, and what a step does with each of them: the host writes it, the kernels read it.
+
+Packed rows: a packed sequence has only the rows that are still alive at each time, (rows, -). ``offsets`` (T + 1,)
+int64 counts the rows before each time, and before the end; padded input, (T, B, -), has None in its place.
+
+Step flags: a byte for each direction, time and row, (D, T, B) uint8, where rows end early or begin anew; None where
+every row runs through all steps. In the order in which a direction takes the steps:
+
+    LIVE      the step counts; otherwise state passes it unchanged, and y is zero
+    FRESH     the step begins from a zero state
+    START     live, and the step before is not
+    END       live, and the step after is not
+    BEFORE    not live, and the step after is
+    CUT       the step after is fresh
+"""
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+
+LIVE, FRESH, START, END, BEFORE, CUT = (tl.constexpr(1 << n) for n in range(6))
+
+
+# -- read by the kernels ----------------------------------------------------------------------------------------------
+
+@triton.jit
+def first_row(offsets_ptr, time, B):
+    """How many rows of x and y come before those of one time."""
+    if offsets_ptr is None:
+        return time.to(tl.int64) * B
+    else:
+        return tl.load(offsets_ptr + time)
+
+
+@triton.jit
+def rows_at(offsets_ptr, time, B):
+    """``first_row``, and how many rows that time has. They are always the first rows of the batch."""
+    start = first_row(offsets_ptr, time, B)
+    if offsets_ptr is None:
+        return start, B
+    else:
+        return start, (first_row(offsets_ptr, time + 1, B) - start).to(tl.int32)
+
+
+@triton.jit
+def padded_or_packed(offsets_ptr, padded, packed):
+    """An index into a tensor's first dimension: ``padded`` where that is time, ``packed`` where it is rows."""
+    if offsets_ptr is None:
+        return padded
+    else:
+        return packed
+
+
+@triton.jit
+def chunk_shift(offsets_ptr, d, T, S, B, first):
+    """What to add to a row's number in x and y to get its number in the buffers of one chunk.
+
+    A chunk's buffers have the rows of direction 0's times, ``first`` to ``first + S``, then the rows of the times that
+    direction 1 takes in the same steps; both in order of time.
+    """
+    others = first_row(offsets_ptr, first + S, B) - first_row(offsets_ptr, first, B)
+    return d * others - first_row(offsets_ptr, tl.where(d == 0, first, T - first - S), B)
+
+
+@triton.jit
+def load_flags(flags_ptr, time, row, B):
+    """The step flags of some rows at one time; 0 past the last row."""
+    return tl.load(flags_ptr + time * B + row, mask=row < B, other=0)
+
+
+# -- written by the host ----------------------------------------------------------------------------------------------
+
+def step_flags(T, B, D, lengths, reset, device):
+    """Step flags (D, T, B) uint8 of ``T`` steps of ``B`` rows in ``D`` directions.
+
+    lengths (B,) or None: so many first times of a row are live. reset (T, B) bool or None: the forward direction begins
+    from a zero state at such a time. The reverse direction does so at the time before, which is the last of the piece
+    that ends there.
+    """
+    time = torch.arange(T, device=device)[:, None]
+    live = torch.ones(T, B, dtype=torch.bool, device=device) if lengths is None else time < lengths
+    fresh = torch.zeros_like(live) if reset is None else reset
+    found = []
+    for d in range(D):
+        begins = fresh if d == 0 else torch.cat([fresh[1:] & live[1:], torch.zeros_like(fresh[:1])])
+        step = lambda t, d=d: t.flip(0) if d else t
+        now, begins = step(live), step(begins & live)
+        no = torch.zeros_like(now[:1])
+        later = lambda t, no=no: torch.cat([no, t[:-1]])
+        earlier = lambda t, no=no: torch.cat([t[1:], no])
+        bits = ((LIVE, now), (FRESH, begins), (START, now & later(~now)), (END, now & earlier(~now)),
+                (BEFORE, ~now & earlier(now)), (CUT, earlier(begins)))
+        found.append(step(sum(bit.value * where.to(torch.uint8) for bit, where in bits)))
+    return torch.stack(found)
+
+
+def lengths_and_reset(flags):
+    """What ``step_flags`` was given, (B,) and (T, B), as far as it has an effect."""
+    return has(flags[0], LIVE).sum((0, 2)), has(flags[0], FRESH)[..., 0]
+
+
+def has(flags, bit):
+    """Where ``flags`` have ``bit``, with a last dimension of 1 to broadcast over units."""
+    return (flags & bit.value).bool().unsqueeze(-1)
+
+
+def times_of(d, first, steps, T):
+    """Times [lo, hi) of the ``steps`` steps from ``first`` on of direction ``d``."""
+    return (first, first + steps) if d == 0 else (T - first - steps, T - first)
+
+
+class Rows:
+    """Where the rows of each time are in x and y.
+
+    x            (T, B, -), or packed (rows, -)
+    B            rows of the batch
+    batch_sizes  None, or packed, rows of each time: (T,) on the CPU
+
+    ``offsets`` is for the kernels. ``begins`` (2, B), packed only: the row with which each direction begins each
+    sequence, its first or its last. ValueError where the batch sizes do not fit x and B.
+    """
+
+    def __init__(self, x, B, batch_sizes):
+        self.T, self.B, self.offsets = len(x) if batch_sizes is None else len(batch_sizes), B, None
+        if batch_sizes is None:
+            return
+        self._sizes = [*batch_sizes.tolist(), 0]
+        self._before = [0, *itertools.accumulate(self._sizes[:-1])]
+        if self._before[-1] != len(x) or self._sizes[0] != B or self._sizes != sorted(self._sizes, reverse=True):
+            raise ValueError(f"batch_sizes must fall from the {B} rows of the state and add up to the {len(x)} of x, "
+                             f"got {self._sizes[:-1]}")
+        last = [self._before[t] + n for t in reversed(range(self.T)) for n in range(self._sizes[t + 1], self._sizes[t])]
+        on_device = torch.tensor([*self._before, *range(B), *last], device="cpu").to(x.device, non_blocking=True)
+        self.offsets, self.begins = on_device[:self.T + 1], on_device[self.T + 1:].view(2, B)
+
+    def count(self, lo, hi):
+        """How many rows times [lo, hi) have."""
+        return (hi - lo) * self.B if self.offsets is None else self._before[hi] - self._before[lo]
+
+    def of(self, x, lo, hi):
+        """The rows of x or y at times [lo, hi), as a matrix."""
+        return (x[lo:hi] if self.offsets is None else x[self._before[lo]:self._before[hi]]).reshape(-1, x.shape[-1])
+
+    def split(self, buffer, spans):
+        """The part of ``buffer`` (rows, -) that a chunk fills, as a matrix for each direction; ``spans``: the times
+        that each takes."""
+        counts = [self.count(*span) for span in spans]
+        return buffer[:sum(counts)].split(counts)
+
+    def most(self, D, steps):
+        """The most rows that a chunk of ``steps`` steps has, all directions together."""
+        if self.offsets is None:
+            return D * steps * self.B
+        return max(sum(self.count(*times_of(d, first, min(steps, self.T - first), self.T)) for d in range(D))
+                   for first in range(0, self.T, steps))
+
+    def packed_previous(self, columns, h0, d, lo, hi):
+        """Packed: h before the steps at times [lo, hi), (rows, H). columns (rows, H): all h of direction ``d``; h0
+        (B, H)."""
+        start, count = self.count(0, lo), self.count(lo, hi)
+        sizes = self.offsets.diff(prepend=self.offsets[:1])         # of the time before each, then of the last
+        away = sizes[lo + 1:hi + 1] if d else -sizes[lo:hi]
+        index = torch.arange(start, start + count, device=columns.device)
+        index += away.repeat_interleave(sizes[lo + 1:hi + 1], output_size=count)
+        h = columns.index_select(0, index.clamp_(max=len(columns) - 1))
+        new = slice(self._sizes[hi], self._sizes[lo]) if d else slice(0, 0 if lo else self.B)
+        return h.index_copy_(0, self.begins[d, new] - start, h0[new])

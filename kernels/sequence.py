@@ -1,0 +1,237 @@
+"""A layer over time: input products before each time loop, the loops themselves, and weight gradients after them."""
+import torch
+import triton
+
+from . import exchange, launch, waiting
+from .cell import zoneout_arguments
+from .precision import INTERPRET, prepare_r, products_in
+from .rows import FRESH, LIVE, START, Rows, has, times_of
+
+
+def finish(chunks):
+    """Run the generator ``chunks`` to its end and return what it returns. An error of CUDA then says which kernel has
+    given up, if one has."""
+    with waiting.explained():
+        while True:
+            try:
+                next(chunks)
+            except StopIteration as end:
+                return end.value
+
+
+def forward(*args, **kwargs):
+    """All of ``forward_chunks``, whose arguments it takes: (y, h_n, c_n, kept)."""
+    return finish(forward_chunks(*args, **kwargs))
+
+
+def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zoneout=None, launcher=None, steps=None):
+    """The layer over all steps, as a generator that runs one chunk of steps at a time.
+
+    x            (T, B, I), or packed (rows, I)
+    w, r         (D, 4H, I) and (D, 4H, H)
+    b            (D, 4H) or None
+    h0, c0       (D, B, H)
+    flags        step flags (D, T, B) or None, see ``rows``
+    save         whether backward will follow
+    batch_sizes  (T,) on the CPU where x is packed, else None; flags then say the same
+    zoneout      (seed, rate_h, rate_c) or None; the seed is an int64 tensor of one element, or None for the expectation
+    launcher     stands in for ``launch.launch_kernel``, to compile or emulate instead
+    steps        of a chunk; None: as many as the plan takes at a time
+
+    The first ``next`` allocates all that outlives a chunk and yields y, not yet written. Each further one runs a chunk.
+    x is read only in the chunk that needs it.
+
+    Returns y (T, B, D H) or packed (rows, D H), h_n and c_n (D, B, H), and what backward needs of c: (-, D, B, H) fp32,
+    empty without ``save``.
+    """
+    run = launcher or launch.launch_kernel
+    B, D, H = h0.shape[1], plan.directions, plan.hidden_size
+    rows = Rows(x, B, batch_sizes)
+    T = rows.T
+    y = x.new_empty(*x.shape[:-1], D * H)
+    c = c0.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    kept = c.new_empty(max(-(-T // plan.keep_every), 1) - 1 if save else 0, D, B, H)
+    if T == 0 or B == 0:
+        yield y
+        return y, h0.clone(), c0.clone(), kept
+    loop, more = launch.LOOPS[plan.kind, "forward"], zoneout_arguments(zoneout)
+    r = prepare_r(r, plan.precision)
+    h = h0.transpose(0, 1).reshape(B, D * H).contiguous()      # of H = 1, reshape alone makes a transposed view
+    keep_every = plan.keep_every if save else T
+    if plan.multiplies_input(x.shape[-1]):
+        steps, buffer = steps or T, x.contiguous()
+        more = dict(INPUTS=x.shape[-1], w_ptr=prepare_r(w, plan.precision), b_ptr=None if b is None else b.contiguous())
+    else:
+        steps = steps or plan.forward_steps(T, x.element_size())
+        buffer = x.new_empty(rows.most(D, min(steps, T)), 4 * H)
+    if plan.exchanges:
+        slots = exchange.new_slots(x, min(steps, T), plan)
+        if zoneout is not None:
+            more["h0_ptr"] = h0.contiguous()
+        if not INTERPRET:
+            more.update(waiting.arguments(x.device))
+    yield y
+    for first in range(0, T, steps):
+        S = min(steps, T - first)
+        spans = [times_of(d, first, S, T) for d in range(D)]
+        with products_in(plan.precision):
+            for d, a in enumerate([] if "INPUTS" in more else rows.split(buffer, spans)):
+                _input_product(rows.of(x, *spans[d]), w, b, d, a)
+        if first:
+            h = _state(y, h0, flags, rows, first)
+        sent = ()
+        if plan.exchanges:
+            exchange.fill_from(h.view(B, D, H).transpose(0, 1), slots[:S], flags, first, T, plan)
+            sent = slots,
+        run(loop.kernel, plan, launch.grid_of(plan), buffer, r, h, c, y, kept, *sent, T, S, B, first,
+            keep_every, *([plan.tiles] if plan.exchanges else []), waits=plan.exchanges, flags_ptr=flags,
+            offsets_ptr=rows.offsets, **loop.constants(plan), **more)
+        yield
+    if batch_sizes is not None:
+        last = y[:, :H].index_select(0, rows.begins[1])
+    elif flags is not None:
+        live = has(flags[0], LIVE)
+        ends = (live.sum(0) - 1).clamp(min=0)
+        last = y[:, :, :H].gather(0, ends.expand(1, B, H))[0]
+    else:
+        last = y[T - 1, :, :H]
+    # not stack: inside an operator it returns a view, which the caller could not detach_() or edit in place
+    h_n = torch.cat([last[None], rows.of(y, 0, 1)[None, :, H:]] if D == 2 else [last[None]])
+    if batch_sizes is None and flags is not None:
+        h_n = torch.where(live.any(0), h_n, h0)
+    return y, h_n, c.to(x.dtype), kept
+
+
+def _state(y, h0, flags, rows, first):
+    """h (B, D H) before the step that each direction takes as its ``first``, which is not 0."""
+    H, states = h0.shape[-1], []
+    for d in range(len(h0)):
+        time = first - 1 if d == 0 else rows.T - first
+        h = rows.of(y, time, time + 1)[:, d * H:(d + 1) * H]
+        h = torch.cat([h, h0[d, len(h):]])
+        if flags is not None and d == 1:
+            h = torch.where(has(flags[1, time], LIVE), h, h0[1])      # or has not begun yet
+        states.append(h)
+    return torch.cat(states, 1)
+
+
+def _input_product(rows, w, b, d, out):
+    if b is None:
+        torch.mm(rows, w[d].t(), out=out)
+    else:
+        torch.addmm(b[d], rows, w[d].t(), out=out)
+
+
+def _previous(y, h0, flags, rows, d, span):
+    """h before the steps at times ``span``: (rows of the chunk, matrix) pairs. The first step's h is h0."""
+    (lo, hi), T, B, H = span, rows.T, rows.B, h0.shape[-1]
+    columns = rows.of(y, 0, T)[:, d * H:(d + 1) * H]
+    if rows.offsets is not None:
+        return [(slice(None), rows.packed_previous(columns, h0[d], d, lo, hi))]
+    if d == 0 and lo == 0:
+        pairs = [(slice(0, B), h0[d]), (slice(B, hi * B), columns[:(hi - 1) * B])]
+    elif d == 1 and hi == T:
+        last = (hi - lo - 1) * B
+        pairs = [(slice(0, last), columns[(lo + 1) * B:]), (slice(last, last + B), h0[d])]
+    else:
+        shift = -B if d == 0 else B
+        pairs = [(slice(0, (hi - lo) * B), columns[lo * B + shift:hi * B + shift])]
+    pairs = [(chosen, matrix) for chosen, matrix in pairs if matrix.shape[0]]
+    if flags is None:
+        return pairs
+    h, of = torch.cat([matrix for _, matrix in pairs]).view(hi - lo, B, H), flags[d, lo:hi]
+    h = torch.where(has(of, START), h0[d], h).masked_fill(has(of, FRESH), 0)
+    return [(slice(None), h.view(-1, H))]
+
+
+def _add_product(total, a, b):
+    """total += a^T b, accumulated in fp32 whatever the operands' type."""
+    if a.dtype == torch.float32:
+        total.addmm_(a.t(), b)
+    elif a.is_cuda and "dtype" in torch.ops.aten.mm.overloads():
+        total += torch.mm(a.t(), b, out_dtype=torch.float32)
+    else:
+        total.addmm_(a.t().float(), b.float())
+
+
+def backward(*args, **kwargs):
+    """All of ``backward_chunks``, whose arguments it takes: (dx, dw, dr, db, dh0, dc0)."""
+    return finish(backward_chunks(*args, **kwargs))
+
+
+def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, plan, needs, batch_sizes=None, zoneout=None,
+                    launcher=None):
+    """The gradients of ``forward``, as a generator that runs one chunk of ``plan.keep_every`` steps at a time, from the
+    last: it recomputes the gates by products over the whole chunk, turns them into coefficients, then runs the time
+    loop backwards.
+
+    dy, dh_n, dc_n   gradients of y, h_n, c_n, or None
+    y, kept          what ``forward`` returned
+    needs            which of the six gradients are wanted; the others are None
+
+    The first ``next`` allocates all that outlives a chunk and yields dx, not yet written. Each further one runs a
+    chunk. dy is read only in the chunk that needs it. Returns (dx, dw, dr, db, dh0, dc0).
+    """
+    run, plan = launcher or launch.launch_kernel, plan.backward
+    loop = launch.LOOPS[plan.kind, "backward"]
+    B, D, H, K = h0.shape[1], plan.directions, plan.hidden_size, plan.keep_every
+    rows = Rows(x, B, batch_sizes)
+    T = rows.T
+    state = lambda g: (torch.zeros(D, B, H, device=x.device) if g is None else
+                       g.to(torch.float32, copy=True, memory_format=torch.contiguous_format))
+    dh, dc = state(dh_n), state(dc_n)
+    total = lambda need, *shape: torch.zeros(shape, device=x.device) if need else None
+    dw, dr, db = total(needs[1], *w.shape), total(needs[2], D, 4 * H, H), total(needs[3], D, 4 * H)
+    dx = (x.new_zeros if D == 2 else x.new_empty)(x.shape) if needs[0] else None
+    if T and B:
+        prepared, c0, h0 = prepare_r(r, plan.precision), c0.float().contiguous(), h0.contiguous()
+        # packed, the first two are one
+        strides = [0, 0, 1] if dy is None else [dy.stride(0), dy.stride(-2), dy.stride(-1)]
+        dy_unit = D * H if dy is not None and all(n % (D * H) == 0 for n in strides[:2]) else 1
+        strides[:2] = (n // dy_unit for n in strides[:2])
+        most = rows.most(D, min(K, T))
+        count = 6 if zoneout is None else 8
+        buffer, coef = x.new_empty(most, 4 * H), dh.new_empty(most, count * H)
+        shares, more = (), dict(dy_ptr=dy, DY_UNIT=dy_unit)
+        if zoneout is not None:
+            more["COUNT"] = count
+        if plan.exchanges:
+            shares = exchange.new_shares(dh, plan),
+            if not INTERPRET:
+                more.update(waiting.arguments(x.device))
+    yield dx
+    if T and B:
+        for first in reversed(range(0, T, K)):
+            S = min(K, T - first)
+            spans = [times_of(d, first, S, T) for d in range(D)]
+            a = rows.split(buffer, spans)
+            with products_in(plan.precision):
+                for d in range(D):
+                    _input_product(rows.of(x, *spans[d]), w, b, d, a[d])
+                    for chosen, h in _previous(y, h0, flags, rows, d, spans[d]):
+                        a[d][chosen].addmm_(h, r[d].t())
+            run(launch.COEFFICIENTS, plan, (triton.cdiv(B * H, 256), D), buffer, c0, kept, coef, T, S, B, first, K,
+                waits=False, flags_ptr=flags, offsets_ptr=rows.offsets, BLOCK=256, **zoneout_arguments(zoneout))
+            # from here on a and its buffer hold da
+            run(loop.kernel, plan, launch.grid_of(plan), coef, prepared, buffer, dh, dc, *shares, T, S, B, first,
+                *([plan.tiles] if plan.exchanges else []), *strides, waits=plan.exchanges, flags_ptr=flags,
+                offsets_ptr=rows.offsets, **loop.constants(plan), **more)
+            with products_in(plan.precision):
+                for d in range(D):
+                    if dw is not None:
+                        of_x = rows.of(x, *spans[d])
+                        if flags is not None and batch_sizes is None:
+                            # past a row's end da is zero, but x may be anything
+                            of_x = of_x.masked_fill(~has(flags[d, slice(*spans[d])], LIVE).view(-1, 1), 0)
+                        _add_product(dw[d], a[d], of_x)
+                    if dr is not None:
+                        for chosen, h in _previous(y, h0, flags, rows, d, spans[d]):
+                            _add_product(dr[d], a[d][chosen], h)
+                    if db is not None:
+                        db[d] += a[d].sum(0, dtype=torch.float32)
+                    if dx is not None:
+                        out = rows.of(dx, *spans[d])
+                        out.addmm_(a[d], w[d]) if D == 2 else torch.mm(a[d], w[d], out=out)
+            yield
+    cast = lambda g, need: g.to(x.dtype) if need else None
+    return dx, cast(dw, needs[1]), cast(dr, needs[2]), cast(db, needs[3]), cast(dh, needs[4]), cast(dc, needs[5])

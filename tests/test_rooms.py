@@ -1,0 +1,74 @@
+"""The rules of the house: which file may import which, and where each data format is known."""
+import ast
+import pathlib
+import re
+
+import pytest
+
+from triton_lstm.kernels import launch
+
+ROOT = pathlib.Path(__file__).parents[1]
+KERNELS = {path.stem: path for path in (ROOT / "kernels").glob("*.py")}
+PACKAGE = {path.relative_to(ROOT / "triton_lstm").with_suffix("").as_posix().replace("/", "."): path
+           for path in (ROOT / "triton_lstm").rglob("*.py")}
+
+
+def imported(path):
+    """The modules of its own folder that a file imports, and everything absolute: (relative, absolute) names."""
+    relative, absolute = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            absolute.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            absolute.add(node.module)
+        elif isinstance(node, ast.ImportFrom) and node.level == 1:
+            relative.update([node.module] if node.module else [alias.name for alias in node.names])
+    return relative, absolute
+
+
+def with_kernels():
+    """The modules of kernels/ that define a kernel which is launched."""
+    launched = {loop.kernel.__name__ for loop in launch.LOOPS.values()} | {launch.COEFFICIENTS.__name__}
+    names = lambda path: {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+    found = {stem for stem, path in KERNELS.items() if names(path) & launched}
+    assert launched == set().union(*(names(KERNELS[stem]) & launched for stem in found))
+    return found
+
+
+def test_no_kernel_module_imports_another():
+    kernel_modules = with_kernels()
+    assert len(kernel_modules) == 7 and all(stem.endswith(("_forward", "_backward")) for stem in kernel_modules)
+    for stem in kernel_modules:
+        assert not imported(KERNELS[stem])[0] & kernel_modules, stem
+
+
+def test_kernels_know_nothing_of_the_layers():
+    for stem, path in KERNELS.items():
+        relative, absolute = imported(path)
+        assert relative <= set(KERNELS), stem
+        assert {name.split(".")[0] for name in absolute}.isdisjoint({"triton_lstm", "tests", "bench"}), stem
+    for name, path in PACKAGE.items():
+        assert {found.split(".")[0] for found in imported(path)[1]}.isdisjoint({"tests", "bench", "triton_lstm"}), name
+
+
+@pytest.mark.parametrize("folder", ["kernels", "triton_lstm", "triton_lstm/plan", "bench"])
+def test_no_import_circles(folder):
+    files = {path.stem: path for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"}
+    left = {stem: imported(path)[0] & set(files) - {stem} for stem, path in files.items()}
+    while free := {stem for stem, needs in left.items() if not needs}:
+        left = {stem: needs - free for stem, needs in left.items() if stem not in free}
+    assert not left
+
+
+# What only one who knows a format would write: the flag in the last bit of a share, the empty slot, the bits of step
+# flags, the table of packed rows, the generator of zoneout's masks.
+FORMATS = {"exchange": [r"& -2\b", r"fill_\(-1\)", r"0xffffffff", r"0x7FFFFFFF\b"],
+           "rows": [r"load\(offsets_ptr", r"1 << n\b", r"\.diff\("],
+           "cell": [r"PHILOX"], "precision": [r"cvt\.rna", r"allow_tf32"], "waiting": [r"globaltimer", r"\btrap;"]}
+
+
+@pytest.mark.parametrize("room", FORMATS)
+def test_each_format_has_one_room(room):
+    for pattern in FORMATS[room]:
+        known = {stem for stem, path in KERNELS.items() if re.search(pattern, path.read_text())}
+        assert known == {room}, pattern

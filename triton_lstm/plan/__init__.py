@@ -1,0 +1,9 @@
+"""Which kernels run a layer, and where its recurrent weights R then are: plain arithmetic, no GPU needed."""
+from .check import check_plan
+from .cost import step_cycles
+from .limits import A100, H100, H200, RTX_4090, Limits
+from .plan import SCHEDULES, Plan, PlanError
+from .search import candidates, keep_every_for, make_plan, precision_for
+
+__all__ = ["A100", "H100", "H200", "RTX_4090", "SCHEDULES", "Limits", "Plan", "PlanError", "candidates", "check_plan",
+           "keep_every_for", "make_plan", "precision_for", "step_cycles"]

@@ -1,0 +1,64 @@
+"""The cost model: how many cycles the time loops of a plan are predicted to take.
+
+Its constants are fitted to bounds that ``bench.residency`` reads from machine code, not to measurements. ``python -m
+bench fit`` fits them to measured loops.
+"""
+from .plan import WARP_GROUP_ROWS, element_bytes
+
+# Cycles of a step beyond its work: of resident and cluster plans, and of portable resident ones; of each tile of grid
+# and streamed plans, plus one for each hidden unit. Then which part of its work such a tile does not hide.
+GLUON_STEP = {"native": 350, "tf32": 650}
+RESIDENT_STEP, TILE_STEP, TILE_WORK = 2400, 1500, 0.3
+# What an exchange adds, in a cluster and through L2.
+CLUSTER_EXCHANGE, L2_EXCHANGE = 400, 1000
+# The work: multiply-adds a cycle, cycles an element of the cell, bytes a cycle from L2.
+MULTIPLY_ADDS, CELL_CYCLES, L2_BYTES = {"native": 1280, "tf32": 640, "tf32x3": 640 / 3}, 0.5, 32
+# A step of one warp group, in cycles: beyond its products, for each unit of the program, for each look at h, and for a
+# product along 32 bytes at least. Then multiply-adds a cycle, which all warp groups of a program share. One
+# multiprocessor reads at most twice its share of L2_BYTES.
+WARP_GROUP_STEP, WARP_GROUP_UNIT = {"native": 700, "tf32": 900}, {"native": 30, "tf32": 70}
+WARP_GROUP_LOOK, WARP_GROUP_PRODUCT = {"native": 170, "tf32": 130}, 28
+WARP_GROUP_MULTIPLY_ADDS = {"native": 2048, "tf32": 1024}
+# A step of a split tile: cycles beyond its products, and which part of those is not hidden.
+SPLIT_STEP, SPLIT_PRODUCTS = {"native": 730, "tf32": 900}, {"native": 1., "tf32": 0.6}
+# What to multiply the mean of both loops by to get one of them, where the two differ much.
+LOOP_SHARE = {("split", "forward"): 0.9, ("split", "backward"): 1.1, ("grid", "forward"): 1.15,
+              ("grid", "backward"): 0.85, ("streamed", "forward"): 1.15, ("streamed", "backward"): 0.85}
+
+
+def step_cycles(plan, multiprocessors, loop=None):
+    """Cycles that a time loop of ``plan`` is predicted to take for a step of all rows: ``loop`` "forward" or
+    "backward", or None for the mean of the two.
+
+    Programs that wait for none outside their cluster run in waves. Those that exchange h through L2 run all at once and
+    take their tiles in turn: while h of one travels, the others are computed.
+    """
+    return _mean_cycles(plan, multiprocessors) * LOOP_SHARE.get((plan.kind, loop), 1)
+
+
+def _mean_cycles(plan, multiprocessors):
+    units = plan.hidden_size if plan.schedule == "resident" else plan.block_h
+    products = 4 * plan.block_b * units * plan.hidden_size / MULTIPLY_ADDS[plan.precision]
+    work = products + plan.block_b * units * CELL_CYCLES
+    if not plan.exchanges:
+        waves = -(-plan.groups * plan.directions // max(multiprocessors // plan.programs, 1))
+        if plan.kind == "portable resident":
+            return waves * (RESIDENT_STEP + work / 2)
+        step = max(GLUON_STEP[plan.precision] + work / 4, products)
+        return waves * (step + (CLUSTER_EXCHANGE if plan.programs > 1 else 0))
+    h = plan.block_b * plan.hidden_size * (2 if plan.precision == "native" else 4)
+    if plan.kind == "wgmma":
+        products = 4 * plan.block_b * plan.block_h * plan.held / WARP_GROUP_MULTIPLY_ADDS[plan.precision]
+        own = max(products * WARP_GROUP_ROWS / plan.block_b,
+                  WARP_GROUP_PRODUCT * plan.held * element_bytes(plan.precision) / 32)
+        own += WARP_GROUP_STEP[plan.precision] + WARP_GROUP_UNIT[plan.precision] * plan.block_h
+        own += WARP_GROUP_LOOK[plan.precision] * len(plan.r_slices)
+        rows = -(-plan.batch // (plan.groups * plan.tiles))
+        h *= rows / plan.block_b
+    elif plan.kind == "split":
+        own = SPLIT_STEP[plan.precision] + SPLIT_PRODUCTS[plan.precision] * products
+    if plan.gluon:
+        tile = max(own, products, h / L2_BYTES * max(plan.launched / multiprocessors, 0.5))
+    else:
+        tile = TILE_STEP + plan.hidden_size + TILE_WORK * (work + h / L2_BYTES) + plan.streamed_bytes / L2_BYTES
+    return plan.tiles * tile + max(L2_EXCHANGE - (plan.tiles - 1) * tile, 0)

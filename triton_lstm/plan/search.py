@@ -1,0 +1,215 @@
+"""``make_plan``: the cheapest plan that fits."""
+import dataclasses
+import itertools
+
+import torch
+
+from .check import check_plan
+from .cost import step_cycles
+from .limits import H200
+from .plan import (
+    BLOCK_B,
+    HELD_BYTES,
+    NUM_WARPS,
+    SCHEDULES,
+    WARP_GROUP_ROWS,
+    Plan,
+    PlanError,
+    element_bytes,
+    r_slices,
+    split_slices,
+    wgmma_slices,
+)
+
+BLOCK_BYTES = 1 << 14                   # of R that a streamed plan reads at a time
+GLUON_BYTES = 128                       # along a row of R, of one product of the Gluon kernels of a CTA or cluster
+BACKWARD_ELEMENTS = 1 << 21             # units x rows x steps that backward recomputes at a time, if it can choose
+
+
+def keep_every_for(batch, hidden_size, directions):
+    """The default of ``keep_every``: a power of two from 16 to 256 that keeps backward's workspace moderate."""
+    steps = 256
+    while steps > 16 and steps * batch * hidden_size * directions > BACKWARD_ELEMENTS:
+        steps //= 2
+    return steps
+
+
+def precision_for(dtype, tf32):
+    """How products of ``dtype`` are computed; ``tf32`` tells whether fp32 may use TF32."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return "native"
+    if dtype == torch.float32:
+        return "tf32" if tf32 else "tf32x3"
+    raise PlanError(f"no kernel computes in {dtype}")
+
+
+def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True, schedule=None, keep_every=None,
+              zoneout=False, avoid=frozenset()):
+    """The plan for ``batch`` rows of a layer of ``hidden_size`` units.
+
+    dtype        torch.float16, bfloat16 or float32
+    directions   1 or 2
+    limits       of the device; None stands for Triton's interpreter, which runs programs one by one: there R is always
+                 resident
+    tf32         whether fp32 may multiply in TF32
+    schedule     one of ``SCHEDULES`` instead of the cheapest
+    keep_every   steps between two c that are kept for backward; None: chosen by size
+    zoneout      whether the plan must have zoneout
+    avoid        (variant, loop, precision) of kernels that are not to be chosen
+
+    PlanError with the reasons if none fits.
+    """
+    plans, reasons = _candidates(batch, hidden_size, dtype, directions, limits, tf32, schedule, keep_every, zoneout)
+    good = lambda plans, loop: [plan for plan in plans if (plan.variant, loop, plan.precision) not in avoid]
+    cost = lambda plan, loop: 0 if limits is None else step_cycles(plan, limits.multiprocessors, loop)
+    # where every program can have all of R, nothing is faster
+    alone = [plan for plan in plans if plan.schedule == "resident"]
+    backwards = good(alone, "backward") or good(plans, "backward")
+    backward = min(backwards, key=lambda plan: cost(plan, "backward"), default=None)
+    forwards = good(alone, "forward") or good(plans, "forward")
+    if backward and schedule in (None, "grid") and not alone:
+        forwards += good(_fitting(_wgmma(backward, limits), limits, zoneout), "forward")
+    forward = min(forwards, key=lambda plan: cost(plan, "forward"), default=None)
+    if forward is None or backward is None:
+        loops = [loop for loop, plan in (("forward", forward), ("backward", backward)) if plan is None]
+        raise PlanError("; ".join(reasons) if not plans else
+                        f"every kernel that fits is known to be wrong here, {' and '.join(loops)}")
+    if forward is backward or forward.kind == "wgmma":
+        return forward
+    return dataclasses.replace(forward, backward_plan=backward)
+
+
+def candidates(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True, keep_every=None):
+    """A list of all plans that ``make_plan`` chooses from; empty where none fits. Each is for both loops, except those
+    of kind "wgmma", which are for the forward loop only."""
+    plans, _ = _candidates(batch, hidden_size, dtype, directions, limits, tf32, None, keep_every, False)
+    if plans and limits is not None:
+        cheapest = min(plans, key=lambda plan: step_cycles(plan, limits.multiprocessors, "backward"))
+        plans += _fitting(_wgmma(cheapest, limits), limits)
+    return plans
+
+
+def _candidates(batch, hidden_size, dtype, directions, limits, tf32, schedule, keep_every, zoneout):
+    """(plans, reasons): those that fit except wgmma, the resident one first, and why the others do not."""
+    if batch < 0 or hidden_size < 1 or directions not in (1, 2):
+        raise PlanError(f"no plan for batch {batch}, hidden_size {hidden_size}, {directions} directions")
+    if schedule not in (None, *SCHEDULES):
+        raise PlanError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
+    precision = precision_for(dtype, tf32)
+    layer = dict(hidden_size=hidden_size, directions=directions, batch=batch, precision=precision,
+                 keep_every=keep_every or keep_every_for(batch, hidden_size, directions))
+    gluon = limits is not None and limits.cluster > 0 and precision != "tf32x3" and not zoneout
+    plans, reasons = [], []
+    for plan in itertools.chain(_resident(layer, gluon), _cluster(layer), _grid(layer, limits),
+                                _split(layer, limits) if gluon else ()):
+        if schedule not in (None, plan.schedule):
+            if plan.exchanges and schedule in ("grid", "streamed"):
+                reasons.append(f"{schedule}: with {plan.block_h} units a program the plan would be {plan.kind}")
+            continue
+        plans += _fitting([plan], limits, zoneout, reasons)
+    return plans, list(dict.fromkeys(reasons))
+
+
+def _fitting(plans, limits, zoneout=False, reasons=None):
+    """Those of ``plans`` that can run. Why the others cannot is added to ``reasons``, except of split and wgmma plans,
+    which are other kernels for what grid plans do."""
+    found = []
+    for plan in plans:
+        try:
+            check_plan(plan, limits, zoneout)
+            found.append(plan)
+        except PlanError as error:
+            if reasons is not None and plan.kind not in ("split", "wgmma"):
+                reasons.append(f"{plan.schedule}: {error}")
+    return found
+
+
+def _resident(layer, gluon):
+    """Every program has all of R."""
+    if gluon:
+        yield _one_or_several_ctas(1, layer)
+        return
+    slices = r_slices(layer["hidden_size"], 128)
+    units = sum(width for _, width in slices)
+    yield Plan("portable resident", programs=1, groups=_tiles_of_all(layer), tiles=1, block_h=layer["hidden_size"],
+               r_slices=slices, block_k=0, num_warps=4 if units <= 64 and layer["precision"] == "native" else NUM_WARPS,
+               **layer)
+
+
+def _cluster(layer):
+    """Clusters of 2 to 16 programs. Fewer than 32 units a program make no step shorter."""
+    for ctas in (2, 4, 8, 16):
+        if ctas == 2 or layer["hidden_size"] > 16 * ctas:
+            yield _one_or_several_ctas(ctas, layer)
+
+
+def _one_or_several_ctas(ctas, layer):
+    element = element_bytes(layer["precision"])
+    block_h = max(1 << (-(-layer["hidden_size"] // ctas) - 1).bit_length(), 16)
+    # A thread has all four gates of a unit. In one CTA it has two units: with one, dh would reach it by a detour.
+    num_warps = min(NUM_WARPS, block_h // 4 if ctas > 1 else block_h // 8)
+    return Plan("cluster" if ctas > 1 else "resident", programs=ctas, groups=_tiles_of_all(layer), tiles=1,
+                block_h=block_h, num_warps=num_warps, r_slices=r_slices(layer["hidden_size"], GLUON_BYTES // element),
+                block_k=0, **layer)
+
+
+def _grid(layer, limits):
+    """Programs that exchange h through L2, in plain Triton. They stream R where not all of it fits."""
+    for block_h, block_b in itertools.product((16, 32, 64), (16, 32)):
+        slices, block_k = _slices_and_block(layer, block_h, block_b, limits)
+        programs = -(-layer["hidden_size"] // block_h)
+        most = _tiles_of_all(layer) if limits is None else (
+            limits.multiprocessors // (programs * layer["directions"]))
+        # where a program has one tile anyway it should be small; exact fp32 has too many operands for more registers
+        if block_b > BLOCK_B and (_tiles_of_all(layer) <= most or layer["precision"] == "tf32x3"):
+            continue
+        yield Plan("streamed" if block_k else "grid", programs=programs, block_h=block_h, num_warps=NUM_WARPS,
+                   r_slices=slices, block_k=block_k, block_b=block_b, **_groups(layer, most, block_b), **layer)
+
+
+def _split(layer, limits):
+    """Grid plans whose warps share the units that feed."""
+    for block_h in (16, 32):
+        programs = -(-layer["hidden_size"] // block_h)
+        most = limits.multiprocessors // (programs * layer["directions"])
+        yield Plan("split", programs=programs, block_h=block_h, num_warps=NUM_WARPS, block_k=0,
+                   r_slices=split_slices(layer["hidden_size"], layer["precision"]), **_groups(layer, most, BLOCK_B),
+                   **layer)
+
+
+def _wgmma(backward, limits):
+    """Grid plans of the layer of ``backward`` whose forward loop multiplies by warp groups."""
+    layer = {name: getattr(backward, name)
+             for name in ("hidden_size", "directions", "batch", "precision", "keep_every")}
+    if limits is None or layer["precision"] == "tf32x3":
+        return
+    slices = wgmma_slices(layer["hidden_size"], layer["precision"])
+    for block_h, block_b in itertools.product((8, 16, 32, 64), (WARP_GROUP_ROWS, 2 * WARP_GROUP_ROWS)):
+        programs = -(-layer["hidden_size"] // block_h)
+        most = limits.multiprocessors // (programs * layer["directions"])
+        yield Plan("wgmma", programs=programs, block_h=block_h, num_warps=block_b // 16, r_slices=slices, block_k=0,
+                   block_b=block_b, backward_plan=backward, **_groups(layer, most, block_b), **layer)
+
+
+def _tiles_of_all(layer, block_b=BLOCK_B):
+    return max(-(-layer["batch"] // block_b), 1)
+
+
+def _groups(layer, most, block_b):
+    """groups and tiles: as many groups as there are tiles of rows, up to ``most``, and one at least."""
+    tiles_of_all = _tiles_of_all(layer, block_b)
+    tiles = -(-tiles_of_all // max(min(most, tiles_of_all), 1))
+    return dict(groups=-(-tiles_of_all // tiles), tiles=tiles)
+
+
+def _slices_and_block(layer, block_h, block_b, limits):
+    """(r_slices, block_k) of a program with ``block_h`` hidden units; block_k 0 where all of its R fits."""
+    shared_memory = HELD_BYTES if limits is None else limits.shared_memory
+    column = 4 * block_h * element_bytes(layer["precision"])            # bytes of R for one unit that feeds
+    width = {"native": 256, "tf32": 128, "tf32x3": 64}[layer["precision"]] * 16 // block_b  # units of h in registers
+    slices = r_slices(layer["hidden_size"], width)
+    if column * sum(w for _, w in slices) <= min(HELD_BYTES, shared_memory):
+        return slices, 0
+    # blocks on their way need registers, and shared memory for three
+    held = min(HELD_BYTES * 3 // 4, shared_memory - 3 * BLOCK_BYTES) // column // 32 * 32
+    return r_slices(max(held, 16), width), max(BLOCK_BYTES // column, 16)

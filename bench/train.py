@@ -148,10 +148,10 @@ def run(out, sizes, layers=1, seed=0, dtype="fp32", interpreted=False):
     print(f"largest difference between the loss curves: {difference:.1e}")
     out.mkdir(parents=True, exist_ok=True)
     where = "CPU, kernels in Triton's interpreter: no speed" if interpreted else torch.cuda.get_device_name()
-    plots.training(losses, speeds, out / "train.png",
-                   f"Character model on Python's standard library; batch {sizes.batch}, {sizes.sequence} characters, "
-                   f"{layers} layer(s) of {sizes.hidden} units, {dtype}, seed {seed}; largest difference of the losses "
-                   f"{difference:.1e}. {where}, torch {torch.__version__}, Triton {triton.__version__}, triton_lstm "
-                   f"{triton_lstm.__version__}.")
+    caption = (f"Character model on Python's standard library; batch {sizes.batch}, {sizes.sequence} characters, "
+               f"{layers} layer(s) of {sizes.hidden} units, {dtype}, seed {seed}; largest difference of the losses "
+               f"{difference:.1e}. {where}, torch {torch.__version__}, Triton {triton.__version__}, triton_lstm "
+               f"{triton_lstm.__version__}.")
+    plots.save(plots.training(losses, speeds, caption), out / "train.png")
     print(f"wrote {out / 'train.png'}")
     return 0

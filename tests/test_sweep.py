@@ -475,13 +475,282 @@ def test_report_has_all_of_it():
 
 # Pictures
 
+EXTREMES = {"r2d2": 100.69, "flair_lm": 0.985, "fastrnns": 0.03}
+LONG = Environment("NVIDIA GeForce RTX 4090 Laptop GPU", "2.13.0.dev20260131+cu130", "91002", "3.9.0+git1234567",
+                   "abc1234+", "2026-01-02T03:04")
+BY_BATCH = {1: 120., 16: 3., 64: 1.02, 256: 0.98, 1024: 0.03}
+
+
+def picture_rows():
+    """Made-up rows of the cases of a recorded run: wins and losses, a hundredfold and a thirtieth, other providers."""
+    found = []
+    for n, case in enumerate(workloads.record()):
+        ratio = BY_BATCH[case.batch] if case.workload == "grid" else EXTREMES.get(case.workload, 0.8 + n % 24 / 7)
+        found += timed_rows([case], ratio, floor_us=500 / case.steps)
+    found += [Row(w.case(), name, HERE, "ok", 1e-4, ms, ms, ms) for w in workloads.WORKLOADS
+              for name, ms in (("TorchRL", 2.), (f"{OURS} graph", 0.9), ("cuDNN graph", 1.4))]
+    return [dataclasses.replace(row, environment=LONG) for row in found]
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    found = picture_rows()
+    drawn = {name: picture(found) for name, picture in plots.PICTURES.items()}
+    drawn["training"] = plots.training({"torch.nn.LSTM": [3., 2., 1.], "triton_lstm.LSTM": [3., 2., 1.]},
+                                       {"torch.nn.LSTM": 1e6, "triton_lstm.LSTM": 2e6}, "a caption " * 30)
+    drawn["small map"] = plots.heat_map([dataclasses.replace(row, environment=LONG)
+                                         for row in timed_rows(CASES[:2], 0.5)])
+    for figure in drawn.values():
+        figure.draw_without_rendering()
+    return drawn
+
+
+def drawn_texts(figure):
+    """[(text, where it is in pixels)] of what can be seen: no labels of panels that are off or of ticks out of view."""
+    from matplotlib.text import Text
+    unseen = {id(text) for axes in figure.axes if not axes.axison for text in axes.findobj(Text)}
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        unseen |= {id(tick.label1) for tick in axis.majorTicks if not low <= tick.get_loc() <= high}
+    return [(text.get_text(), text.get_window_extent()) for text in figure.findobj(Text)
+            if text.get_visible() and text.get_text().strip() and id(text) not in unseen]
+
+
+def lies_in(inner, outer):
+    return (inner.x0 >= outer.x0 - 1 and inner.y0 >= outer.y0 - 1 and inner.x1 <= outer.x1 + 1
+            and inner.y1 <= outer.y1 + 1)
+
+
+def bars_of(figure):
+    """[(name, speed-up as the bar shows it, its bar, its label)] from the top to the bottom."""
+    axes = figure.axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    bars = axes.containers[0].patches
+    lines = [(name, bar.get_x() + bar.get_width(), bar, label) for name, bar, label in zip(names, bars, axes.texts)]
+    return sorted(lines, key=lambda line: -line[2].get_window_extent().y0)
+
+
+def hue(color):
+    return {plots.BLUE: OURS, plots.ORANGE: CUDNN, plots.GREY: "other"}.get(to_hex(color))
+
+
+def to_hex(color):
+    """Of matplotlib, which is imported where it is used: the tests of the rest run without it."""
+    from matplotlib import colors
+    return colors.to_hex(color)
+
+
 def test_every_picture_is_drawn(tmp_path):
-    cases = workloads.record()
-    found = timed_rows(cases[::2], 3., floor_us=0.5) + timed_rows(cases[1::2], 0.5, floor_us=0.5)
-    drawn = plots.draw(found, tmp_path / "new")
-    assert [path.stem for path in drawn] == ["throughput", "speedup", "workloads", "floor", "memory"]
+    drawn = plots.draw(picture_rows(), tmp_path / "new")
+    assert [path.stem for path in drawn] == ["hero", "throughput", "speedup", "workloads", "floor", "memory"]
     for path in drawn:
         harness.assert_drawn(path)
+
+
+def test_the_same_rows_make_the_same_file(tmp_path):
+    import matplotlib
+    found = timed_rows([w.case() for w in workloads.WORKLOADS], 2.)
+    first, again = (plots.save(plots.hero(found), tmp_path / name) for name in ("a.png", "b.png"))
+    with matplotlib.rc_context({"font.size": 20, "savefig.dpi": 50, "lines.linewidth": 9, "axes.grid": True}):
+        other = plots.save(plots.hero(found), tmp_path / "c.png")
+    assert first.read_bytes() == again.read_bytes() == other.read_bytes()
+    assert b"Software" not in first.read_bytes()
+
+
+def test_hues_are_told_apart_in_grey_and_on_white():
+    from matplotlib.colors import to_rgb
+    assert plots.luminance("white") == pytest.approx(1) and plots.contrast("black", "white") == pytest.approx(21)
+    assert plots.contrast(plots.BLUE, plots.ORANGE) > 2.4
+    assert min(plots.contrast(color, "white") for color in (plots.BLUE, plots.ORANGE, plots.GREY)) > 3
+    # to eyes without the pigment for green: Machado and others, 2009, of linear red, green and blue
+    linear = lambda color: [((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    seen = lambda color: [sum(share * c for share, c in zip(line, linear(color))) for line in (
+        (0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881))]
+    assert max(abs(a - b) for a, b in zip(seen(plots.BLUE), seen(plots.ORANGE))) > 0.2
+    providers = [OURS, f"{OURS} graph", "triton_lstm.LSTM", *BASELINES.values(), "cuDNN graph", "nn.LSTM",
+                 "torch.nn.LSTM", "TorchRL", "FlashRNN", "compiled loop"]
+    assert [hue(plots.colour(name)) for name in providers] == [OURS] * 3 + [CUDNN] * 6 + ["other"] * 3
+
+
+def test_ours_and_cudnn_have_one_hue_in_all_pictures(pictures):
+    for panel in pictures["throughput"].axes:
+        curves = {line.get_label(): hue(line.get_color()) for line in panel.lines if line.get_label()[0] != "_"}
+        assert curves == {label: label.split()[0] for label in curves} and {OURS, CUDNN} == set(curves.values())
+    for name in ("hero", "workloads"):
+        for _, ratio, bar, _ in bars_of(pictures[name]):
+            assert hue(bar.get_facecolor()) == (OURS if ratio >= 1 else CUDNN)
+            assert bool(bar.get_hatch()) == (ratio < 1)
+    # ours takes 1 ms, a step of r2d2 so 1000 / 140 us
+    marks = {hue(line.get_color()): line.get_xdata()[0] for line in pictures["floor"].axes[0].lines
+             if line.get_ydata()[0] == 0 and line.get_marker() in "oDv^"}
+    assert marks == pytest.approx({OURS: 1000 / 140, CUDNN: 100690 / 140, "other": 2000 / 140})
+    # r2d2 takes the smallest share of memory
+    marks = {(hue(line.get_color()), line.get_marker()): line.get_xdata()[0] for line in
+             pictures["memory"].axes[0].lines if line.get_ydata()[0] == 0 and line.get_marker() != "None"}
+    assert marks == pytest.approx({(OURS, "o"): 1000 / 2 ** 20, (CUDNN, "D"): 100690 / 2 ** 20})
+    losses, rates = pictures["training"].axes
+    for color, label in [(line.get_color(), line.get_label()) for line in losses.lines] + [
+            (bar.get_facecolor(), label.get_text()) for bar, label in zip(rates.patches, rates.get_xticklabels())]:
+        assert hue(color) == (OURS if label == "triton_lstm.LSTM" else CUDNN)
+
+
+def test_curves_that_lie_on_each_other_are_told_apart(pictures):
+    """fp16 and bf16, whose times are the same here; and the losses of both layers."""
+    for panel in pictures["throughput"].axes:
+        for provider in (OURS, CUDNN):
+            half, brain = (next(line for line in panel.lines if line.get_label() == f"{provider} {dtype}")
+                           for dtype in ("fp16", "bf16"))
+            assert half.get_xydata().tolist() == brain.get_xydata().tolist()
+            assert (half.get_linestyle(), brain.get_linestyle()) == ("-", "--")
+            assert half.get_linewidth() > 2 * brain.get_linewidth() and half.get_alpha() < 0.6
+            assert half.get_markersize() < brain.get_markersize() and brain.get_markerfacecolor() == "none"
+            assert panel.lines.index(half) < panel.lines.index(brain)           # the thin one on top
+    for dtype in plots.STYLES:                      # and cuDNN's markers show under ours
+        ours, theirs = (plots.curve_style(provider, dtype)["markersize"] for provider in (OURS, CUDNN))
+        assert theirs >= ours + 3
+    assert len({(style["linestyle"], style["marker"]) for style in plots.STYLES.values()}) == 3
+    under, above = pictures["training"].axes[0].lines
+    assert under.get_linewidth() > 2 * above.get_linewidth() and above.get_linestyle() == "--"
+
+
+def test_panels_without_a_line_are_left_out():
+    cases = [Case("grid", "forward", "fp16", 3, 4, hidden, hidden) for hidden in (8, 16)]
+    cases += [Case("grid", "train", "fp16", batch, 4, 8, 8) for batch in (1, 2)]
+    figure = plots.throughput(timed_rows(cases, 2.))
+    assert [axes.axison for axes in figure.axes] == [True, False, False, True]
+    for axes in figure.axes[::3]:
+        assert axes.get_ylabel() == "throughput [million tokens per second]"
+        assert len([label for label in axes.get_yticklabels() if label.get_visible()]) > 1
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["triton_lstm fp16", "cuDNN fp16"]
+
+
+def test_the_scale_of_speedups_is_centred_on_one():
+    shades = plots.diverging()
+    for ratios, limit in (([1.1, 0.95], 2), ([3., 0.9], 4), ([0.3, 1.1], 4), ([100.69, 0.9], 8), ([0.03], 8)):
+        norm = plots.around_one(ratios)
+        assert (norm.vmin, norm.vmax) == (1 / limit, limit)
+        assert norm(1) == pytest.approx(0.5) and norm(1.5) + norm(1 / 1.5) == pytest.approx(1)
+    assert to_hex(shades(0.5)) == "#ffffff" and norm(1000) == 1
+    assert [hue(shades(norm(ratio))) for ratio in (8, 1 / 8)] == [OURS, CUDNN]
+    (red, _, blue), (lost_red, _, lost_blue) = (shades(norm(ratio))[:3] for ratio in (1.2, 1 / 1.2))
+    assert blue > red and lost_red > lost_blue
+
+
+def test_each_cell_of_the_map_has_its_hue_and_a_legible_label(pictures):
+    from matplotlib.patches import Polygon, Rectangle
+    figure = pictures["speedup"]
+    maps = [axes for axes in figure.axes if axes.get_title()]
+    assert len(maps) == 6 and {axes.get_title().split(", T")[0] for axes in maps} == {
+        f"{mode}, {dtype}" for mode in ("forward", "training") for dtype in ("fp16", "bf16", "fp32")}
+    norm, shades, shown = plots.around_one([120., 0.03]), plots.diverging(), set()
+    for axes in maps:
+        cells = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+        corners = [tuple(patch.get_xy()[0]) for patch in axes.patches if isinstance(patch, Polygon)]
+        assert len(cells) == len(axes.texts) > 1
+        for cell, text in zip(cells, axes.texts):
+            batch = int(axes.get_yticklabels()[round(text.get_position()[1])].get_text())
+            ratio = BY_BATCH[batch]
+            shown.add((batch, text.get_text()))
+            assert to_hex(cell.get_facecolor()) == to_hex(shades(norm(ratio)))
+            assert plots.contrast(text.get_color(), cell.get_facecolor()) >= 4.5
+            assert ((cell.get_x(), cell.get_y() + 1) in corners) == (ratio < 1)
+            assert lies_in(text.get_window_extent(), cell.get_window_extent())
+    assert shown == {(1, "120"), (16, "3.00"), (64, "1.02"), (256, "0.98"), (1024, "0.03")}
+    assert "Grey: not measured." in " ".join(figure._supxlabel.get_text().split())
+    scale = [label.get_text() for label in figure.axes[-1].get_yticklabels()]
+    assert scale == ["1/8", "1/4", "1/2", "1", "2", "4", "8"]
+
+
+@pytest.mark.parametrize("name", ["hero", "workloads"])
+def test_bars_are_sorted_and_their_labels_lie_in_the_frame(pictures, name):
+    axes, bars = pictures[name].axes[0], bars_of(pictures[name])
+    ratios = [ratio for _, ratio, *_ in bars]
+    assert len(bars) == 24 and ratios == sorted(ratios, reverse=True)
+    named = {label.split(",")[0].rstrip("*"): (ratio, text.get_text()) for label, ratio, _, text in bars}
+    assert {workload: named[workload][0] for workload in EXTREMES} == pytest.approx(EXTREMES)
+    assert {workload: named[workload][1] for workload in EXTREMES} == dict(
+        hero={"r2d2": "101", "flair_lm": "0.98", "fastrnns": "0.03"},
+        workloads={"r2d2": "100.69×", "flair_lm": "0.98×", "fastrnns": "0.03×"})[name]
+    for _, ratio, bar, text in bars:
+        where, of = text.get_window_extent(), bar.get_window_extent()
+        assert lies_in(where, axes.get_window_extent())
+        assert where.x0 > of.x1 if ratio >= 1 else where.x1 < of.x0        # beyond the bar's end
+    line = next(line for line in axes.lines if list(line.get_xdata()) == [1, 1])
+    assert to_hex(line.get_color()) == "#000000" and line.get_linewidth() >= 1
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["triton_lstm is faster", "cuDNN is faster"]
+
+
+def test_lines_of_floor_and_memory_are_ordered(pictures):
+    names = lambda name: [label.get_text().split(",")[0] for label in pictures[name].axes[0].get_yticklabels()]
+    assert names("floor") == [label.split(",")[0] for label, *_ in bars_of(pictures["workloads"])]
+    column = lambda name: [label.get_text() for label in pictures[name].axes[0].child_axes[0].get_yticklabels()]
+    assert column("floor") == ["2.0×"] * 24         # 1 ms a call, of which 0.5 ms are the floor's
+    shares = [float(share.rstrip("×")) for share in column("memory")]
+    assert shares == sorted(shares) and shares[0] == 0.01 and shares[-1] == pytest.approx(33.33)
+
+
+def test_every_text_lies_in_its_picture_and_on_no_other(pictures):
+    for name, figure in pictures.items():
+        texts = drawn_texts(figure)
+        assert len(texts) > 10, name
+        for text, where in texts:
+            assert lies_in(where, figure.bbox), (name, text)
+        for (one, a), (other, b) in itertools.combinations(texts, 2):
+            apart = a.x1 + 4 < b.x0 or b.x1 + 4 < a.x0 or a.y1 <= b.y0 + 2 or b.y1 <= a.y0 + 2
+            assert apart, (name, one, other)
+
+
+def test_the_picture_for_readme(pictures):
+    from matplotlib.text import Text
+    figure = pictures["hero"]
+    width, height = figure.get_size_inches()
+    assert 2 <= width / height <= 3
+    assert figure._suptitle.get_text().replace("\n", " ") == (
+        f"LSTM layers of 24 published models: speed-up over cuDNN on {LONG.gpu}")
+    assert min(text.get_fontsize() for text in figure.findobj(Text)) / 72 * 800 / width >= 10       # pixels, 800 wide
+    assert sum(label.endswith("*") for label, *_ in bars_of(figure)) == 3
+    assert all(part in figure._supxlabel.get_text().replace("\n", " ") for part in (
+        "* resets", f"torch {LONG.torch}", "cuDNN 91002", f"Triton {LONG.triton}", "commit abc1234+", "2026-01-02."))
+    mean = lambda wanted: rows.geometric_mean([ratio for label, ratio, *_ in bars_of(figure) if wanted(label)])
+    assert figure.axes[0].get_xlabel() == "times as fast as torch.nn.LSTM with cuDNN (geometric mean " \
+        f"{mean(lambda label: True):.2f}, without * {mean(lambda label: '*' not in label):.2f})"
+
+
+def test_the_picture_for_readme_says_what_it_lacks():
+    cases = [w.case() for w in workloads.WORKLOADS if w.sequences != "resets"]
+    figure = plots.hero(timed_rows(cases[:5], 2.))
+    assert figure._suptitle.get_text().startswith("LSTM layers of 5 of 24 published models")
+    assert figure.axes[0].get_legend() is None and "*" not in figure._supxlabel.get_text()
+    assert figure.axes[0].get_xlabel().endswith("(geometric mean 2.00)")
+    other = dataclasses.replace(HERE, gpu="another")
+    assert plots.hero(timed_rows(cases[:5], 2.) + [dataclasses.replace(r, environment=other)
+                                                   for r in timed_rows(cases[5:], 2.)]) is None
+    assert plots.hero(timed_rows(CASES, 2.)) is None and plots.hero([]) is None
+
+
+@pytest.mark.parametrize("low, high, labels", [
+    (0.9, 2.1, ["1", "1.2", "1.4", "1.6", "1.8", "2"]), (0.9, 12., ["1", "1.5", "2", "3", "5", "7", "10"]),
+    (0.4, 40., ["0.5", "1", "2", "5", "10", "20"]),
+    (0.009, 30000., ["0.01", "0.1", "1", "10", "100", "1,000", "10,000"])])
+def test_ticks_are_plain_numbers(low, high, labels):
+    from matplotlib.figure import Figure
+    panel = Figure().subplots()
+    panel.set(xscale="log", xlim=(low, high))
+    plots._decimal_ticks(panel.xaxis)
+    assert [label.get_text() for label in panel.get_xticklabels()] == labels
+    assert len(panel.get_xticks(minor=True)) == 0
+
+
+def test_labels_of_close_ticks_are_left_out():
+    from matplotlib.figure import Figure
+    panel = Figure().subplots()
+    panel.set_xscale("log")
+    for values, labels in ((workloads.HIDDEN_SIZES, "32   64   128   256   512   1024   2048"),
+                           ((1, 16, 64, 128, 512, 1024), "1 16   128   1024"), ((16, 64), "16 64")):
+        plots._ticks(panel.xaxis, values)
+        assert panel.get_xticks().tolist() == list(values)
+        shown = [label.get_text() for label in panel.get_xticklabels() if label.get_text()]
+        assert shown == labels.split()
 
 
 def test_pictures_without_figures_are_left_out(tmp_path):
@@ -518,7 +787,8 @@ def test_recorded_runs_are_drawn_and_their_absence_is_said(tmp_path, capsys):
             for row in timed_rows([w.case() for w in workloads.WORKLOADS], 2.):
                 file.write(row)
         command.plot([], tmp_path / "out")
-    harness.assert_drawn(tmp_path / "out" / "a-gpu" / "workloads.png")
+    for name in ("hero", "workloads"):
+        harness.assert_drawn(tmp_path / "out" / "a-gpu" / f"{name}.png")
 
 
 # Floors

@@ -1,4 +1,4 @@
-"""The exchange of h between the programs of a cluster, alone, to be timed: see ``floors``."""
+"""A kernel that only exchanges h between the CTAs of a cluster. ``floors`` times it."""
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
@@ -8,8 +8,8 @@ from triton_lstm.kernels.layouts import shared_layout, unit_layout
 
 @gluon.jit(do_not_specialize=["steps"])
 def cluster_exchanges(h_ptr, steps, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr):
-    """``steps`` exchanges in each cluster, as ``forward_cluster`` has one a step: what a program sends it has read from
-    what it received. So h (clusters, BLOCK_B, units) is in the end what it was."""
+    """``steps`` exchanges in each cluster, each like the one in a step of ``forward_cluster``. A CTA sends what it
+    received, so in the end h (clusters, BLOCK_B, units) is unchanged."""
     dtype: gl.constexpr = h_ptr.dtype.element_ty
     CTAS: gl.constexpr = gl.num_ctas()
     UNITS: gl.constexpr = CTAS * BLOCK_H

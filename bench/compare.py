@@ -1,13 +1,13 @@
-"""Two runs side by side, to judge a change. Needs no torch."""
+"""Compares the times of two runs, to judge a change. Needs no torch."""
 from .console import markdown
 from .rows import geometric_mean, timed
 
 
 def compare(before, after):
-    """A Markdown table of time ratios, before to after: above 1 the second is faster.
+    """A Markdown table of time ratios, before / after. Above 1 the second run is faster.
 
-    The spread is what the ratio may be within the middle 60 % of both runs' samples; a ratio whose spread has 1 in it
-    says nothing. Rows that only one run has are counted below.
+    The spread is the range of the ratio over the middle 60 % of the samples of both runs. If it contains 1, the
+    difference means nothing. The last lines count the rows that only one run has.
     """
     old, new = ({(case, name): row for case, providers in timed(rows).items() for name, row in providers.items()}
                 for rows in (before, after))
@@ -21,9 +21,9 @@ def compare(before, after):
         lines.append((case, provider, f"{a.ms_median:.4g}", f"{b.ms_median:.4g}", f"{ratio:.3f}",
                       f"{low:.3f} to {high:.3f}", verdict))
     parts = [markdown(("case", "provider", "before, ms", "after, ms", "ratio", "spread", ""), lines)] if lines else []
-    parts += [f"{provider}: {geometric_mean(values):.3f} in the geometric mean of {len(values)}"
+    parts += [f"{provider}: {geometric_mean(values):.3f}, the geometric mean of {len(values)} ratios"
               for provider, values in ratios.items()]
-    parts += [f"only {which}: {count} rows" for which, count in
+    parts += [f"{count} rows are only in the run {which}" for which, count in
               (("before", len(old) - len(both)), ("after", len(new) - len(both))) if count]
     for rows in (before, after):
         parts += sorted({str(row.environment) for row in rows})

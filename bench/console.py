@@ -1,12 +1,12 @@
-"""What a run says while it runs, and tables for people."""
+"""Progress lines and tables."""
 import sys
 import time
 
 
 def progress(items, label=str, total=None):
-    """Yield ``items``; stderr says which one is under way and, once one is done, about how much time is left.
+    """Yield ``items``, and print on stderr which one is under way and about how much time is left.
 
-    On a terminal the line overwrites itself. total: how many there are, where they have no length.
+    On a terminal the line overwrites itself. ``total`` is the number of items; needed where ``items`` has no length.
     """
     total, start, terminal = len(items) if total is None else total, time.monotonic(), sys.stderr.isatty()
     before, after = ("\r\x1b[K", "") if terminal else ("", "\n")
@@ -21,7 +21,7 @@ def progress(items, label=str, total=None):
 
 
 def markdown(header, rows):
-    """A Markdown table whose columns are also aligned as plain text: the first to the left, the others to the right."""
+    """A Markdown table that is also aligned as plain text: the first column to the left, the others to the right."""
     rows = [list(header)] + [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]])

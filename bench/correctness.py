@@ -12,7 +12,8 @@ def dtype_of(name):
 
 
 def results(layer, x, dy=None):
-    """What ``layer`` computes for x, by name; with dy, the gradient of y, also the gradients of x and the weights."""
+    """{name: tensor} of what ``layer`` computes for x. Given dy, the gradient of y, it includes the gradients of x and
+    of the weights."""
     with torch.set_grad_enabled(dy is not None):
         x = x.detach().requires_grad_(dy is not None)
         y, (h_n, c_n) = layer(x)
@@ -26,7 +27,8 @@ def results(layer, x, dy=None):
 
 
 def exact_results(layer, x, dy=None, runs=lambda lstm: lstm):
-    """The same from torch's own LSTM in float64, with the weights of ``layer``; ``runs(lstm)`` is the layer to call."""
+    """``results`` of torch.nn.LSTM in float64 with the weights of ``layer``. ``runs`` may wrap it into another layer,
+    which is called in its place."""
     reference = torch.nn.LSTM(layer.input_size, layer.hidden_size, layer.num_layers, bias=layer.bias,
                               batch_first=layer.batch_first, bidirectional=layer.bidirectional)
     reference.load_state_dict(layer.state_dict())
@@ -34,5 +36,5 @@ def exact_results(layer, x, dy=None, runs=lambda lstm: lstm):
 
 
 def error(found, exact):
-    """The largest relative error in the norm of any result; NaN, which no bound admits, where one is not finite."""
+    """The largest relative error of any result, in the Frobenius norm. NaN if a result is not finite."""
     return torch.tensor([relative_error(found[name], right) for name, right in exact.items()]).max().item()

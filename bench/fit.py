@@ -1,4 +1,5 @@
-"""Fits the constants of the plans' cost model to measured loops (see ``loops``). Needs no GPU and writes nothing."""
+"""Fits the constants of the cost model (``triton_lstm.plan.cost``) to the times that ``loops`` measured. Needs no GPU
+and writes nothing."""
 import contextlib
 import csv
 import math
@@ -13,7 +14,7 @@ from .console import markdown
 from .correctness import dtype_of
 from .workloads import WORKLOADS
 
-# (constant, key or None) that are fitted
+# What is fitted: (name of a constant, key or None). A constant that is a dict has a key.
 CONSTANTS = [("RESIDENT_STEP", None), ("TILE_STEP", None), ("TILE_WORK", None), ("CLUSTER_EXCHANGE", None),
              ("L2_EXCHANGE", None), ("L2_BYTES", None),
              *((name, key) for name in ("GLUON_STEP", "SPLIT_STEP", "SPLIT_PRODUCTS", "WARP_GROUP_STEP",
@@ -23,7 +24,7 @@ ROUNDS, DIFFERENCE = 60, 1e-4
 
 
 def load(path):
-    """(plan, loop, measured cycles of a step) of the rows of status "ok". ValueError if there is none."""
+    """[(plan, loop, measured cycles of a step)] of the rows with status "ok". ValueError if there is none."""
     with open(path, newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("status") == "ok" and row["us_median"]]
     if not rows:
@@ -45,7 +46,7 @@ def put(constant, value):
 
 @contextlib.contextmanager
 def trying(values):
-    """The cost model with other constants, {constant: value}."""
+    """Inside, the cost model has other constants, {constant: value}."""
     before = {name: getattr(model, name) for name, _ in CONSTANTS}
     try:
         for constant, value in values.items():
@@ -57,15 +58,16 @@ def trying(values):
 
 
 def residuals(rows, multiprocessors):
-    """log(predicted / measured) of each row, by the constants of now."""
+    """log(predicted / measured) of each row, with the present constants."""
     return [math.log(model.step_cycles(plan, multiprocessors, loop) / cycles) for plan, loop, cycles in rows]
 
 
 def fit(rows, multiprocessors=H200.multiprocessors):
-    """{constant: value} with about the least mean of |log(predicted / measured)|, which outliers do not move much.
+    """{constant: value} that about minimises the mean of |log(predicted / measured)|. Outliers have little influence on
+    this mean.
 
-    Least squares whose weights are anew each time what makes squares absolute values (iteratively reweighted), in the
-    logarithms of the constants, by damped steps from the present ones.
+    The method is iteratively reweighted least squares in the logarithms of the constants, with damped steps
+    (Levenberg-Marquardt) from the present values. The weights 1 / |residual| turn squares into absolute values.
     """
     start = torch.tensor([get(constant) for constant in CONSTANTS], dtype=torch.float64)
     at = lambda logs: dict(zip(CONSTANTS, (start * logs.exp()).tolist()))
@@ -98,7 +100,7 @@ def fit(rows, multiprocessors=H200.multiprocessors):
 
 
 def plans(values):
-    """What the workloads' plans are with these constants, as text by workload."""
+    """{workload: text} of the plans that make_plan chooses with these constants."""
     found = {}
     with trying(values):
         for w in WORKLOADS:
@@ -127,8 +129,9 @@ def show(path):
     for name, values in (("old", before), ("new", after)):
         with trying(values):
             off = sorted(map(abs, residuals(rows, H200.multiprocessors)))
-        print(f"{name}: predicted and measured differ by {math.expm1(statistics.median(off)):.1%} in the median, "
-              f"{math.expm1(off[int(0.9 * (len(off) - 1))]):.1%} for nine of ten")
+        print(f"{name} constants: the predictions differ from the measurements by "
+              f"{math.expm1(statistics.median(off)):.1%} in the median, and by at most "
+              f"{math.expm1(off[int(0.9 * (len(off) - 1))]):.1%} for nine loops of ten")
     old, new = plans(before), plans(after)
     changed = [(name, old[name], new[name]) for name in old if old[name] != new[name]]
     print(markdown(["plans that would change", "old, forward / backward", "new"], changed) if changed else

@@ -1,7 +1,8 @@
-"""What a step cannot go below: microbenchmarks of this GPU, and the arithmetic of a plan.
+"""The time that a step takes at least: computed from the plan, and from microbenchmarks of this GPU.
 
-Rates are a Hopper multiprocessor's: 2048 multiply-adds a cycle, of which mma.sync reaches 1280 (arXiv 2402.13499
-measures 63 %), TF32 half; 16 special functions and 64 bytes from the second-level cache a cycle.
+The rates are those of a Hopper multiprocessor, per cycle: 2048 multiply-adds in 16-bit types with wgmma, and 1280 with
+mma.sync (63 % of them, as arXiv 2402.13499 measures); half as many in TF32; 16 special functions; 64 bytes from the
+second-level cache.
 """
 import dataclasses
 import functools
@@ -24,15 +25,16 @@ MULTIPLY_ADDS = {"native": 1280, "tf32": 640, "tf32x3": 640 / 3}
 WGMMA_MULTIPLY_ADDS = {"native": 2048, "tf32": 1024}
 SPECIAL_FUNCTIONS, L2_BYTES = 16, 64
 LAUNCH = dict(num_warps=8, launch_cooperative_grid=True, enable_fp_fusion=True)
-# Of a cell: three sigmoids and two tanh, each an exponential and a reciprocal, or one tanh in Gluon's 16-bit loops
+# Special functions of a cell: each of its three sigmoids and two tanh takes an exponential and a reciprocal. The Gluon
+# kernels in 16-bit types take one tanh.approx for each.
 EXACT_CELL, FAST_CELL = 10, 5
-PORTABLE = dataclasses.replace(H200, cluster=0)         # for plans of plain Triton, to time exchanges through L2
+PORTABLE = dataclasses.replace(H200, cluster=0)         # gives plans of portable kernels, to time exchanges through L2
 
 
 @triton.jit(do_not_specialize=["steps", "limit"])
 def exchanges(sent_ptr, steps, R_SLICES: tl.constexpr, PADDED_PROGRAMS: tl.constexpr, BLOCK_H: tl.constexpr,
               BLOCK_B: tl.constexpr, INTERPRET: tl.constexpr, stuck_ptr=None, limit=None):
-    """``steps`` exchanges of h in each group of programs, as ``forward_grid`` has one a step, and sent as there."""
+    """``steps`` exchanges of h in each group of programs, each like the one in a step of ``forward_grid``."""
     p, group = tl.program_id(0), tl.program_id(1)
     dtype: tl.constexpr = sent_ptr.dtype.element_ty
     UNITS: tl.constexpr = PADDED_PROGRAMS * BLOCK_H
@@ -46,7 +48,7 @@ def exchanges(sent_ptr, steps, R_SLICES: tl.constexpr, PADDED_PROGRAMS: tl.const
 
 
 class Floors:
-    """Measured once a run and size, and remembered."""
+    """Microbenchmarks. Each is measured once in a run for each size, and remembered."""
 
     def __init__(self, gpu):
         self._gpu = gpu
@@ -58,8 +60,11 @@ class Floors:
         return min(self._gpu.sample(call) for _ in range(repeat))
 
     def exchange_us(self, plan, dtype, steps=500):
-        """An exchange of one tile of h in every group of programs of ``plan``, all that run at once; 0 where a program
-        has all of R. In wgmma plans of 16 rows, for which each warp waits."""
+        """Microseconds of an exchange of h in all groups of programs of ``plan`` that run at once. 0 where a program
+        has all of R.
+
+        h of one batch tile is exchanged; in wgmma plans 16 rows of it, because each warp waits for 16 rows by itself.
+        """
         if plan.programs == 1:
             return 0.
         groups, rows = plan.groups * plan.directions, 16 if plan.kind == "wgmma" else plan.block_b
@@ -78,12 +83,12 @@ class Floors:
                 exchange.fill(sent, plan)
                 exchanges[(plan.programs, groups)](sent, n, plan.looks, plan.padded_programs, plan.block_h, rows,
                                                    INTERPRET, **waiting.arguments(sent.device), **LAUNCH)
-        # the difference leaves out launch and start, and clearing, which takes in all steps each time
+        # The difference leaves out the launch, and filling ``sent``, which takes the same time for any n.
         few, many = (self._best(functools.partial(call, n)) for n in (steps // 10, steps))
         return 1000 * (many - few) / (steps - steps // 10)
 
     def launch_us(self):
-        """One of many launches in a row."""
+        """Microseconds of one launch, when many follow each other."""
         plan = make_plan(16, 32, torch.float16, schedule="grid", limits=PORTABLE)
         sent = torch.zeros(1, 1, plan.block_b, plan.padded_programs * plan.block_h, dtype=torch.float16,
                            device=self._gpu.device)
@@ -91,13 +96,13 @@ class Floors:
         return 10 * self._best(lambda: [exchanges[(1, 1)](sent, 0, *constants, **LAUNCH) for _ in range(100)])
 
     def gemm_tflops(self, dtype):
-        """An 8192^3 product; fp32 in TF32, as torch lets an LSTM multiply."""
+        """TFLOP/s of an 8192^3 product; for fp32 in TF32, which torch by default allows an LSTM."""
         a, b = (torch.randn(8192, 8192, device=self._gpu.device, dtype=dtype_of(dtype)) for _ in range(2))
         with products_in("tf32"):
             return 2 * 8192 ** 3 / self._best(lambda: a @ b) / 1e9
 
     def step_us(self, plan, case, sm_mhz):
-        """``step_floor``, None where the clock is unknown, and the forward loop's exchange, as measured here."""
+        """(``step_floor`` or None where the clock is unknown, measured microseconds of the forward loop's exchange)."""
         exchanged = self.exchange_us(plan, case.dtype)
         if not sm_mhz:
             return None, exchanged
@@ -106,11 +111,15 @@ class Floors:
 
 
 def step_floor(plan, case, exchange_us, sm_mhz, gemm_tflops, multiprocessors):
-    """Microseconds that a step of ``case`` takes at least under ``plan``, all layers and ways together.
+    """Microseconds that a step of ``case`` takes at least under ``plan``: all layers, and in training forward and
+    backward.
 
-    The time loop's tensor work, special functions or read of R, whichever is longest, and one exchange, for which
-    ``exchange_us`` has two figures; in training a second loop of the same products. The products over all steps take
-    what ``gemm_tflops`` allows: x W^T forward; in backward once more, h R^T for the gates, and those of dx, dW and dR.
+    It is the sum of
+    - the time loop: its tensor work, its special functions or its reads of R, whichever takes longest,
+    - one exchange in the forward and one in the backward loop, whose times are ``exchange_us``,
+    - in training, the backward loop, which computes products of the same size,
+    - the products outside of the loops, at ``gemm_tflops``. Forward has x W^T. Backward has x W^T and h R^T, which
+      recompute the gates, and the products for dx, dW and dR.
     """
     training = case.mode == "train"
     cell = FAST_CELL if plan.gluon and plan.precision == "native" else EXACT_CELL
@@ -124,14 +133,14 @@ def step_floor(plan, case, exchange_us, sm_mhz, gemm_tflops, multiprocessors):
 
 
 def _waves(plan, multiprocessors):
-    """How often programs that wait for none outside their cluster take the place of others."""
+    """How many waves the programs run in, one after the other. Programs that wait for each other run all at once."""
     if plan.exchanges:
         return 1
     return -(-plan.groups * plan.directions // max(multiprocessors // plan.programs, 1))
 
 
 def _loop_cycles(plan, special_functions):
-    """Cycles of a step of a time loop at least, of which each cell takes so many ``special_functions``."""
+    """Cycles that a step of a time loop takes at least, if each cell takes ``special_functions`` special functions."""
     units = plan.hidden_size if plan.schedule == "resident" else plan.block_h
     rows = plan.block_b * plan.tiles
     rate = (WGMMA_MULTIPLY_ADDS if plan.kind == "wgmma" else MULTIPLY_ADDS)[plan.precision]

@@ -1,4 +1,4 @@
-"""Reads time, memory and clocks off a GPU, and what this machine and repository are."""
+"""Measures time, memory and clocks of a GPU, and names this machine and the repository's commit."""
 import datetime
 import pathlib
 import subprocess
@@ -13,11 +13,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Gpu:
-    """One CUDA device as an instrument. Tests put another in its place."""
+    """Measures on one CUDA device. Tests put a stand-in in its place."""
     device = "cuda"
 
     def __init__(self):
-        # twice the second-level cache: nothing that a call reads is left there by the call before
+        # Twice the second-level cache: filling it removes from the cache what an earlier call left there.
         size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
         self.multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
         self._flush = torch.empty(size, dtype=torch.int8, device=self.device)
@@ -26,10 +26,11 @@ class Gpu:
         torch.cuda.synchronize()
 
     def sample(self, call, stream=False):
-        """Milliseconds of one call: the GPU's between events; for a ``stream`` of single steps what the host waits.
+        """Milliseconds of one call: between two events on the GPU or, for a ``stream`` of single steps, until the host
+        has the result.
 
-        The cache is flushed first, during which the host goes ahead; what it takes longer than that to launch a call
-        is part of the call's time.
+        The cache is flushed first. The host launches the call meanwhile; only launching that takes longer than the
+        flush adds to the time between the events.
         """
         self._flush.zero_()
         if stream:
@@ -46,7 +47,7 @@ class Gpu:
         return start.elapsed_time(end)
 
     def peak_bytes(self, call):
-        """The most that ``call`` allocates at once."""
+        """The most bytes that ``call`` has allocated at one time."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -55,7 +56,7 @@ class Gpu:
         return torch.cuda.max_memory_allocated() - before
 
     def clocks(self):
-        """MHz of the multiprocessors and the memory right now; None each where nvidia-smi does not tell."""
+        """(MHz of the multiprocessors, MHz of the memory) at this moment; (None, None) if nvidia-smi does not tell."""
         try:
             out = subprocess.run(["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits",
                                   f"--id={torch.cuda.current_device()}"], capture_output=True, text=True, check=True)
@@ -64,12 +65,12 @@ class Gpu:
             return None, None
 
     def release(self):
-        """Give memory of earlier cases back."""
+        """Give the memory of earlier cases back to the device."""
         torch.cuda.empty_cache()
 
 
 def commit():
-    """This repository's commit, with a "+" where files differ from it; "unknown" outside git."""
+    """This repository's commit, followed by "+" if files differ from it; "unknown" outside git."""
     git = lambda *words: subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout
     try:
         return git("rev-parse", "--short", "HEAD").strip() + "+" * bool(git("status", "--porcelain", "-uno").strip())
@@ -78,6 +79,6 @@ def commit():
 
 
 def environment():
-    """What a timing on this machine depends on."""
+    """The GPU and the versions that a timing depends on, and the date."""
     return Environment(torch.cuda.get_device_name(), torch.__version__, str(torch.backends.cudnn.version()),
                        triton.__version__, commit(), datetime.datetime.now().isoformat("T", "minutes"))

@@ -1,6 +1,7 @@
-"""Every candidate plan of every workload, each time loop by itself: what ``bench fit`` fits the cost model to.
+"""Times each time loop of every candidate plan of every workload by itself. ``fit`` fits the cost model to these times.
 
-The parent never touches the GPU: ``triton_lstm.runner`` gives each candidate to a worker, and kills one that hangs.
+This process never uses the GPU. ``triton_lstm.runner`` gives each candidate to a worker process, which it kills if the
+candidate hangs.
 """
 import csv
 import dataclasses
@@ -24,7 +25,7 @@ from .correctness import dtype_of, error
 from .workloads import WORKLOADS
 
 STEPS, SAMPLES = 64, 9
-SHARE, WAIT_LIMIT = 10., "2"        # seconds of a candidate at most, and those after which its kernel gives up
+SHARE, WAIT_LIMIT = 10., "2"        # seconds for one candidate, and seconds after which its kernel gives up waiting
 FIELDS = ("workload", "dtype", "gpu", "triton", "loop", "kind", "plan", "chosen", "status", "error", "us_p20",
           "us_median", "us_p80", "exchange_us", "predicted_cycles", "predicted_us", "encoded")
 
@@ -33,7 +34,7 @@ FIELDS = ("workload", "dtype", "gpu", "triton", "loop", "kind", "plan", "chosen"
 class Candidate:
     """One time loop, "forward" or "backward", of one plan for one workload.
 
-    chosen: whether ``make_plan`` takes this plan for this loop.
+    ``chosen`` says whether ``make_plan`` chooses this plan for this loop.
     """
     workload: str
     dtype: str
@@ -55,7 +56,8 @@ class Candidate:
 
 
 def all_candidates(limits):
-    """Those of a device: first the chosen plans of all workloads, then one other of each workload in turn."""
+    """The candidates of a device: first the chosen plans of all workloads, then the others, from each workload in
+    turn."""
     chosen, others = [], []
     for w in WORKLOADS:
         options = dict(limits=limits, keep_every=STEPS)
@@ -65,7 +67,7 @@ def all_candidates(limits):
             continue
         chosen += [Candidate(w.name, w.dtype, "forward", True, plan),
                    Candidate(w.name, w.dtype, "backward", True, plan.backward)]
-        # as candidates have it: only warp groups' plans come with another one for backward
+        # As ``candidates`` returns them: only a wgmma plan has a backward_plan.
         forward = plan if plan.kind == "wgmma" else dataclasses.replace(plan, backward_plan=None)
         own = dict(forward=forward, backward=plan.backward)
         rest = candidates(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions, **options)
@@ -80,7 +82,7 @@ def workload(name):
 
 @functools.cache
 def problem(name, dtype, device):
-    """(inputs of the launcher, gradients, exact results) of a workload's layer, over STEPS steps."""
+    """(inputs of the layer, gradients of its outputs, exact results) of a workload's layer, over STEPS steps."""
     w = workload(name)
     D, B, H, I = w.directions, w.batch, w.hidden_size, w.input_size
     torch.manual_seed(0)
@@ -100,10 +102,11 @@ def problem(name, dtype, device):
 
 
 def measure(candidate, device, synchronize=torch.cuda.synchronize, timed=None):
-    """Check a candidate against float64, then time its loop: a dict with "status", "error" and, if it is right, three
-    quantiles of the microseconds that a step takes.
+    """Compare a candidate with float64, then time its loop. Returns a dict with "status", "error" and, if the result is
+    right, three quantiles of the microseconds of a step.
 
-    ``synchronize`` and ``timed``, a stand-in for the timed launch, let tests run this without a GPU.
+    Tests pass ``synchronize`` and ``timed``, stand-ins for the device's synchronisation and for the timed launch, to
+    run this without a GPU.
     """
     inputs, gradients, right = problem(candidate.workload, candidate.dtype, device)
     plan, events = candidate.plan, []
@@ -111,7 +114,7 @@ def measure(candidate, device, synchronize=torch.cuda.synchronize, timed=None):
     def run(kernel, *args, **options):
         if kernel.__name__ == "coefficients":
             return launch.launch_kernel(kernel, *args, **options)
-        torch.cuda._sleep(2_000_000)            # about a millisecond: the host is ahead when the loop begins
+        torch.cuda._sleep(2_000_000)            # about a millisecond, so that the loop is launched before it begins
         pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         pair[0].record()
         launch.launch_kernel(kernel, *args, **options)
@@ -144,7 +147,7 @@ def measure(candidate, device, synchronize=torch.cuda.synchronize, timed=None):
 
 
 def work():
-    """A worker on the GPU, as ``runner`` wants it."""
+    """The program of a worker of ``runner``, on the GPU."""
     from . import floors, instrument
     device, floor = torch.device("cuda"), floors.Floors(instrument.Gpu())
 
@@ -161,7 +164,8 @@ def work():
 
 
 def row(candidate, found, facts, triton_version):
-    """The CSV row of a candidate: its plan and prediction, and its worker's answer, or ``runner`` where none came."""
+    """The CSV row of a candidate: its plan, its prediction, and ``found``, which is the answer of its worker or, if there
+    is none, of ``runner``."""
     plan = candidate.plan
     cycles = step_cycles(plan, facts["limits"]["multiprocessors"], candidate.loop)
     status = found.get("status") or ": ".join([found["outcome"], *filter(None, [
@@ -174,7 +178,7 @@ def row(candidate, found, facts, triton_version):
 
 
 def run(path, seconds, facts, command=None, everything=None, share=SHARE):
-    """Time the candidates into the CSV file ``path``, each row as soon as it is known; returns the exit code."""
+    """Time the candidates and write each row into the CSV file ``path`` at once; returns the exit code."""
     import triton
     end = time.monotonic() + seconds
     limits = Limits(**facts["limits"])
@@ -188,7 +192,7 @@ def run(path, seconds, facts, command=None, everything=None, share=SHARE):
         major, minor = facts["capability"]
         compiling = compile_apart(list(jobs.values()), 10 * major + minor, 0.4 * seconds)
         for _ in progress(compiling, lambda _: "compiling", len(jobs)):
-            pass                                    # of what does not compile its row will tell
+            pass                                    # if one does not compile, its row will say so
     bad = False
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)

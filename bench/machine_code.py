@@ -1,4 +1,4 @@
-"""What a compiled kernel does in its loops, read from its machine code. No GPU needed."""
+"""Reads from the machine code of a compiled kernel what its loops do. Needs no GPU."""
 import collections
 import dataclasses
 import functools
@@ -11,16 +11,16 @@ import triton
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
-# Cycles until the result of an instruction that completes through a scoreboard is there; 12 for the others. From
-# public microbenchmarks of Hopper, rounded: trust comparisons more than the absolute figures.
+# Latency in cycles of the instructions that report their completion through a scoreboard; 12 for those not listed.
+# From public microbenchmarks of Hopper, rounded. Trust comparisons more than absolute figures.
 LATENCY = {
     "HMMA": 25, "HGMMA": 64, "MUFU": 23, "LDS": 30, "LDSM": 33, "STS": 20, "STSM": 20, "LDG": 263, "LD": 200,
     "LDL": 40, "STG": 30, "SHFL": 24, "BAR": 25, "S2R": 25, "UCGABAR_WAIT": 190, "ATOMG": 700, "REDG": 350,
     "MEMBAR": 350, "CCTL": 30, "ERRBAR": 5,
 }
-READ_LATENCY = 30                               # until an instruction has read its operands, of those that tell
-WAITS = ("BAR", "UCGABAR_WAIT", "MEMBAR")       # nothing of the warp issues before these are through
-# Multiply-adds of 16-bit types that a scheduler's tensor core does in a cycle; TF32 runs at half the rate.
+READ_LATENCY = 30                               # until an instruction has read its operands, if a scoreboard tells so
+WAITS = ("BAR", "UCGABAR_WAIT", "MEMBAR")       # the warp issues nothing until these are complete
+# Multiply-adds in 16-bit types that the tensor core of one scheduler does in a cycle. TF32 runs at half the rate.
 HGMMA_RATE = 512
 HMMA_RATE = {8: 256, 9: 320}                    # by major architecture; Hopper's HMMA reaches 63 % of its peak
 MUFU_CYCLES = 8                                 # a warp's 32 results from the 4 lanes of its scheduler
@@ -28,13 +28,19 @@ MUFU_CYCLES = 8                                 # a warp's 32 results from the 4
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A loop: its addresses, how often each instruction occurs, what stays in registers, what one pass takes at least.
+    """A loop: addresses, number of each instruction, bytes of R in registers, and lower bounds of the cycles of a pass.
 
-    ``held`` counts the bytes, of all threads of a program, that matrix products read from registers as second factor
-    and that nothing in the loop writes. The bounds are in cycles of one multiprocessor: issue slots, tensor cores,
-    special functions, and ``chain``: one warp in order against the waits that the compiler encoded, which is what a
-    pass costs when nothing hides latency. A nested loop's instructions belong to it, once. A pass finds what others
-    send at the first look: what is done after a look in vain, which begins with one at the clock, is left out.
+    start, end   addresses of the first and the last instruction
+    counts       {instruction: how often it occurs}. The instructions of a nested loop are counted too, once each
+    held         bytes of second operands of matrix products that stay in registers: products read them, and nothing
+                 in the loop writes them. Of all threads of a program
+    issue, tensor, mufu   cycles that one multiprocessor takes at least to issue the instructions, on its tensor cores,
+                 and for special functions
+    chain        cycles of one warp that issues in order and waits as the compiler has encoded it: the time of a pass
+                 if nothing hides latency
+
+    A pass is assumed to find what other programs send at its first look. Instructions that follow a look in vain are
+    left out; the first of them reads the clock.
     """
     start: int
     end: int
@@ -51,18 +57,19 @@ class Loop:
 
     @property
     def bound(self):
-        """Cycles that one pass takes at least."""
+        """Lower bound of the cycles of one pass."""
         return max(self.issue, self.tensor, self.mufu, self.chain)
 
     @property
     def spills(self):
-        """Loads and stores of registers that did not fit."""
+        """Loads and stores of spilled registers."""
         return self.counts["LDL"] + self.counts["STL"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A kernel: registers and bytes of stack of a thread, bytes of shared memory of a program, loops, longest first."""
+    """A kernel: registers and bytes of stack of a thread, bytes of shared memory of a program, and its loops, the one
+    with the most instructions first."""
     registers: int
     stack: int
     shared: int
@@ -70,8 +77,11 @@ class Report:
 
     @property
     def time_loop(self):
-        """The loop over the steps: the longest one. Where the slow path of a wait lies behind the kernel's end, its
-        branch back looks like a longer one, but with the last barrier of the cluster in it."""
+        """The loop over the steps: the longest loop that has no cluster barrier.
+
+        The slow path of a wait may lie behind the end of the kernel. The branch back from there looks like the end of
+        a still longer loop, which contains the last cluster barrier.
+        """
         return next(loop for loop in self.loops if not loop.counts["UCGABAR_WAIT"])
 
     def inside(self, loop):
@@ -80,15 +90,15 @@ class Report:
                 if other is not loop and loop.start <= other.start and other.end <= loop.end]
 
 
-# An instruction: address, name without and with modifiers, operands, and its control bits: cycles to the next one,
-# scoreboards that it sets when it has written its result (wr) or read its operands (rd), 7 for none, and a mask of
-# those it waits for; and whether it depends on a condition.
+# An instruction. op and full are its name without and with modifiers. From the control bits: stall, cycles until the
+# next instruction; wr and rd, the scoreboards that it sets when it has written its result and when it has read its
+# operands, 7 for none; wait, a bit mask of the scoreboards that it waits for. guarded: it depends on a condition.
 _Instruction = collections.namedtuple("_Instruction", "address op full operands stall wr rd wait guarded",
                                       defaults=(False,))
 
 
 def read(compiled):
-    """The ``Report`` of what ``triton.compile`` returned for an NVIDIA GPU."""
+    """The ``Report`` of a kernel that ``triton.compile`` returned, compiled for an NVIDIA GPU."""
     m = compiled.metadata
     return _read(compiled.asm["cubin"], m.num_warps, m.target.arch, m.shared)
 
@@ -126,14 +136,15 @@ def _loops(code, warps, arch):
 
 
 def _target(instruction, index):
-    """The number of the instruction that a branch goes to, by its address in ``index``; None for all else."""
+    """The number of the instruction that a branch goes to; None for other instructions. ``index`` is {address:
+    number}."""
     target = re.search(r"0x([0-9a-f]+)", instruction.operands) if instruction.op == "BRA" else None
     return index.get(int(target[1], 16)) if target else None
 
 
 def _pass(code, goes_to, first, end):
-    """The numbers of the instructions that a pass from ``first`` to the branch back before ``end`` may take, without a
-    look at the clock."""
+    """The numbers of the instructions that a pass may execute without reading the clock. A pass goes from ``first`` to
+    the branch back, which is at ``end - 1``."""
     then = {}
     for n in range(first, end - 1):
         if "GLOBALTIMER" not in code[n].operands:
@@ -147,7 +158,7 @@ def _pass(code, goes_to, first, end):
 
 
 def _reached(start, edges):
-    """What ``edges``, lists by number, lead to from ``start``."""
+    """All numbers that ``edges``, {number: [numbers]}, lead to from ``start``."""
     found, left = {start}, [start]
     while left:
         new = set(edges.get(left.pop(), ())) - found
@@ -157,12 +168,13 @@ def _reached(start, edges):
 
 
 def _parse(text):
-    """Instructions are two lines: /*address*/ code; /* low word */ and /* high word */, whose top bits are control."""
+    """[_Instruction] of what cuobjdump prints: two lines for each instruction, /*address*/ code; /* low word */ and
+    /* high word */. The top bits of the high word are the control bits."""
     code = []
     for address, body, high in re.findall(
             r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;\s+/\* 0x[0-9a-f]+ \*/\s*\n\s+/\* 0x([0-9a-f]{16}) \*/", text):
         full, _, operands = re.sub(r"^@!?U?P\w+\s+", "", body).partition(" ")
-        # some branches have their condition among their operands
+        # Some branches have their condition among their operands.
         control, guarded = int(high, 16) >> 41, body.startswith("@") or full.startswith("BRA") and "," in operands
         code.append(_Instruction(int(address, 16), full.split(".")[0], full, operands, control & 15, control >> 5 & 7,
                                  control >> 8 & 7, control >> 11 & 63, guarded))
@@ -170,47 +182,49 @@ def _parse(text):
 
 
 def _written(instruction):
-    """The registers that an instruction writes: from the first one it names, unless that is in an address, on."""
+    """The numbers of the registers that an instruction writes: some registers from its first operand on; none if that
+    operand is an address."""
     m = re.match(r"(?:P\w, )?R(\d+)\b", instruction.operands)
     if not m:
         return range(0)
     if instruction.op == "HMMA" or re.search(r"\.128\b|88\.4", instruction.full):
         count = 4
-    else:       # two for instructions on pairs: FFMA2, IMAD.WIDE, ...
+    else:       # instructions on pairs of registers (FFMA2, IMAD.WIDE, ...) write two
         count = 2 if re.search(r"\.64\b|\.WIDE|88\.2|^CS2R$|^\w+2$", instruction.full) else 1
     return range(int(m[1]), int(m[1]) + count)
 
 
 def _held(body, warps):
-    """Bytes of the second factors of matrix products that stay in registers over the passes of a loop."""
-    factors = set()
+    """Bytes of second operands of matrix products that stay in registers over all passes of a loop."""
+    operands = set()
     for i in body:
         if m := re.match(r"HMMA\.168(\d+)\S* R\S+ R\S+ R(\d+)", f"{i.full} {i.operands}"):
-            count = int(m[1]) * 8 * (4 if "TF32" in i.full else 2) // 128       # k by 8 elements over 32 threads
-            factors.update(range(int(m[2]), int(m[2]) + count))
-    return len(factors.difference(*map(_written, body))) * 4 * 32 * warps
+            count = int(m[1]) * 8 * (4 if "TF32" in i.full else 2) // 128       # (k, 8) elements, in 32 threads
+            operands.update(range(int(m[2]), int(m[2]) + count))
+    return len(operands.difference(*map(_written, body))) * 4 * 32 * warps
 
 
 def _tensor_cycles(instruction, arch):
-    """Cycles that one warp's matrix product keeps its scheduler's tensor core busy."""
+    """Cycles for which the matrix product of one warp keeps the tensor core of its scheduler busy; 0 for other
+    instructions."""
     rate = HMMA_RATE.get(arch // 10, HMMA_RATE[9])
     if m := re.match(r"HMMA\.(16)(8)(16|8|4)\b", instruction.full):
         products = int(m[1]) * int(m[2]) * int(m[3])
     elif m := re.match(r"HGMMA\.64x(\d+)x(\d+)", instruction.full):
-        products, rate = 16 * int(m[1]) * int(m[2]), HGMMA_RATE     # a quarter of the warp group's
+        products, rate = 16 * int(m[1]) * int(m[2]), HGMMA_RATE     # one warp has a quarter of the 64 rows
     else:
         return 0
     return products / rate * (2 if "TF32" in instruction.full else 1)
 
 
 def _bounds(body, warps, arch):
-    """Lower bounds of one pass through ``body`` in cycles: issue, tensor, mufu, chain."""
+    """(issue, tensor, mufu, chain) of one pass through ``body``; see ``Loop``."""
     per_scheduler = max(1, warps // 4)
     issue = len(body) * per_scheduler
     tensor = sum(_tensor_cycles(i, arch) for i in body) * per_scheduler
     mufu = sum(i.op == "MUFU" for i in body) * MUFU_CYCLES * per_scheduler
     clock = tensor_free = mufu_free = 0
-    ready = [0] * 6                                                 # by scoreboard
+    ready = [0] * 6                                                 # cycle at which each scoreboard is free
     for i in body:
         clock = max([clock] + [ready[n] for n in range(6) if i.wait >> n & 1])
         if busy := _tensor_cycles(i, arch):

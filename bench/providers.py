@@ -1,6 +1,7 @@
-"""The layers that are timed. Each takes x (T, B, I) and returns y, (h_n, c_n) as nn.LSTM, for its case's sequences.
+"""The providers: the layers that are timed. Each takes x (T, B, I) and returns y, (h_n, c_n) like nn.LSTM.
 
-Rivals are used where they are installed. A provider that cannot run a case raises ``Unavailable`` with the reason.
+A provider makes its layer from a ``Problem``, or raises ``Unavailable`` with the reason why it cannot run the case.
+Other packages are used if they are installed.
 """
 import dataclasses
 import functools
@@ -24,7 +25,8 @@ class Unavailable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A case's tensors. ``dy`` is the gradient of y, None unless the case trains; ``reset`` (T, B) bool or None."""
+    """A case with its tensors. ``dy`` is the gradient of y, or None if the case does not train. ``reset`` is (T, B)
+    bool or None."""
     case: Case
     weights: torch.nn.LSTM
     x: torch.Tensor
@@ -33,12 +35,12 @@ class Problem:
 
     @property
     def lengths(self):
-        """Of each row, on the CPU as packing wants them."""
+        """The length of each row, on the CPU, where pack_padded_sequence needs it."""
         return torch.tensor(self.case.lengths)
 
     @staticmethod
     def of(case, device):
-        """Random weights and inputs, the same each time."""
+        """Random weights and inputs, the same in each run."""
         torch.manual_seed(0)
         dtype, D = dtype_of(case.dtype), case.directions
         weights = torch.nn.LSTM(case.input_size, case.hidden_size, case.layers, bidirectional=D == 2, device=device,
@@ -46,7 +48,7 @@ class Problem:
         random = functools.partial(torch.randn, case.steps, case.batch, device=device, dtype=dtype)
         x = random(case.input_size)
         dy = random(D * case.hidden_size) if case.mode == "train" else None
-        # as often as episodes of some twenty steps end
+        # Episodes have 20 steps on average.
         reset = (torch.rand(case.steps, case.batch, device=device) < 0.05 if case.sequences == "resets" else None)
         return Problem(case, weights, x, dy, reset)
 
@@ -59,17 +61,17 @@ class Problem:
         return layer
 
     def runs(self, lstm):
-        """``lstm`` of torch on this problem's sequences: what every other layer is checked against."""
+        """``lstm``, an nn.LSTM, wrapped so that it runs this problem's sequences. In float64 it is the reference."""
         return {"padded": lambda: lstm, "ragged": lambda: Packed(lstm, self.lengths),
                 "resets": lambda: ResetLoop(lstm, self.reset)}[self.case.sequences]()
 
 
 class Wrapper(torch.nn.Module):
-    """Calls another layer in some way; its parameters keep their names."""
+    """A layer that calls another one. Its parameters keep their names."""
 
     def __init__(self, lstm):
         super().__init__()
-        self._lstm = [lstm]                 # in a list, for a submodule would prefix the names
+        self._lstm = [lstm]                 # in a list, because a submodule would add a prefix to the names
         for name, parameter in lstm.named_parameters():
             self.register_parameter(name, parameter)
 
@@ -91,7 +93,8 @@ class Wrapper(torch.nn.Module):
 
 
 class Packed(Wrapper):
-    """Padded in and out, packed between, as nn.LSTM wants sequences of different lengths and ours takes them too."""
+    """Packs x, calls the layer, and pads y: nn.LSTM needs sequences of different lengths packed, and ours can take them
+    so."""
 
     def __init__(self, lstm, lengths):
         super().__init__(lstm)
@@ -103,7 +106,8 @@ class Packed(Wrapper):
 
 
 class ResetLoop(Wrapper):
-    """One call of nn.LSTM a step, its state zeroed where an episode ends: what reinforcement-learning code writes."""
+    """Calls nn.LSTM once for each step and zeroes its state where an episode begins, like reinforcement-learning code.
+    """
 
     def __init__(self, lstm, reset):
         super().__init__(lstm)
@@ -118,21 +122,21 @@ class ResetLoop(Wrapper):
         return torch.cat(outputs), state
 
 
-class Masked(Wrapper):
-    """Ours with the lengths or resets of a problem, on its device as a data loader would have put them there."""
+class Flagged(Wrapper):
+    """triton_lstm.LSTM with the lengths or resets of a problem, which are already on its device."""
 
     def __init__(self, lstm, problem):
         super().__init__(lstm)
         self.plan = lstm.plan
-        self.masks = (dict(reset=problem.reset) if problem.reset is not None else
-                      dict(lengths=problem.lengths.to(problem.x.device)))
+        self.options = (dict(reset=problem.reset) if problem.reset is not None else
+                        dict(lengths=problem.lengths.to(problem.x.device)))
 
     def forward(self, x):
-        return self.lstm(x, **self.masks)
+        return self.lstm(x, **self.options)
 
 
 class Graph(Wrapper):
-    """A layer replayed from CUDA graphs that were captured for x; in training with a graph of backward."""
+    """Replays a layer from a CUDA graph that was captured for x. In training backward has a graph too."""
 
     def __init__(self, lstm, x, training):
         super().__init__(lstm)
@@ -162,7 +166,7 @@ class Graph(Wrapper):
 
 
 class Own(torch.nn.Module):
-    """A layer that holds a problem's weights itself, by nn.LSTM's names."""
+    """A layer with its own copies of a problem's weights, under the names of nn.LSTM."""
 
     def __init__(self, problem):
         super().__init__()
@@ -171,7 +175,7 @@ class Own(torch.nn.Module):
 
 
 class CompiledLoop(Own):
-    """The steps as a Python loop over one compiled step, in torch operators."""
+    """A Python loop over the steps; one step, in torch operators, is compiled by torch.compile."""
 
     def __init__(self, problem):
         super().__init__(problem)
@@ -208,7 +212,7 @@ def _step(gates, h, c, r):
 
 
 class TorchRL(Own):
-    """torchrl's Triton LSTM; batch first, so x should lie in memory that way."""
+    """The Triton LSTM of torchrl. It takes the batch first, so x should lie in memory in that order."""
     batch_first_memory = True
 
     def __init__(self, problem, function):
@@ -226,7 +230,7 @@ class TorchRL(Own):
 
 
 class FlashRNN(Own):
-    """FlashRNN's Triton kernel after the input product, which its interface leaves to the caller."""
+    """The Triton kernel of FlashRNN, after the input product, which its interface leaves to the caller."""
     batch_first_memory = True
 
     def __init__(self, problem, function):
@@ -247,10 +251,10 @@ def _ours(schedule=None, packed=False):
     def make(problem):
         case, x = problem.case, problem.x
         if packed and case.sequences != "ragged":
-            raise Unavailable("for ragged sequences")
+            raise Unavailable("only for ragged sequences")
         layer = problem.layer(triton_lstm.LSTM)
         plan, reason = on_device(case.batch, case.hidden_size, x.dtype, case.directions, x.device)
-        if plan is None:        # ours would leave x to torch's own LSTM, so there is nothing to time
+        if plan is None:        # our layer would fall back to torch's LSTM, so there is nothing to time
             raise Unavailable(reason)
         try:
             if schedule and plan.schedule != schedule:
@@ -261,14 +265,14 @@ def _ours(schedule=None, packed=False):
         layer.plan = plan
         if packed:
             return Packed(layer, problem.lengths)
-        return layer if case.sequences == "padded" else Masked(layer, problem)
+        return layer if case.sequences == "padded" else Flagged(layer, problem)
     return make
 
 
 def _nn_lstm(sequences):
     def make(problem):
         if problem.case.sequences != sequences:
-            raise Unavailable(f"for {sequences} sequences")
+            raise Unavailable(f"only for {sequences} sequences")
         lstm = problem.layer(torch.nn.LSTM)
         lstm.flatten_parameters()
         return problem.runs(lstm)
@@ -280,7 +284,7 @@ def _graph(make):
         if problem.x.device.type != "cuda":
             raise Unavailable("CUDA graphs need a GPU")
         if problem.case.dropout:
-            raise Unavailable("a captured graph cannot leave dropout out for the check")
+            raise Unavailable("a captured graph cannot leave out dropout, which the check needs")
         inner = make(problem)
         inner.train(problem.case.mode == "train")
         return Graph(inner, problem.x, problem.case.mode == "train")
@@ -289,11 +293,11 @@ def _graph(make):
 
 def _compiled_loop(problem):
     if problem.case.sequences == "ragged":
-        raise Unavailable("for padded sequences and resets")
+        raise Unavailable("only for padded sequences and resets")
     if problem.case.dropout:
         raise Unavailable("no dropout between layers")
     if problem.case.steps > 1024:
-        raise Unavailable("more than 1024 steps of a Python loop")
+        raise Unavailable("more than 1024 steps, too many for a Python loop")
     return CompiledLoop(problem)
 
 
@@ -303,7 +307,7 @@ def _rival(layer_class, module, function, sequences):
         if importlib.util.find_spec(module.split(".")[0]) is None:
             raise Unavailable(f"{module.split('.')[0]} is not installed")
         if case.layers > 1 or case.directions > 1 or case.sequences not in sequences:
-            raise Unavailable(f"one layer and direction of {' or '.join(sequences)} sequences only")
+            raise Unavailable(f"only for one layer in one direction, with {' or '.join(sequences)} sequences")
         return layer_class(problem, getattr(importlib.import_module(module), function))
     return make
 
@@ -321,6 +325,6 @@ PROVIDERS = {
     "TorchRL": _rival(TorchRL, "torchrl.modules.tensordict_module._rnn_triton", "lstm_triton", ("padded", "resets")),
     "FlashRNN": _rival(FlashRNN, "flashrnn", "flashrnn", ("padded",)),
 }
-# without those that are only of interest beside a measured loss of the automatic plan
+# Schedules and the compiled loop are left out: they help to understand a slow result, but are no one's choice.
 COMPARED = tuple(name for name in PROVIDERS if name not in {f"{OURS} {s}" for s in SCHEDULES}
                  | {"compiled loop"})

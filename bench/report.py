@@ -1,4 +1,4 @@
-"""A run in words: tables of its rows. Needs no torch."""
+"""The report of a run: tables of its rows. Needs no torch."""
 from . import targets
 from .console import markdown
 from .rows import BASELINES, CUDNN, OURS, speedup, timed
@@ -10,7 +10,7 @@ def _ratio(value):
 
 
 def speeds(rows):
-    """A Markdown table: a line for each case that has a time, named workloads first."""
+    """A Markdown table with a line for each case that has a time, named workloads first."""
     found = timed(rows)
     names = [w.name for w in WORKLOADS]
     lines = []
@@ -28,7 +28,8 @@ def speeds(rows):
 
 
 def untimed(rows):
-    """A line for each reason why rows have no time, wrong and failed ones by themselves."""
+    """Why rows have no time: a line for each wrong or failed row, and a line for each other reason with the number of
+    cases."""
     reasons = {}
     for row in rows:
         if row.status == "wrong":
@@ -42,13 +43,14 @@ def untimed(rows):
 
 
 def report(rows):
-    """All of it, as Markdown."""
+    """The whole report, as Markdown."""
     if not rows:
         return "Nothing was measured."
     environments = dict.fromkeys(map(str, {row.environment for row in rows}))
     counted = sum(row.status == "ok" for row in rows)
     parts = [f"{counted} timings. " + "; ".join(environments), "## Targets",
-             f"Ratios to nn.LSTM ({CUDNN}) in the same run: geometric means, and the worst case.", targets.table(rows),
+             f"How many times faster than nn.LSTM ({CUDNN}) in the same run: geometric mean and worst case.",
+             targets.table(rows),
              "## Times", speeds(rows)]
     if reasons := untimed(rows):
         parts += ["## Not timed", reasons]

@@ -1,4 +1,4 @@
-"""Where R lives under each plan, and what the compiler made of its time loops. No GPU needed."""
+"""Where the recurrent weights R are under each plan, and what the compiler made of its time loops. Needs no GPU."""
 import dataclasses
 
 import triton
@@ -12,23 +12,29 @@ from .correctness import dtype_of
 from .machine_code import Report, read
 
 LIMITS = {80: A100, 90: H200, 100: dataclasses.replace(H200, cluster=0)}     # by architecture
-L2_BYTES_PER_CYCLE = 64             # that one multiprocessor reads at most
+L2_BYTES_PER_CYCLE = 64             # the most that one multiprocessor reads from L2
 
 LEGEND = """\
-Two numbers are of the forward / backward time loop; where the two have plans of their own, the plan's columns have two
-as well. "wgmma" is a grid plan that multiplies by warp groups, which read R from shared memory, "split" one whose warps
-share the units that feed. "R planned" is KiB of R that the plan holds on chip in each program, "R in registers" KiB
-that the compiled loop finds in registers at each step, copies that warps share included; what is planned but not found
-there is read from shared memory. "R from L2" is KiB that a program reads again for each tile of a step. Registers are
-of a thread, shared memory (KiB) of a program. Spills and barriers are instructions in the time loop. Cycles a step are
-a bound for all tiles of a program, read from the machine code with assumed latencies; it counts the exchange once a
-tile and no waiting for other programs, nor that clusters run in waves where there are more than fit. Nothing here is
-measured."""
+Nothing here is measured: all figures are computed from the plan, or read from machine code. R are the recurrent weights
+of one direction. Two figures "a / b" belong to the forward / backward time loop.
+
+schedule           where R is and how h travels, see `triton_lstm.Plan`. "split" and "wgmma" are grid plans: in split
+                   plans the warps of a program divide the units of the earlier h among themselves; wgmma plans
+                   multiply with wgmma, which reads R from shared memory
+programs x groups  programs that share one R, x groups of such programs, x directions if there are two
+R planned          KiB of R that the plan has on chip in each program
+R in registers     KiB of R that the compiled loop keeps in registers over all steps, copies in several warps included.
+                   The rest of "R planned" is read from shared memory at each step
+R from L2          KiB of R that a program reads from L2 for each batch tile of each step
+registers, shared  registers of a thread, and KiB of shared memory of a program
+spills, barriers   instructions of these kinds in the time loop
+cycles a step      lower bound for all batch tiles of a program, with assumed latencies. It includes one exchange for
+                   each tile. It leaves out waiting for other programs, and waves of clusters if not all fit at once"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Residency:
-    """A workload, its plan and the plan's two time loops; or the reason why there is no plan."""
+    """A workload, its plan and the plan's two compiled time loops, or the reason why it has no plan."""
     workload: str
     dtype: str
     plan: Plan | None = None
@@ -38,19 +44,20 @@ class Residency:
 
 
 def step_cycles(plan, report):
-    """Cycles that a program of ``plan`` takes for a step at least."""
+    """Lower bound of the cycles that a program of ``plan`` takes for a step."""
     loop = report.time_loop
     bound = loop.bound
     if plan.streamed_bytes:
-        # where the loop over the streamed part of R stayed a loop, it passes once for each block_k units
+        # The loop over the streamed part of R, unless the compiler unrolled it, has a pass for each block_k units.
         passes = -(-(plan.hidden_size - plan.held) // plan.block_k)
         bound += sum((passes - 1) * inner.bound for inner in report.inside(loop) if inner.counts["HMMA"])
-    # one pass of the time loop is one tile
+    # one pass of the time loop computes one tile
     return plan.tiles * max(bound, plan.streamed_bytes / L2_BYTES_PER_CYCLE)
 
 
 def read_plans(workloads, arch=90):
-    """The ``Residency`` of each workload on a GPU of architecture ``arch``; plans that workloads share compile once."""
+    """The ``Residency`` of each workload on a GPU of architecture ``arch``. A plan that several workloads have is
+    compiled once."""
     plans, reasons = {}, {}
     for w in workloads:
         try:
@@ -70,7 +77,7 @@ def read_plans(workloads, arch=90):
 
 
 def table(found):
-    """A Markdown table of ``Residency`` objects, followed by why the workloads without a plan have none."""
+    """A Markdown table of ``Residency`` objects, then the reasons why some workloads have no plan."""
     header = ("workload", "type", "schedule", "programs x groups", "R planned", "R in registers", "R from L2",
               "registers", "shared", "spills", "barriers", "cycles a step")
     kib = lambda n: f"{n / 1024:.0f}"

@@ -1,4 +1,4 @@
-"""What a sweep measures, as rows of a CSV file, and what follows from them. Needs no torch."""
+"""The rows of a sweep's CSV file, and figures that are computed from them. Needs no torch."""
 import csv
 import dataclasses
 import math
@@ -7,13 +7,13 @@ from .workloads import Case
 
 OURS, CUDNN, CUDNN_GRAPH = "triton_lstm", "cuDNN", "cuDNN graph"
 PACKED, RESET_LOOP = "cuDNN packed", "cuDNN reset loop"
-# what nn.LSTM's users run for each kind of sequences
+# what users of nn.LSTM run, by kind of sequences
 BASELINES = {"padded": CUDNN, "ragged": PACKED, "resets": RESET_LOOP}
 
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """Where and with what a row was measured. ``commit`` of this repository ends in "+" where files differ from it."""
+    """Where and with which versions a row was measured. ``commit`` ends in "+" if files differed from that commit."""
     gpu: str
     torch: str
     cudnn: str
@@ -28,20 +28,21 @@ class Environment:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One provider on one case. Only a row of status "ok" has figures.
+    """One provider on one case. Only a row with status "ok" has times.
 
-    status        "ok"; "wrong"; "failed: ..."; or why the provider does not run the case
-    error         largest relative error of any result or gradient, in the norm, against float64
+    status        "ok", "wrong", "failed: ...", or the reason why the provider does not run the case
+    error         largest relative error of any result or gradient against float64, in the Frobenius norm
     ms_*          quantiles of the time of a whole call
-    first_call_s  seconds of the first call, compilation included where nothing was compiled before
-    peak_bytes    the most that a training call holds at once beyond weights and input
-    saved_bytes   that a training forward keeps for backward beyond weights, input and output
-    floor_us      microseconds of a step that the plan cannot go below (see ``floors.step_floor``)
-    exchange_us   of it, the exchange between programs as measured in the same run
-    predicted_us  microseconds of a step by ``triton_lstm.plan.step_cycles`` at sm_mhz: of the time loops only
-    gemm_tflops   what an 8192^3 product reached in this type in the same run
-    sm_mhz, memory_mhz    clocks as read after the timing
-    plan          schedule and programs of ours
+    samples       number of calls that were timed
+    first_call_s  seconds of the first call, including compilation if the kernel was not compiled before
+    peak_bytes    the most bytes that a training call holds at one time, besides weights and input
+    saved_bytes   bytes that a training forward keeps for backward, besides weights, input and output
+    floor_us      microseconds that a step of the plan takes at least (see ``floors.step_floor``)
+    exchange_us   the part of floor_us that is the forward loop's exchange between programs, measured in the same run
+    predicted_us  microseconds of a step, time loops only: ``triton_lstm.plan.step_cycles`` divided by sm_mhz
+    gemm_tflops   what an 8192^3 product in this type reached in the same run
+    sm_mhz, memory_mhz    clocks, read after the timing
+    plan          kind, programs and groups of our plan
     """
     case: Case
     provider: str
@@ -83,13 +84,13 @@ class Row:
 _CASE = [f.name for f in dataclasses.fields(Case)]
 _ENVIRONMENT = [f.name for f in dataclasses.fields(Environment)]
 _FIGURES = [f for f in dataclasses.fields(Row) if f.name not in ("case", "environment")]
-_DERIVED = ("us_per_step", "tokens_per_s", "tflops", "gemm_share")       # for readers of the file; not read again
+_DERIVED = ("us_per_step", "tokens_per_s", "tflops", "gemm_share")       # written for people, not read by ``load``
 _TYPES = {"int": int, "float": float, "str": str}
 COLUMNS = (*_CASE, *(f.name for f in _FIGURES), *_DERIVED, "cudnn_algorithm", *_ENVIRONMENT)
 
 
 class Writer:
-    """Appends rows to a CSV file, which has each as soon as it is measured."""
+    """Appends rows to a CSV file and flushes after each, so that an interrupted run loses none."""
 
     def __init__(self, path):
         new = not path.exists()
@@ -117,13 +118,13 @@ def _read(kind, text):
 
 
 def load(*paths):
-    """The rows of CSV files that ``Writer`` wrote. ValueError names a file that is none."""
+    """The rows of CSV files that ``Writer`` wrote. ValueError if a file is something else."""
     rows = []
     for path in paths:
         with open(path, newline="") as file:
             lines = csv.DictReader(file)
             if missing := {*_CASE, *_ENVIRONMENT, *(f.name for f in _FIGURES)} - {*(lines.fieldnames or ())}:
-                raise ValueError(f"{path} is no file of a sweep: it lacks {', '.join(sorted(missing))}")
+                raise ValueError(f"{path} is no CSV file of this benchmark: it lacks {', '.join(sorted(missing))}")
             for line in lines:
                 take = lambda fields, line=line: {f.name: _read(f.type, line[f.name]) for f in fields}
                 rows.append(Row(Case(**take(dataclasses.fields(Case))),
@@ -132,7 +133,7 @@ def load(*paths):
 
 
 def timed(rows):
-    """{case: {provider: row}} of the rows that have a time."""
+    """{case: {provider: row}} of the rows with status "ok"."""
     found = {}
     for row in rows:
         if row.status == "ok":
@@ -141,15 +142,16 @@ def timed(rows):
 
 
 def speedup(providers, over):
-    """How many times faster than ``over`` ours is, for a {provider: row}; None unless both have a time."""
+    """How many times faster triton_lstm is than the provider ``over``; None unless both have a time. ``providers`` is
+    {provider: row}."""
     if OURS in providers and over in providers:
         return providers[over].ms_median / providers[OURS].ms_median
     return None
 
 
 def best_cudnn(found, case):
-    """The fastest row of cuDNN on the sizes of ``case``, with or without a graph, in any type that is no less exact:
-    either 16-bit type may stand for the other, fp32 for both."""
+    """The fastest row of cuDNN at the sizes of ``case``, with or without a CUDA graph, in its type or in one that is at
+    least as exact. The two 16-bit types count as equally exact."""
     rows = [row for dtype in (("fp32",) if case.dtype == "fp32" else ("fp16", "bf16", "fp32"))
             for name, row in found.get(dataclasses.replace(case, dtype=dtype), {}).items()
             if name in (CUDNN, CUDNN_GRAPH, PACKED)]
@@ -157,5 +159,5 @@ def best_cudnn(found, case):
 
 
 def geometric_mean(values):
-    """Of positive numbers."""
+    """The geometric mean of positive numbers."""
     return math.exp(sum(map(math.log, values)) / len(values))

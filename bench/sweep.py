@@ -1,4 +1,4 @@
-"""Times layers on a GPU side by side; a result that is wrong gets no time."""
+"""Times layers on a GPU side by side. A layer whose result is wrong is not timed."""
 import dataclasses
 import functools
 import time
@@ -18,22 +18,24 @@ from .rows import OURS, Row, Writer, load
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """Timing of one provider: rounds until ``sample_ms`` milliseconds were timed, from ``least`` to ``most`` rounds."""
+    """How long one provider is timed on one case: until ``sample_ms`` milliseconds were timed, in ``least`` to ``most``
+    calls. If a call takes longer than ``slow_ms``, two calls are enough."""
     sample_ms: float
     least: int = 5
     most: int = 100
-    slow_ms: float = 1000           # of one call: then two rounds are enough
+    slow_ms: float = 1000
 
 
-# To be measured: by arithmetic a recorded case with five providers takes a second and a half (a tenth of one each for
-# the first call and the check, and ``sample_ms``), so that some 130 of 238 fit 200 s; the most important come first.
+# An estimate, not measured: a case of ``record`` with five providers takes 1.5 s (0.1 s for the first call, 0.1 s for
+# the check and ``sample_ms`` for each provider). So about 130 of the 238 cases fit into 200 s. The most important come
+# first.
 EFFORTS = {"quick": Effort(50), "record": Effort(80), "full": Effort(300)}
 
 
 def saved_bytes(layer, x):
-    """Bytes that a forward keeps for backward beyond weights, x and y; storages that several tensors share count once.
+    """Bytes that a forward keeps for backward, besides weights, x and y.
 
-    cuDNN's reserve space is among them: torch saves it as it saves any tensor.
+    A storage that several tensors share counts once. cuDNN's reserve space is included, because torch saves it like any other tensor.
     """
     kept = {}
 
@@ -65,7 +67,7 @@ class Run:
         self.filled = (self.x, *self.layer.parameters()) if dy is not None else ()
 
     def results(self):
-        """What the layer computes, without dropout, which no two layers draw alike."""
+        """What the layer computes without dropout. (Different layers drop different elements.)"""
         dropout = getattr(self.layer, "dropout", 0)
         if dropout:
             self.layer.dropout = 0.
@@ -76,7 +78,7 @@ class Run:
                 self.layer.dropout = dropout
 
     def clear(self):
-        """Drop gradients: a call fills new ones, as after ``zero_grad``."""
+        """Drop the gradients, like ``zero_grad``, so that the next call allocates new ones."""
         for tensor in self.filled:
             tensor.grad = None
 
@@ -89,9 +91,10 @@ class Run:
 
 
 def measure(case, providers, gpu, floors, environment, effort):
-    """Yield the ``Row`` of each provider, all with the same weights and input; ``providers`` is {name: make}.
+    """Yield the ``Row`` of each provider, all with the same weights and input. ``providers`` is {name: function of a
+    ``Problem`` that makes the layer}.
 
-    They are timed in turns, one call each, and every other turn in the opposite order.
+    Providers are timed in rounds, with one call of each. Every other round is in the opposite order.
     """
     row = functools.partial(Row, case, environment=environment)
     try:
@@ -99,7 +102,7 @@ def measure(case, providers, gpu, floors, environment, effort):
         exact = exact_results(problem.weights, problem.x, problem.dy, problem.runs)
     except torch.OutOfMemoryError:
         for name in providers:
-            yield row(name, status="the float64 reference does not fit the memory")
+            yield row(name, status="the float64 reference does not fit in memory")
         return
     running = {}
     for name, make in providers.items():
@@ -107,7 +110,7 @@ def measure(case, providers, gpu, floors, environment, effort):
             figures, run = _check(name, make, problem, exact, gpu)
         except Unavailable as reason:
             yield row(name, status=str(reason))
-        except Exception as failure:                # a rival's, or of one shape: the row says so, and the run goes on
+        except Exception as failure:                # the row says so, and the run goes on with the other providers
             yield row(name, status=" ".join(f"failed: {type(failure).__name__}: {failure}".split())[:200])
         else:
             if figures["status"] == "ok":
@@ -131,9 +134,9 @@ def measure(case, providers, gpu, floors, environment, effort):
 
 
 def _check(name, make, problem, exact, gpu):
-    """What is known of a provider before it is timed, as fields of ``Row``; and its ``Run``, None of a wrong one."""
+    """(fields of ``Row`` that are known before timing, the provider's ``Run`` or None if its result is wrong)."""
     case = problem.case
-    # fp32 is left to torch's setting, and by default that lets an LSTM multiply in TF32
+    # torch's own switch decides whether products of fp32 are in TF32. By default it allows that for an LSTM.
     allowed = TOLERANCE["tf32" if case.dtype == "fp32" else case.dtype]
     before = time.perf_counter()
     run = Run(name, make, problem)
@@ -144,7 +147,8 @@ def _check(name, make, problem, exact, gpu):
         return dict(status="wrong", error=got), None
     run.clear()
     figures = dict(status="ok", error=got, first_call_s=first_call_s)
-    if case.mode == "train" and not isinstance(run.layer, Graph):       # a graph's memory is its own, and out of sight
+    # A CUDA graph has memory of its own, which torch's statistics of a call do not include.
+    if case.mode == "train" and not isinstance(run.layer, Graph):
         figures.update(saved_bytes=saved_bytes(run.layer, run.x), peak_bytes=gpu.peak_bytes(run))
         run.clear()
     return figures, run
@@ -153,7 +157,7 @@ def _check(name, make, problem, exact, gpu):
 def _take_turns(runs, gpu, effort, stream):
     """{name: milliseconds of each call}."""
     samples = {name: [] for name in runs}
-    for run in runs.values():           # once more after the check, so that the first sample finds all warm
+    for run in runs.values():           # one more call that does not count, as warm-up
         gpu.sample(run, stream)
         run.clear()
     for turn in range(effort.most):
@@ -168,9 +172,9 @@ def _take_turns(runs, gpu, effort, stream):
 
 
 def compile_all(cases, limits, arch):
-    """Compile the automatic plans of ``cases`` into Triton's cache, on all cores at once; returns the seconds it took.
+    """Compile the automatic plans of ``cases`` into Triton's cache, in parallel; returns the seconds it took.
 
-    A sweep would else compile them one by one between timings.
+    Otherwise a sweep would compile them one by one between timings.
     """
     began = time.monotonic()
     wanted = {}
@@ -180,7 +184,7 @@ def compile_all(cases, limits, arch):
                                          limits=limits)
         except triton_lstm.PlanError:
             continue                    # its row will say why
-        # sizes that are no constants of the kernels make no other kernel
+        # Plans that differ only in these sizes have the same kernels, because the sizes are no constants of them.
         sizes = dict(batch=0, groups=0, tiles=0, keep_every=1)
         backward = plan.backward_plan and dataclasses.replace(plan.backward_plan, **sizes)
         key = dataclasses.replace(plan, backward_plan=backward, **sizes)
@@ -190,15 +194,15 @@ def compile_all(cases, limits, arch):
     jobs = [(plan, dtype_of(dtype), dict(flagged=flagged, inputs=inputs))
             for (_, dtype, flagged, inputs), plan in wanted.items()]
     for _ in progress(compile_apart(jobs, arch), lambda _: "compiling", len(jobs)):
-        pass                            # of a kernel that does not compile its row will tell
+        pass                            # if a kernel does not compile, its row will say so
     return time.monotonic() - began
 
 
 def run(path, cases, providers, gpu, floors, environment, effort, seconds=None):
-    """Measure ``cases`` into the CSV file ``path``, each row as soon as it is there; returns the exit code.
+    """Measure ``cases`` and write each row into the CSV file ``path`` at once; returns the exit code.
 
-    A file that exists is gone on with: what it has a row of is not measured again. ``seconds``: start no case later
-    than that. 0: all done; 1: a result was wrong or ours failed; 130: interrupted.
+    If the file exists, rows are added to it, and what it has a row for is not measured again. No case is started after
+    ``seconds``. The exit code is 1 if triton_lstm gave a wrong result or failed, 130 after an interrupt, else 0.
     """
     done = {(row.case, row.provider) for row in load(path)} if path.exists() else set()
     began, code, skipped = time.monotonic(), 0, 0
@@ -215,7 +219,8 @@ def run(path, cases, providers, gpu, floors, environment, effort, seconds=None):
         except KeyboardInterrupt:
             code = 130
     if skipped:
-        print(f"{skipped} of {len(cases)} cases were left out after {seconds:.0f} seconds; --resume {path} goes on")
+        print(f"{skipped} of {len(cases)} cases were left out after {seconds:.0f} seconds; add --resume {path} to "
+              "measure them")
     bad = [row for row in load(path) if row.status == "wrong" or row.status.startswith("failed")
            and row.provider.startswith(OURS)]
     return code or int(bool(bad))

@@ -1,4 +1,4 @@
-"""What the package has set out to reach, against the rows of a run. Needs no torch."""
+"""Compares the rows of a run with the targets of the package. Needs no torch."""
 import dataclasses
 
 from .console import markdown
@@ -8,7 +8,8 @@ from .workloads import WORKLOADS
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """``values`` are ratios by case; met if their geometric mean or, of a bound on every case, the worst is."""
+    """A bound on ``values``, which are {case: ratio}: on their geometric mean or, if ``every``, on each ratio. They should
+    be at least ``bound`` or, if ``at_most``, at most ``bound``."""
     name: str
     bound: float
     values: dict
@@ -31,14 +32,15 @@ class Target:
 
 
 def _ratios(found, wanted, over=None):
-    """{case: speed-up} over the named provider or, without one, what nn.LSTM's users run."""
+    """{case: speed-up} of the cases for which ``wanted`` is true, over the provider ``over``. Without one it is the
+    baseline of the case, which is what users of nn.LSTM run."""
     ratios = {case: speedup(providers, over or BASELINES[case.sequences]) for case, providers in found.items()
               if wanted(case)}
     return {case: ratio for case, ratio in ratios.items() if ratio is not None}
 
 
 def targets(rows):
-    """Each ``Target`` with what ``rows`` have for it."""
+    """[Target], with values from ``rows``."""
     found = timed(rows)
     named = {w.case() for w in WORKLOADS}
     padded = lambda c: c.sequences == "padded"
@@ -52,7 +54,7 @@ def targets(rows):
               and providers[OURS].peak_bytes is not None}
     return [
         Target("named workloads, each in its type and mode", 2, _ratios(found, lambda c: c in named)),
-        Target("the same without those with resets", 2,
+        Target("named workloads except those with resets", 2,
                _ratios(found, lambda c: c in named and c.sequences != "resets")),
         Target("forward, fp16, H <= 256, B <= 64", 1.5, _ratios(
             found, lambda c: square(c) and (c.mode, c.dtype) == ("forward", "fp16") and c.hidden_size <= 256
@@ -63,11 +65,11 @@ def targets(rows):
         Target("forward, fp16, H=768 B=16 T=1024", 1.2, _ratios(found, lambda c: flashrnn(c, "forward"), CUDNN)),
         Target("forward + backward, fp16, H=768 B=16 T=1024", 1.3,
                _ratios(found, lambda c: flashrnn(c, "train"), CUDNN)),
-        Target("ragged batches over packed ones", 5, _ratios(
+        Target("ragged batches, compared with packed ones of nn.LSTM", 5, _ratios(
             found, lambda c: c.sequences == "ragged" and c.workload == "grid")),
-        Target("resets over the loop", 20, _ratios(found, lambda c: c.sequences == "resets")),
-        Target("peak memory of training, T >= 64, of cuDNN's", 0.5, memory, at_most=True),
-        Target("every size of the grid over cuDNN's best", 1, best, every=True),
+        Target("resets, compared with a loop over nn.LSTM", 20, _ratios(found, lambda c: c.sequences == "resets")),
+        Target("peak memory of training, T >= 64, as a share of cuDNN's", 0.5, memory, at_most=True),
+        Target("every size of the grid, compared with the best of cuDNN", 1, best, every=True),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Trains one character model with torch's LSTM and with ours, from the same weights on the same batches."""
+"""Trains a character model with torch's LSTM and with ours, from the same weights and on the same batches."""
 import dataclasses
 import pathlib
 import statistics
@@ -20,7 +20,7 @@ LAYERS = {"torch.nn.LSTM": torch.nn.LSTM, "triton_lstm.LSTM": triton_lstm.LSTM}
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Sequences in a batch, characters in a sequence, units of the model, training steps."""
+    """Sequences in a batch, characters in a sequence, hidden units of each layer, training steps."""
     batch: int
     sequence: int
     hidden: int
@@ -31,13 +31,13 @@ SIZES = {"cuda": Sizes(64, 128, 512, 300), "interpreter": Sizes(8, 16, 32, 40)}
 
 
 def chosen(args, interpreted):
-    """The ``Sizes`` of a command line: the defaults where it names none."""
+    """The ``Sizes`` of a command line, with the defaults for those that it does not name."""
     sizes = SIZES["interpreter" if interpreted else "cuda"]
     return Sizes(*(getattr(args, f.name) or getattr(sizes, f.name) for f in dataclasses.fields(Sizes)))
 
 
 class Model(torch.nn.Module):
-    """Predicts the next of 256 characters: (T, B) to logits (T, B, 256)."""
+    """Predicts the next of 256 characters: from characters (T, B) to logits (T, B, 256)."""
 
     def __init__(self, layer_class, hidden, layers):
         super().__init__()
@@ -50,7 +50,7 @@ class Model(torch.nn.Module):
 
 
 def read_text():
-    """The sources of Python's standard library, some megabytes of them, as a tensor of bytes."""
+    """Some megabytes of the sources of Python's standard library, as a tensor of bytes."""
     data = bytearray()
     for path in sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         data += path.read_bytes()
@@ -58,7 +58,7 @@ def read_text():
 
 
 def batches(text, sizes, seed):
-    """``sizes.steps`` batches of random places in the text, (sequence + 1, batch) each."""
+    """``sizes.steps`` batches (sequence + 1, batch) of sequences that begin at random places of the text."""
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.arange(sizes.sequence + 1)[:, None]
     for _ in range(sizes.steps):
@@ -66,7 +66,7 @@ def batches(text, sizes, seed):
 
 
 class Trainer:
-    """A model and Adam, which steps fp32 copies of 16-bit weights; losses of fp16 are scaled by a constant."""
+    """A model and Adam, which updates fp32 copies of the weights. In fp16 the loss is scaled by a constant."""
 
     def __init__(self, model):
         self.model, self.weights = model, list(model.parameters())
@@ -90,7 +90,8 @@ class Trainer:
 
 
 def train(sizes, layers, seed, dtype, device):
-    """({name: losses}, {name: characters a second}) by step; an interrupted run returns the steps it made."""
+    """({name: [loss]}, {name: [characters a second]}), an entry for each step. An interrupted run returns the complete
+    steps."""
     torch.manual_seed(seed)
     models = {name: Model(layer_class, sizes.hidden, layers).to(device, dtype) for name, layer_class in LAYERS.items()}
     start = next(iter(models.values())).state_dict()
@@ -116,7 +117,7 @@ def train(sizes, layers, seed, dtype, device):
                       + (f"characters/s {both(lambda name: f'{rates[name][-1]:,.0f}')}, " if device == "cuda" else "")
                       + f"{left:.0f} s left", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        steps = len(losses[name := list(models)[-1]])           # of the layer that goes second
+        steps = len(losses[name := list(models)[-1]])           # the second layer's: the first may be a step ahead
         losses = {name: curve[:steps] for name, curve in losses.items()}
         print(f"interrupted after {steps} steps", file=sys.stderr)
     return losses, rates
@@ -128,15 +129,16 @@ def _wait(device):
 
 
 def run(out, sizes, layers=1, seed=0, dtype="fp32", interpreted=False):
-    """Train, print the outcome and draw it into train.png in the folder ``out``.
+    """Train, print the results and draw them into train.png in the folder ``out``; returns the exit code.
 
-    ``interpreted``: the kernels run in Triton's interpreter on the CPU, where speed means nothing and is not drawn.
+    ``interpreted`` says that the kernels run in Triton's interpreter on the CPU. Speed means nothing there and is left
+    out.
     """
     print(f"{' and '.join(LAYERS)}: batch {sizes.batch}, {sizes.sequence} characters, hidden {sizes.hidden}, "
           f"{layers} layer(s), {sizes.steps} steps, {dtype}", flush=True)
     if interpreted:
-        print("The kernels run in Triton's interpreter on the CPU: losses count, speed would mean nothing and is left "
-              "out.", flush=True)
+        print("The kernels run in Triton's interpreter on the CPU. Losses can be compared; speed would mean nothing "
+              "and is left out.", flush=True)
     losses, rates = train(sizes, layers, seed, dtype_of(dtype), "cpu" if interpreted else "cuda")
     if not all(losses.values()):
         return 130

@@ -1,5 +1,8 @@
-"""Two calls for whoever gets a GPU for a while, of at most five minutes each: ``first`` finds out what works and how
-fast each candidate is, ``record`` records the benchmark. All into one folder, whatever fails. Needs no torch."""
+"""Verifies the package on a GPU in two calls of at most five minutes each. Needs no torch.
+
+``first`` finds out which kernels are right and how fast each candidate plan is. ``record`` runs the GPU tests and the
+benchmark. Each runs its parts one after the other, whether they fail or not, and writes all results into one folder.
+"""
 import os
 import pathlib
 import shutil
@@ -12,7 +15,7 @@ import time
 ROOT = pathlib.Path(__file__).parents[1]
 PYTHON = [sys.executable]
 BENCH = [*PYTHON, "-m", "bench"]
-SECONDS = 290           # of a call, all parts together
+SECONDS = 290           # time limit of a call, for all its parts together
 MOST_FILES, MOST_BYTES = 8, 16 << 20
 ABOUT = """\
 import torch, triton
@@ -21,7 +24,8 @@ print("GPU:", torch.cuda.get_device_properties(0) if torch.cuda.is_available() e
 
 
 def first(out, triton=None):
-    """Yield (name, command, seconds it may take, environment) of the first call; a second Triton comes last."""
+    """Yield (name, command, time limit in seconds, environment) of each part of the first call. ``triton`` is a folder
+    with another version of Triton, or None: with one, kernels are also checked and timed with that version."""
     yield "environment", [*PYTHON, "-c", ABOUT], 40, {}
     checked = lambda name, seconds: [*PYTHON, "-m", "triton_lstm", "check", "--seconds", str(seconds), "--out",
                                      str(out / name)]
@@ -42,13 +46,13 @@ def first(out, triton=None):
 
 
 def record(out, triton=None):
-    """The same of the second call."""
+    """The parts of the second call, as in ``first``. A folder ``triton`` takes the place of the installed Triton."""
     environment = dict(PYTHONPATH=os.pathsep.join([str(triton), str(ROOT)])) if triton else {}
     cores = str(max((os.cpu_count() or 2) // 2, 1))
     pytest = [*PYTHON, "-m", "pytest", "-v", "-rs", "-n", cores, "--timeout", "30"]
     yield "GPU tests", [*pytest, "-m", "gpu_first"], 60, environment
     yield "sweep", [*BENCH, "--record", "--out", str(out)], 225, environment
-    if any(out.glob("2*.csv")):         # the sweep draws them too, but not if it was stopped
+    if any(out.glob("2*.csv")):         # the sweep draws them itself, unless it was stopped
         yield "pictures", [*BENCH, "plot", "--out", str(out), str(out)], 30, environment
     yield "other GPU tests", [*pytest, "-m", "gpu and not gpu_first"], 120, environment
 
@@ -57,7 +61,10 @@ CALLS = dict(first=first, record=record)
 
 
 def run_part(command, seconds, log, environment=()):
-    """(what came of it, whether it went well); its output goes to the file ``log``, and its children end with it."""
+    """Run ``command`` for at most ``seconds``; returns (what came of it, whether it succeeded).
+
+    Its output goes into the file ``log``. Processes that it has started are stopped with it.
+    """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]), **dict(environment)}
     with open(log, "w") as file:
@@ -75,12 +82,12 @@ def run_part(command, seconds, log, environment=()):
 
 
 def tail(log, lines=15):
-    """The last lines that a part said."""
+    """The last lines of the file ``log``."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
 def pack(out):
-    """Leave MOST_FILES files of at most MOST_BYTES in ``out``: what matters least goes into rest.tar.gz."""
+    """Leave at most MOST_FILES files of at most MOST_BYTES in ``out``. The least important ones go into rest.tar.gz."""
     order = [".md", ".jsonl", ".csv", ".png", ".log"]
     files = sorted((path for path in out.iterdir() if path.is_file() and path.name != "rest.tar.gz"),
                    key=lambda path: (order.index(path.suffix) if path.suffix in order else len(order), path.name))
@@ -104,9 +111,10 @@ def pack(out):
 
 
 def verify(out, steps, seconds=SECONDS, clock=time.monotonic):
-    """Run each part, write ``report.md`` after each into the folder ``out``; returns the exit code: 1 if any failed.
+    """Run each part and, after each, write ``report.md`` in the folder ``out``; returns the exit code, 1 if one failed.
 
-    steps: (name, command, seconds, environment). ``seconds``: for all; what is then left is not begun.
+    steps     (name, command, time limit in seconds, environment) of each part
+    seconds   time limit for all parts; those that are left after it are not begun
     """
     out.mkdir(parents=True, exist_ok=True)
     end, text, good = clock() + seconds, ["# Verification"], True

@@ -1,6 +1,6 @@
-"""LSTM layers that people really run, with the public source of each size, and the cases a sweep is made of.
+"""LSTM layers of published models, with the source of their sizes, and the cases that a sweep times.
 
-Needs no torch: the plots of a recorded run are drawn on any machine.
+Needs no torch, so that a recorded run can be drawn on any machine.
 """
 import dataclasses
 import itertools
@@ -13,11 +13,13 @@ SEQUENCES = ("padded", "ragged", "resets")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One thing to time; sizes as nn.LSTM counts them, hidden_size of one direction.
+    """One thing to time. hidden_size is that of one direction, as in nn.LSTM.
 
-    workload   name of the ``Workload`` it is, or "grid" for a layer of as many inputs as units
-    mode       "train": forward and backward; "forward": inference over whole sequences; "stream": one step a call
-    sequences  "padded": all of ``steps``; "ragged": ``lengths``; "resets": the state is zeroed before some steps
+    workload   name of a ``Workload``, or "grid" for a layer with as many inputs as hidden units
+    mode       "train": forward and backward; "forward": inference over whole sequences; "stream": inference over one
+               step in each call
+    sequences  "padded": all rows have ``steps`` steps; "ragged": they have ``lengths``; "resets": they have ``steps``
+               steps, and the state is zeroed before some of them
     """
     workload: str
     mode: str
@@ -33,7 +35,8 @@ class Case:
 
     @property
     def lengths(self):
-        """Of each row: evenly spread over 1 to ``steps``, in an order that is the same each time."""
+        """The length of each row. Those of ragged sequences are spread evenly over 1 to ``steps``, in a random order
+        that is the same in each run."""
         if self.sequences != "ragged":
             return (self.steps,) * self.batch
         lengths = [self.steps - b * (self.steps - 1) // max(self.batch - 1, 1) for b in range(self.batch)]
@@ -42,19 +45,21 @@ class Case:
 
     @property
     def tokens(self):
-        """Live steps of all rows in a call."""
+        """Steps of all rows in a call, without padding."""
         return sum(self.lengths)
 
     @property
     def flop(self):
-        """Floating-point operations of a call's matrix products: W x and R h, in training twice as much again."""
+        """Floating-point operations of the matrix products of a call: W x and R h. Backward takes twice as many as
+        forward."""
         widths = [self.input_size] + [self.directions * self.hidden_size] * (self.layers - 1)
         a_token = sum(2 * 4 * self.hidden_size * (width + self.hidden_size) for width in widths)
         return a_token * self.directions * self.tokens * (3 if self.mode == "train" else 1)
 
     @property
     def cudnn_algorithm(self):
-        """What torch asks of cuDNN for this shape, forward (/ backward where it differs), on an A100, H100 or H200.
+        """The algorithm that torch asks cuDNN for at this shape on an A100, H100 or H200: of forward, followed by
+        " / " and that of backward if it differs.
 
         The rules are those of ``get_algo`` in torch's aten/src/ATen/native/cudnn/RNN.cpp.
         """
@@ -80,8 +85,8 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One use of an LSTM. ``source``: the public file or paper the sizes come from; batch or steps may be derived from
-    a config there. The other fields are those of ``Case``."""
+    """An LSTM layer of a published model. ``source`` is the file or paper that the sizes come from; batch or steps may
+    be computed from a configuration there. The other fields are those of ``Case``."""
     name: str
     batch: int
     steps: int
@@ -96,7 +101,8 @@ class Workload:
     dropout: float = 0.
 
     def case(self, dtype=None, mode=None):
-        """As the source runs it, or in another type or mode. A stream has one step, and so no lengths or resets."""
+        """The ``Case`` of the layer as its source runs it, or in another type or mode. A stream has one step, so it has
+        no lengths or resets."""
         mode = mode or self.mode
         steps, sequences = (1, "padded") if mode == "stream" else (self.steps, self.sequences)
         return Case(self.name, mode, dtype or self.dtype, self.batch, steps, self.input_size, self.hidden_size,
@@ -108,16 +114,16 @@ WORKLOADS = tuple(Workload(*row) for row in (
     ("isaac_ppo", 4096, 32, 32, 256, 1, 1, "fp32", "train", "pytorch/rl bench_rnn_recompute_memory.py", "resets"),
     ("legged_gym", 1024, 24, 235, 512, 1, 1, "fp32", "train", "legged_robot_config.py", "resets"),
     ("cleanrl_atari", 8, 128, 512, 128, 1, 1, "fp32", "train", "cleanrl ppo_atari_lstm.py", "resets"),
-    # the source names no type: TensorFlow's default
+    # the source names no type, so it is TensorFlow's default
     ("r2d2", 64, 140, 531, 512, 1, 1, "fp32", "train", "seed_rl learner.py"),
     ("openunmix", 16, 255, 512, 256, 3, 2, "fp32", "train", "open-unmix model.py", "padded", 0.4),
     ("pyannote_seg3", 32, 589, 60, 128, 4, 2, "fp32", "forward", "pyannote PyanNet.py"),
     ("dprnn_inter", 1000, 130, 128, 128, 1, 2, "fp32", "train", "asteroid DPRNN conf.yml"),
     ("tfgridnet_intra", 1503, 62, 192, 192, 1, 2, "fp32", "train", "espnet TFGridNet yaml"),
-    # trained as here, then decoded one step a call
+    # trained like this; decoding calls it for one step at a time
     ("rnnt_predictor", 64, 64, 640, 640, 1, 1, "bf16", "train", "NeMo fast-conformer transducer"),
     ("rnnt_mlperf_enc", 128, 557, 240, 1024, 2, 1, "fp16", "train", "mlcommons rnnt"),
-    # one of five layers, which alternate in direction
+    # one of five layers, whose directions alternate
     ("bonito_sup", 96, 1667, 1024, 1024, 1, 1, "fp16", "forward", "bonito dna_r10.4.1@v4.3"),
     ("crnn_ocr", 192, 26, 512, 256, 2, 2, "fp32", "train", "clovaai train.py"),
     ("camels_hydrology", 256, 365, 31, 128, 1, 1, "fp32", "train", "neuralhydrology"),
@@ -130,9 +136,9 @@ WORKLOADS = tuple(Workload(*row) for row in (
     ("nam_audio", 16, 8192, 1, 18, 3, 1, "fp32", "train", "NAM lstm.json"),
     # the middle one of three layers of different sizes
     ("awd_lstm", 80, 70, 400, 1150, 1, 1, "fp32", "train", "awd-lstm-lm"),
-    # the source names no type; in fp32 this R would be 64 MiB, so take what one would train it in today
+    # the source names no type. R is 64 MiB in fp32, so the layer is timed in bf16, in which it would be trained today
     ("flair_lm", 100, 250, 100, 2048, 1, 1, "bf16", "train", "Flair"),
-    # measured there in fp16 and bf16: fp16 is where cuDNN is at its best
+    # the paper measures fp16 and bf16; cuDNN is fastest in fp16
     ("flashrnn_768", 16, 1024, 768, 768, 1, 1, "fp16", "train", "FlashRNN paper grid"),
     ("fastrnns", 64, 100, 512, 512, 1, 1, "fp32", "train", "pytorch benchmarks/fastrnns"),
 ))
@@ -143,13 +149,14 @@ STEPS = (1, 16, 64, 128, 512, 1024)
 
 
 def grid(modes, dtypes, batches, steps, hidden_sizes, sequences=("padded",)):
-    """Cases of one layer with as many inputs as units: all combinations."""
+    """All combinations of these sizes, as cases of one layer with as many inputs as hidden units."""
     return [Case("grid", mode, dtype, B, T, H, H, sequences=s) for s, mode, dtype, B, T, H in
             itertools.product(sequences, modes, dtypes, batches, steps, hidden_sizes)]
 
 
 def _named(dtypes):
-    """Each workload as its source runs it, then the same in the other ``dtypes``."""
+    """Two lists: the workloads as their sources run them, and other cases of them, in the other ``dtypes`` and (two of
+    them) in another mode."""
     named = [w.case() for w in WORKLOADS]
     other = [w.case(dtype) for w in WORKLOADS for dtype in dtypes if dtype != w.dtype]
     decode = [w.case(dtype, "stream") for w in WORKLOADS if w.name == "rnnt_predictor" for dtype in dtypes]
@@ -158,7 +165,7 @@ def _named(dtypes):
 
 
 def quick():
-    """A handful in under two minutes."""
+    """A few cases that take less than two minutes."""
     names = ("pufferlib_breakout", "cleanrl_atari", "rnnt_predictor", "silero_vad", "flashrnn_768", "fastrnns")
     return ([w.case() for w in WORKLOADS if w.name in names]
             + grid(("forward", "train"), ("fp16", "bf16"), (16, 64), (128,), (128, 512))
@@ -166,7 +173,7 @@ def quick():
 
 
 def record():
-    """What README shows, the most important first: a run ends after 200 s, and what was left out is said."""
+    """What README shows, the most important cases first, because a run starts no case after 200 s."""
     named, more = _named(tuple(DTYPES))
     return list(dict.fromkeys(
         named
@@ -179,7 +186,7 @@ def record():
 
 
 def full():
-    """Everything of ``record``, then every combination of the grid."""
+    """All cases of ``record``, then every combination of the grid."""
     return list(dict.fromkeys(
         record() + grid(("stream",), tuple(DTYPES), BATCHES, (1,), HIDDEN_SIZES)
         + grid(("train", "forward"), tuple(DTYPES), BATCHES, STEPS, HIDDEN_SIZES)

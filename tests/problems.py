@@ -186,7 +186,7 @@ class Problem:
     def plan(self, limits=PORTABLE, **options):
         return triton_lstm.make_plan(self.B, self.H, self.dtype, self.D, tf32=self.tf32, limits=limits, **options)
 
-    def gluon_plan(self, ctas, keep_every=2):
+    def cluster_plan(self, ctas, keep_every=2):
         """The plan of the Gluon kernels for clusters of so many CTAs, whatever make_plan would choose."""
         plan = self.plan(limits=H200, schedule="cluster" if ctas > 1 else "resident", keep_every=keep_every)
         block_h = max(1 << (-(-self.H // ctas) - 1).bit_length(), 16)
@@ -202,7 +202,7 @@ class Problem:
             plan = dataclasses.replace(plan, kind="streamed", r_slices=((0, 16),), block_k=16)
         return plan
 
-    def warp_group_plan(self, block_h=16, warps=4, tiles=1, keep_every=2):
+    def wgmma_plan(self, block_h=16, warps=4, tiles=1, keep_every=2):
         """A grid plan that multiplies by warp groups, though so few rows make no plan take one."""
         backward = self.plan(keep_every=keep_every)
         rows = 16 * warps

@@ -60,7 +60,7 @@ def test_registers_written(text, registers):
     assert list(machine_code._written(*machine_code._parse(sass((text, 1, 7, 7, 0))))) == registers
 
 
-def test_held_factors_are_those_that_the_loop_does_not_write():
+def test_held_operands_are_those_that_the_loop_does_not_write():
     parse = lambda lines: machine_code._parse(sass(*((line, 1, 7, 7, 0) for line in lines)))
     held = lambda *lines: machine_code._held(parse(lines), warps=8)
     product, tf32 = "HMMA.16816.F32.BF16 R0, R8, R12.reuse, R0", "HMMA.1688.F32.TF32 R0, R8, R14, RZ"

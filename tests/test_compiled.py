@@ -9,9 +9,9 @@ from bench.correctness import dtype_of
 from bench.machine_code import read
 from bench.workloads import WORKLOADS
 from problems import PORTABLE
-from test_gluon import check_compiled as check_gluon
+from test_cluster import check_compiled as check_gluon
 from test_split import check_compiled as check_split
-from test_warp_groups import check_compiled as check_warp_groups
+from test_wgmma import check_compiled as check_warp_groups
 from triton_lstm import make_plan
 from triton_lstm.plan import A100, H200, RTX_4090
 

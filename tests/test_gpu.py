@@ -95,7 +95,7 @@ def test_tiles_of_32_rows(dtype, masks):
 
 def gluon(problem, ctas):
     """The problem's plan for the Gluon kernels, if the device and Triton run clusters of so many CTAs."""
-    plan, limits = problem.gluon_plan(ctas, keep_every=16), Limits.of("cuda")
+    plan, limits = problem.cluster_plan(ctas, keep_every=16), Limits.of("cuda")
     if ctas > limits.cluster:
         pytest.skip(f"clusters of {limits.cluster} CTAs at most")
     check_plan(plan, limits)
@@ -139,7 +139,7 @@ def test_warp_groups(shape, layout, dtype, masks):
     if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
         pytest.skip("nn.LSTM does not use TF32")
     problem = cuda(*shape, dtype=dtype, tf32=True, **masks)
-    plan = problem.warp_group_plan(**layout, keep_every=16)
+    plan = problem.wgmma_plan(**layout, keep_every=16)
     check_plan(plan, limits)
     problem.check(problem.ours(plan=plan))
 

@@ -14,9 +14,9 @@ import harness
 import triton_lstm
 from bench import machine_code
 from problems import EMULATED, PORTABLE, Problem
+from test_cluster import CLUSTERS
 from test_double_backward import second
-from test_gluon import CLUSTERS
-from test_masks import layers
+from test_step_flags import layers
 from triton_lstm import make_plan
 from triton_lstm.kernels import sequence
 from triton_lstm.plan import H200
@@ -146,14 +146,14 @@ def test_emulated(schedule, dtype, arch):
 def test_gluon(shape, dtype, ctas, arch):
     problem = Problem(*shape, dtype=dtype, tf32=dtype == FP32, packed=True)
     with harness.emulator(arch, seed=1, memory="weak"):
-        problem.check(problem.ours(plan=problem.gluon_plan(ctas)))
+        problem.check(problem.ours(plan=problem.cluster_plan(ctas)))
 
 
 @pytest.mark.parametrize("schedule, ctas", [("resident", 0), ("grid", 0), ("gluon", 1)])
 def test_other_gradients(schedule, ctas):
     """A dy that is one number for all, and none at all."""
     problem = Problem(4, 3, 3, 20, 2, packed=True)
-    plan = (problem.gluon_plan(1) if ctas else problem.plan(schedule="resident", keep_every=2)
+    plan = (problem.cluster_plan(1) if ctas else problem.plan(schedule="resident", keep_every=2)
             if schedule == "resident" else problem.shared_plan(schedule))
     packed = pack_sequence([torch.randn(n, 3) for n in (4, 2, 1)])
     theirs, ours = layers(3, 20, bidirectional=True)

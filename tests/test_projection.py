@@ -73,7 +73,7 @@ def test_gluon(ctas, dtype):
     """fp32 in TF32, where R W_hr is rounded to it once."""
     problem = Problem(3, 3, 4, 40, 2, dtype=dtype, tf32=dtype == FP32, P=12)
     with harness.emulator(90):
-        problem.check(problem.ours(plan=problem.gluon_plan(ctas)))
+        problem.check(problem.ours(plan=problem.cluster_plan(ctas)))
 
 
 # -- the layer --------------------------------------------------------------------------------------------------------

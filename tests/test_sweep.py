@@ -319,7 +319,7 @@ def test_what_does_not_run_says_why_and_the_run_goes_on(tmp_path, raised, status
 def test_a_reference_that_does_not_fit_says_so(tmp_path):
     with mock.patch.object(sweep, "exact_results", side_effect=torch.OutOfMemoryError):
         found, code = run(tmp_path / "a.csv", cases=CASES[:1])
-    assert code == 0 and [row.status for row in found] == ["the float64 reference does not fit the memory"] * 2
+    assert code == 0 and [row.status for row in found] == ["the float64 reference does not fit in memory"] * 2
 
 
 def test_an_interrupted_run_keeps_its_rows_and_goes_on(tmp_path):
@@ -393,7 +393,7 @@ def test_rows_survive_the_file(tmp_path):
     assert named["cudnn_algorithm"] == "PERSIST_STATIC_SMALL_H" and named["gpu"] == "a GPU"
     assert named["hidden_size"] == "8"
     (tmp_path / "b.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="b.csv is no file of a sweep: it lacks .*hidden_size"):
+    with pytest.raises(ValueError, match="b.csv is no CSV file of this benchmark: it lacks .*hidden_size"):
         rows.load(tmp_path / "b.csv")
 
 
@@ -425,11 +425,11 @@ def test_targets():
     slow, fast = by_name(1.), by_name(100.)
     named = fast["named workloads, each in its type and mode"]
     assert len(named.values) == 24 and named.figure == pytest.approx(100) and named.verdict == "met"
-    assert len(fast["the same without those with resets"].values) == 21
+    assert len(fast["named workloads except those with resets"].values) == 21
     assert all(target.verdict == "met" for target in fast.values())
     assert {name for name, target in slow.items() if target.verdict == "met"} == {
-        "every size of the grid over cuDNN's best"}
-    memory = slow["peak memory of training, T >= 64, of cuDNN's"]
+        "every size of the grid, compared with the best of cuDNN"}
+    memory = slow["peak memory of training, T >= 64, as a share of cuDNN's"]
     assert memory.figure == pytest.approx(1) and memory.verdict == "MISSED" and memory.at_most
     assert all(t.verdict == "not measured" for t in targets.targets([]))
     assert "MISSED" in targets.table(timed_rows(cases, 1.)) and "not measured" in targets.table([])
@@ -460,8 +460,8 @@ def test_compare():
     lines = text.splitlines()
     assert [line.split("|")[-2].strip() for line in lines[2:6]] == ["faster", "", "slower", ""]
     assert "2.000" in lines[2] and "1.636 to 2.444" in lines[2]
-    assert f"{OURS}: 1.000 in the geometric mean of 2" in text and "only before: 2 rows" in text
-    assert "only after" not in text and str(HERE) in text
+    assert f"{OURS}: 1.000, the geometric mean of 2 ratios" in text and "2 rows are only in the run before" in text
+    assert "only in the run after" not in text and str(HERE) in text
 
 
 def test_report_has_all_of_it():

@@ -18,7 +18,7 @@ BF16 = torch.bfloat16
 SMALL = Problem(4, 17, 2, 33, D=2, dtype=BF16)
 # The plans, of the problem that it is given, whose programs wait for each other
 PLANS = dict(forward_grid=lambda p: p.shared_plan("grid"), backward_grid=lambda p: p.shared_plan("grid"),
-             forward_wgmma=lambda p: p.warp_group_plan(block_h=8),
+             forward_wgmma=lambda p: p.wgmma_plan(block_h=8),
              forward_split=lambda p: p.split_plan(), backward_split=lambda p: p.split_plan())
 STREAMED = dict.fromkeys(("forward_grid", "backward_grid"), lambda p: p.shared_plan("streamed"))
 

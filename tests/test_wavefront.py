@@ -268,7 +268,7 @@ def test_gluon_chunks_between_kept_states(ctas):
     if TRITON < (3, 9) and ctas > 1:
         pytest.skip("clusters need Triton 3.9")
     layer, x = make(4, 33, 2, torch.float16), torch.randn(7, 3, 4).half()
-    layer.plan = Problem(7, 3, 4, 33, dtype=torch.float16).gluon_plan(ctas, keep_every=3)
+    layer.plan = Problem(7, 3, 4, 33, dtype=torch.float16).cluster_plan(ctas, keep_every=3)
     assert layer.plan.gluon and layer.plan.programs == ctas
     with harness.emulator(), mock.patch.object(triton_lstm.layer, "runs_kernels", lambda x, dtype: True):
         with overlapping(2) as runs:

@@ -22,9 +22,9 @@ def problem(shape, dtype, **change):
 
 
 def run(problem, seed=0, **layout):
-    """``layout``: of ``Problem.warp_group_plan``."""
+    """``layout``: of ``Problem.wgmma_plan``."""
     with harness.emulator(90, seed=seed, memory="weak"):
-        problem.check(problem.ours(plan=problem.warp_group_plan(**layout)))
+        problem.check(problem.ours(plan=problem.wgmma_plan(**layout)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,7 +75,7 @@ BROKEN = Problem(4, 12, 2, 33, dtype=BF16)          # rows in both halves of a w
 
 
 def caught(**options):
-    return harness.caught(BROKEN, BROKEN.warp_group_plan(block_h=8), seeds=4, memory="weak", **options)
+    return harness.caught(BROKEN, BROKEN.wgmma_plan(block_h=8), seeds=4, memory="weak", **options)
 
 
 @pytest.mark.parametrize("old, new", [
@@ -101,7 +101,7 @@ def test_a_lost_store_is_caught():
         return re.sub(r"st\.relaxed[^;]*;", "", ptx, count=1)
 
     with harness.emulator(edit=edit, only=["forward_wgmma"]), pytest.raises(Deadlock):
-        BROKEN.ours(plan=BROKEN.warp_group_plan())
+        BROKEN.ours(plan=BROKEN.wgmma_plan())
 
 
 def check_compiled(plan, dtype, flagged=False):
@@ -173,4 +173,4 @@ def test_limits():
 def test_zoneout_has_portable_kernels_only():
     small = Problem(3, 3, 4, 33, dtype=BF16)
     with harness.emulator(), pytest.raises(ValueError, match="no zoneout"):
-        small.ours(plan=small.warp_group_plan(), zoneout=(0.1, 0.1))
+        small.ours(plan=small.wgmma_plan(), zoneout=(0.1, 0.1))

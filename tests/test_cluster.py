@@ -29,7 +29,7 @@ def problem(shape, dtype):
 def run(problem, ctas, arch=90, fused=False, **options):
     """``fused``: the input product in the time loop too, as few inputs have it; these problems are small."""
     with harness.emulator(arch, **options), mock.patch.object(Plan, "multiplies_input", lambda plan, inputs: fused):
-        problem.check(problem.ours(plan=problem.gluon_plan(ctas)))
+        problem.check(problem.ours(plan=problem.cluster_plan(ctas)))
 
 
 @pytest.mark.parametrize("dtype, arch", EMULATED, ids=str)
@@ -102,7 +102,7 @@ def test_lengths_and_resets(ctas, dtype, arch, masks):
 def test_r_beyond_the_registers():
     """Of a smaller budget, so that a small R does not fit it."""
     small = Problem(3, 3, 2, 128, dtype=BF16)
-    plan = small.gluon_plan(2)
+    plan = small.cluster_plan(2)
     with mock.patch.object(Plan, "register_bytes", plan.held_bytes // 2), harness.emulator(seed=2):
         assert all(kernel.metadata.shared >= plan.held_bytes // 2 for name, kernel in compile_plan(plan, BF16).items()
                    if name != "coefficients")
@@ -120,7 +120,7 @@ def test_r_beyond_the_registers():
 def test_a_broken_exchange_is_caught(name, old, new, tmp_path):
     broken = Problem(6, 3, 2, 33, dtype=BF16)
     with harness.edited(f"cluster_{name}", tmp_path, old, new):
-        assert harness.caught(broken, broken.gluon_plan(2), seeds=8)
+        assert harness.caught(broken, broken.cluster_plan(2), seeds=8)
 
 
 def remove(pattern, count=1):
@@ -136,7 +136,7 @@ def remove(pattern, count=1):
 ], ids=["start", "store", "bytes"])
 def test_a_broken_exchange_in_ptx_is_caught(kernel, edit):
     broken = Problem(4, 3, 2, 33, dtype=BF16)
-    assert harness.caught(broken, broken.gluon_plan(2), seeds=8, edit=edit, only=[kernel])
+    assert harness.caught(broken, broken.cluster_plan(2), seeds=8, edit=edit, only=[kernel])
 
 
 @pytest.mark.parametrize("kernel", ["forward_cluster", "backward_cluster"])
@@ -149,7 +149,7 @@ def test_a_missing_cta_barrier_is_caught(kernel, flagged, which):
 
     broken = Problem(4, 3, 2, 33, dtype=BF16, ragged=flagged)
     with harness.emulator(edit=edit, only=[kernel]), pytest.raises(EmulatorError):
-        broken.ours(plan=broken.gluon_plan(1))
+        broken.ours(plan=broken.cluster_plan(1))
 
 
 @ONE_BARRIER
@@ -162,7 +162,7 @@ def test_one_barrier_needs_two_buffers(kernel, buffer):
 
     broken = Problem(4, 3, 2, 33, dtype=BF16)
     with harness.emulator(edit=edit, only=[kernel]), pytest.raises(EmulatorError):
-        broken.ours(plan=broken.gluon_plan(1))
+        broken.ours(plan=broken.cluster_plan(1))
 
 
 @pytest.mark.parametrize("T", [1, 2, 5, 6])

@@ -164,8 +164,8 @@ def work():
 
 
 def row(candidate, found, facts, triton_version):
-    """The CSV row of a candidate: its plan, its prediction, and ``found``, which is the answer of its worker or, if there
-    is none, of ``runner``."""
+    """The CSV row of a candidate: its plan, its prediction, and ``found``, which is the answer of its worker or,
+    without one, of ``runner``."""
     plan = candidate.plan
     cycles = step_cycles(plan, facts["limits"]["multiprocessors"], candidate.loop)
     status = found.get("status") or ": ".join([found["outcome"], *filter(None, [

@@ -35,7 +35,8 @@ EFFORTS = {"quick": Effort(50), "record": Effort(80), "full": Effort(300)}
 def saved_bytes(layer, x):
     """Bytes that a forward keeps for backward, besides weights, x and y.
 
-    A storage that several tensors share counts once. cuDNN's reserve space is included, because torch saves it like any other tensor.
+    A storage that several tensors share counts once. cuDNN's reserve space is included, because torch saves it like any
+    other tensor.
     """
     kept = {}
 

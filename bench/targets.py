@@ -8,8 +8,8 @@ from .workloads import WORKLOADS
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A bound on ``values``, which are {case: ratio}: on their geometric mean or, if ``every``, on each ratio. They should
-    be at least ``bound`` or, if ``at_most``, at most ``bound``."""
+    """A bound on ``values``, which are {case: ratio}: on their geometric mean or, if ``every``, on each ratio. These
+    should be at least ``bound`` or, if ``at_most``, at most ``bound``."""
     name: str
     bound: float
     values: dict

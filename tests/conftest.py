@@ -11,13 +11,13 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
 import harness  # noqa: E402
 from triton_lstm import wavefront  # noqa: E402
 
-# For products this small, waiting threads double the time.
+# Products in the tests are so small that more threads only slow them down.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def poison():
-    """What the launcher allocates is full of NaN, so that an element nobody writes is seen."""
+    """Fills with NaN what the launcher allocates, so that an element that is never written is noticed."""
     new_empty = torch.Tensor.new_empty
 
     def poisoned_empty(self, *args, **kwargs):
@@ -42,7 +42,7 @@ def poison():
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
-            # other versions of torch and Triton than those of CI warn of other things: ours alone are errors
+            # On a GPU machine other versions of torch and Triton may warn of anything; only our warnings are errors.
             for these in ("error:::triton_lstm", "default"):
                 item.add_marker(pytest.mark.filterwarnings(these), append=False)
             if not torch.cuda.is_available():

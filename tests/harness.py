@@ -1,8 +1,10 @@
-"""Three ways to run the kernels with no GPU, each a context manager under which ``triton_lstm`` takes CPU tensors.
+"""Three ways to run the kernels without a GPU, each a context manager under which ``triton_lstm`` takes CPU tensors.
 
-interpreter    Triton's interpreter, programs one after the other: the mathematics
-interleaved    the same, programs switching at random at loads, stores and atomics: the protocol
-emulator       the PTX that the compiler made, in ``ptx_emulator``: the compiled kernel and its synchronisation
+interpreter    Triton's interpreter, which runs programs one after the other. Tests the mathematics
+interleaved    the same, but programs switch at random at loads, stores and atomics. Tests how programs wait for each
+               other
+emulator       runs the PTX that the compiler made in ``ptx_emulator``. Tests the compiled kernel and its
+               synchronisation
 """
 import contextlib
 import dataclasses
@@ -37,14 +39,14 @@ TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 @contextlib.contextmanager
 def interpreting():
-    """Triton's switch for the interpreter, which is an environment variable too, on and back to what it was."""
+    """Turns Triton's switch for the interpreter on, and afterwards back to what it was."""
     with triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True
         yield
 
 
 def _load_kernels(name, folder):
-    """``sequence`` of another copy of the kernels, imported from ``folder`` as the package ``name``."""
+    """The module ``sequence`` of another copy of the kernels, imported from ``folder`` as the package ``name``."""
     for module in [module for module in sys.modules if module.split(".")[0] == name]:
         del sys.modules[module]
     package = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader=None, is_package=True))
@@ -53,7 +55,7 @@ def _load_kernels(name, folder):
     return importlib.import_module(name + ".sequence")
 
 
-# triton.jit decides at import whether a function is compiled or interpreted
+# triton.jit decides when a function is imported whether it is compiled or interpreted.
 with interpreting():
     interpreted_sequence = _load_kernels("interpreted_kernels", kernels.__path__[0])
 interpreted_launch = interpreted_sequence.launch
@@ -68,7 +70,8 @@ def _use(sequence):
 
 
 def _reduce(element_by_element):
-    """``ReduceOps.generic_reduce`` of a whole block by halves, which spares a call for each element."""
+    """A faster ``ReduceOps.generic_reduce``: reduces a whole block by adding its halves, instead of one element at a
+    time."""
     def reduce(self, inputs):
         if self.axis is not None or self.keep_dims or len(inputs) != 1:
             return element_by_element(self, inputs)
@@ -82,7 +85,7 @@ def _reduce(element_by_element):
 
 
 def _call(self, *args, **kwargs):
-    """``InterpretedFunction.__call__`` but for the patches of the language, which the launch has made already."""
+    """A faster ``InterpretedFunction.__call__``: it does not patch ``triton.language`` again after the launch has."""
     try:
         return self.rewrite()(*args, **kwargs)
     except Exception as e:
@@ -90,7 +93,7 @@ def _call(self, *args, **kwargs):
 
 
 def _once(function):
-    """``function`` of a type, called once for each name of one."""
+    """``function`` of a type, called only once for each type."""
     known = {}
 
     def remembered(dtype):
@@ -102,8 +105,8 @@ def _once(function):
 
 
 def _init_once(cls, key, own=()):
-    """``cls.__init__`` that works out the attributes once for each ``key`` of its arguments; ``own`` are the arguments
-    themselves."""
+    """A faster ``cls.__init__``: it computes attributes only once for each ``key`` of its arguments. The attributes
+    named in ``own`` are the arguments themselves."""
     init, known = cls.__init__, {}
 
     def remembered(self, *args):
@@ -116,7 +119,7 @@ def _init_once(cls, key, own=()):
     return remembered
 
 
-# The interpreter spends most of its time on types, on reductions and on patches of the language, again and again.
+# Replacements for what takes the interpreter most time: types, reductions, and patching ``triton.language``.
 FASTER = (
     (triton_interpreter.ReduceOps, "generic_reduce", _reduce(triton_interpreter.ReduceOps.generic_reduce)),
     (triton_interpreter.InterpretedFunction, "__call__", _call),
@@ -124,7 +127,7 @@ FASTER = (
     (tl.block_type, "__init__", _init_once(
         tl.block_type, lambda element, shape: (str(element), *(getattr(n, "value", n) for n in shape)))),
     (tl.tensor, "__init__", _init_once(tl.tensor, lambda handle, dtype: str(dtype), ("handle", "type"))),
-    # the assertions of overflow, in int64, are off without ``debug``, but what they assert is computed
+    # Assertions of overflow are off unless ``debug`` is set, but the interpreter computes their conditions, in int64.
     (triton_interpreter.interpreter_builder, "options",
      dataclasses.replace(triton_interpreter.interpreter_builder.options, sanitize_overflow=False)))
 
@@ -133,7 +136,7 @@ FASTER = (
 def interpreter():
     if TRITON < (3, 7) and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
-    # exp overflows on purpose, and numpy, unlike a GPU, remarks on it
+    # exp overflows on purpose. numpy would warn of it, unlike a GPU.
     with contextlib.ExitStack() as stack:
         for owner, name, faster in FASTER:
             stack.enter_context(mock.patch.object(owner, name, faster))
@@ -149,9 +152,10 @@ class Stuck(AssertionError):
 
 @contextlib.contextmanager
 def interleaved(seed, patience=3000):
-    """``interpreter`` with a launch's programs as greenlets that switch around every memory access.
+    """``interpreter`` in which the programs of a launch are greenlets, which switch before and after each memory
+    access.
 
-    The next program is drawn from ``seed``. Raises Stuck when no program stored or added anything over ``patience``
+    ``seed`` decides which program is next. Raises Stuck if no program stores or adds anything during ``patience``
     switches for each program.
     """
     greenlet = pytest.importorskip("greenlet")
@@ -172,14 +176,14 @@ def interleaved(seed, patience=3000):
             return result
         return access
 
-    def adds(args, kwargs):          # create_atomic_rmw(op, ptr, value, mask, ...): adding zero is a load
+    def adds(args, kwargs):          # of create_atomic_rmw(op, ptr, value, mask, ...); adding zero only loads
         return bool((args[2].data != 0).any())
 
     def run(real, executor, *args, **kwargs):
         programs = []
         body = executor.fn
 
-        def collect(**kw):          # called once a program; the last call runs them all
+        def collect(**kw):          # called once for each program; the last call runs them all
             programs.append((tuple(builder.grid_idx), kw))
             if len(programs) < builder.grid_dim[0] * builder.grid_dim[1] * builder.grid_dim[2]:
                 return
@@ -222,9 +226,8 @@ def interleaved(seed, patience=3000):
 
 @contextlib.contextmanager
 def emulator(arch=90, seed=0, memory="sc", edit=None, only=None, **options):
-    """The compiled kernels in the PTX emulator. ``edit`` may change the PTX text of the kernels named in ``only``.
-
-    Further options as in ``ptx_emulator.run``."""
+    """Runs the compiled kernels in the PTX emulator. ``edit`` is a function that changes the PTX of the kernels named
+    in ``only``. Further options are those of ``ptx_emulator.run``."""
     def launch(kernel, plan, grid, *args, waits, **constants):
         compiled, run_time = compile_launch(kernel, plan, args, waits, constants, arch)
         changed = dict(ptx=edit(compiled.asm["ptx"])) if edit is not None and kernel.__name__ in only else {}
@@ -238,7 +241,8 @@ def emulator(arch=90, seed=0, memory="sc", edit=None, only=None, **options):
 
 @contextlib.contextmanager
 def edited(module, tmp_path, old, new):
-    """All kernels compiled from a copy of their sources in which ``old`` is replaced in ``module``, the name of one."""
+    """Compiles all kernels from a copy of their sources, in which ``old`` is replaced by ``new`` in the file of
+    ``module``."""
     folder = tmp_path / "edited_kernels"
     shutil.copytree(kernels.__path__[0], folder)
     text = (folder / f"{module}.py").read_text()
@@ -251,7 +255,7 @@ def edited(module, tmp_path, old, new):
 
 
 def caught(problem, plan, seeds=4, **options):
-    """Whether a run in the emulator under one of a few seeds raises or gives a wrong number."""
+    """Whether a run in the emulator raises or gives a wrong result under at least one of ``seeds`` seeds."""
     exact = problem.exact()
     for seed in range(seeds):
         try:
@@ -265,7 +269,7 @@ def caught(problem, plan, seeds=4, **options):
 
 
 def assert_drawn(path):
-    """The picture has dark marks on white, not only a frame."""
+    """The picture is white with enough dark pixels for more than a frame."""
     from matplotlib.image import imread
     picture = imread(path)[..., :3].mean(-1)
     assert picture.max() == 1 and 0.01 < (picture < 0.5).mean() < 0.5

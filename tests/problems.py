@@ -1,4 +1,4 @@
-"""Random layers, their float64 results, and the error budget that every implementation is held to."""
+"""Random layers, their results in float64, and the error that every implementation is allowed."""
 import dataclasses
 
 import torch
@@ -8,19 +8,19 @@ from triton_lstm.plan import H200
 from triton_lstm.plan.plan import split_slices, wgmma_slices
 from triton_lstm.reference import lstm_reference
 
-PORTABLE = dataclasses.replace(H200, cluster=0)     # where no Gluon kernel runs
-# Types and the architecture each is emulated for. sm_80 and sm_90 compile a type to the same products and differ in
-# loads and waits, which do not depend on it: each shape has every type, and both architectures.
+PORTABLE = dataclasses.replace(H200, cluster=0)     # limits of a device on which only the portable kernels run
+# Types, each with the architecture that it is emulated for. Every shape is tested with every type and both
+# architectures, but not with all pairs: products differ by type, loads and waits by architecture.
 EMULATED = [(torch.float32, 90), (torch.float16, 80), (torch.bfloat16, 90)]
 BUDGET = 1.5        # times nn.LSTM's own error in the same dtype
 
 
 def floor(right, dtype, tf32=False):
-    """The error below which nn.LSTM's own says nothing, as the luck of single roundings decides.
+    """An error that is always allowed, because nn.LSTM's own error may be smaller by chance.
 
-    In fp32 at these sizes it is a few units in the last place, where the order of a sum decides (dx has 4 D H terms, in
-    a product by torch): four units. In the 16-bit types a tensor of a few elements may be exact by chance: two
-    roundings, of da and of the result. In TF32 likewise: of two factors.
+    fp32: four units in the last place, as the order of a sum decides about these (dx is a sum of 4 D H terms, in a
+    product by torch). 16-bit types: in a small tensor nn.LSTM may be exact by chance, so two roundings are allowed, of
+    da and of the result. TF32: likewise for the roundings of both operands.
     """
     eps = torch.finfo(dtype).eps
     if tf32 and right.numel() < 64:
@@ -29,7 +29,7 @@ def floor(right, dtype, tf32=False):
 
 
 def assert_apart(named):
-    """No two tensors share a byte of memory, and none holds on to more than its own."""
+    """No two tensors share a storage, and no storage is larger than its tensor."""
     places = {}
     for name, tensor in named.items():
         storage = tensor.untyped_storage()
@@ -39,7 +39,7 @@ def assert_apart(named):
 
 
 class _Tf32Matmul(torch.autograd.Function):
-    """A product of operands rounded to TF32, forward and backward: what cuDNN computes for fp32 by default."""
+    """A product whose operands are rounded to TF32, in forward and backward, as in cuDNN's fp32 by default."""
 
     @staticmethod
     def round(v):
@@ -59,8 +59,8 @@ class _Tf32Matmul(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A layer with inputs and incoming gradients drawn from ``seed``; D directions, projected to P units unless P is 0.
-    ``results`` are named tensors."""
+    """A layer, and inputs and gradients of its outputs, which are drawn from ``seed``. It has D directions, and a
+    projection to P units unless P is 0. Results are {name: tensor}."""
     T: int
     B: int
     I: int
@@ -77,8 +77,8 @@ class Problem:
     P: int = 0
 
     def tensors(self):
-        """(x, w, r, b, h0, c0), with P also weight_hr, and (dy, dh_n, dc_n), values as nn.LSTM initialises and inputs
-        normal."""
+        """[x, w, r, b, h0, c0], followed by weight_hr if there is a projection, and [dy, dh_n, dc_n]. Weights are
+        uniform, as nn.LSTM initialises them; all else is normal."""
         generator = torch.Generator().manual_seed(self.seed)
         T, B, I, H, D, P = self.T, self.B, self.I, self.H, self.D, self.P or self.H
         normal = lambda *shape: torch.randn(shape, generator=generator).to(self.device, self.dtype)
@@ -90,9 +90,10 @@ class Problem:
         return inputs, [normal(T, B, D * P), normal(D, B, P), normal(D, B, H)]
 
     def masks(self):
-        """``lengths`` and ``reset`` as ``lstm`` takes them: among the lengths 0 and T, a fifth of the steps resets.
+        """{"lengths", "reset"} as ``lstm`` takes them; None for what the problem does not have.
 
-        Lengths of packed sequences fall, from T to 1.
+        The lengths include T and 0, or T and at least 1 in falling order for packed sequences. A fifth of the steps are
+        resets.
         """
         generator = torch.Generator().manual_seed(self.seed + 1)
         lengths = torch.randint(self.T + 1, (self.B,), generator=generator)
@@ -104,14 +105,14 @@ class Problem:
                     reset=reset.to(self.device) if self.resets else None)
 
     def pieces(self, b):
-        """The times of row b, [start, end) of each piece that is run from its own start."""
+        """[(start, end)] of the pieces of row b between resets; times from ``start`` up to, not including, ``end``."""
         masks = self.masks()
         end = self.T if masks["lengths"] is None else int(masks["lengths"][b])
         cuts = [] if masks["reset"] is None else [t for t in range(1, end) if masks["reset"][t, b]]
         return list(zip([0, *cuts], [*cuts, end])) if end else []
 
     def results(self, function, dtype=None):
-        """What ``function(x, w, r, b, h0, c0, [hr]) -> y, h_n, c_n`` computes, and the gradients it gives."""
+        """{name: tensor} of the outputs and gradients of ``function(x, w, r, b, h0, c0, [hr]) -> y, h_n, c_n``."""
         inputs, gradients = self.tensors()
         inputs = [t if t is None else t.to(dtype or self.dtype).requires_grad_() for t in inputs]
         outputs = function(*inputs)
@@ -129,7 +130,8 @@ class Problem:
                                                                   weight_hr=hr)
 
     def torch(self):
-        """nn.LSTM in this dtype; in TF32, which no CPU has, a float64 LSTM whose products round their operands."""
+        """Results of nn.LSTM in this dtype. No CPU has TF32; there, it is a float64 LSTM whose products round their
+        operands to TF32."""
         if self.tf32 and self.device == "cpu":
             return self.results(self._reference(_Tf32Matmul.apply), torch.float64)
 
@@ -140,7 +142,7 @@ class Problem:
             return torch._VF.lstm(x, (h0, c0), weights, self.bias, 1, 0., True, self.D == 2, False)
 
         def piece_by_piece(x, w, r, b, h0, c0, hr=None):
-            # through fp32, so that the pieces' gradients add up in it, as those of one product over all do
+            # Inputs go through fp32, so that gradients of the pieces are added up in fp32, as in one product over all.
             x32, w32, r32, h32, c32 = (t.float() for t in (x, w, r, h0, c0))
             b32, hr32 = (None if t is None else t.float() for t in (b, hr))
             narrow = lambda t: t.to(x.dtype)
@@ -187,15 +189,15 @@ class Problem:
         return triton_lstm.make_plan(self.B, self.H, self.dtype, self.D, tf32=self.tf32, limits=limits, **options)
 
     def cluster_plan(self, ctas, keep_every=2):
-        """The plan of the Gluon kernels for clusters of so many CTAs, whatever make_plan would choose."""
+        """A plan of the cluster kernels with ``ctas`` CTAs in a cluster. With one CTA it is a resident plan."""
         plan = self.plan(limits=H200, schedule="cluster" if ctas > 1 else "resident", keep_every=keep_every)
         block_h = max(1 << (-(-self.H // ctas) - 1).bit_length(), 16)
         num_warps = min(8, block_h // (4 if ctas > 1 else 8))
         return dataclasses.replace(plan, programs=ctas, block_h=block_h, num_warps=num_warps)
 
     def shared_plan(self, schedule, multiprocessors=132, keep_every=2):
-        """A plan of several programs. A streamed one holds 16 units' R and reads the rest: no automatic plan so small
-        does."""
+        """A grid or streamed plan of the portable kernels, with several programs. A streamed plan keeps R of 16 units
+        on chip and reads the rest from L2; make_plan would choose none for so small a layer."""
         limits = dataclasses.replace(PORTABLE, multiprocessors=multiprocessors)
         plan = self.plan(schedule="grid", limits=limits, keep_every=keep_every)
         if schedule == "streamed":
@@ -203,7 +205,7 @@ class Problem:
         return plan
 
     def wgmma_plan(self, block_h=16, warps=4, tiles=1, keep_every=2):
-        """A grid plan that multiplies by warp groups, though so few rows make no plan take one."""
+        """A plan of the wgmma kernels; make_plan would choose none for so few rows."""
         backward = self.plan(keep_every=keep_every)
         rows = 16 * warps
         return dataclasses.replace(
@@ -212,14 +214,14 @@ class Problem:
             r_slices=wgmma_slices(self.H, backward.precision))
 
     def split_plan(self, block_h=16, tiles=1, keep_every=2):
-        """A grid plan whose warps share the units that feed, though so small an H needs no grid."""
+        """A plan of the split kernels; make_plan would choose none for so small a layer."""
         plan = self.plan(keep_every=keep_every)
         return dataclasses.replace(
             plan, kind="split", block_k=0, programs=-(-self.H // block_h), block_h=block_h, block_b=16, num_warps=8,
             tiles=tiles, groups=-(-self.B // (16 * tiles)), r_slices=split_slices(self.H, plan.precision))
 
     def check(self, ours):
-        """Every result of ours is finite and within the budget."""
+        """Every result in ``ours`` is finite, and its error is at most BUDGET times that of nn.LSTM or ``floor``."""
         exact, torchs = self.exact(), self.torch()
         assert ours.keys() == exact.keys()
         for name, right in exact.items():
@@ -230,7 +232,7 @@ class Problem:
 
 
 class NotFinite(Problem):
-    """A NaN in x, in h0 the very NaN that means "nothing yet", in another row."""
+    """A NaN in x, and in h0, in another row, the NaN that in a slot for h means that nothing has arrived yet."""
 
     def tensors(self):
         inputs, gradients = super().tensors()
@@ -248,5 +250,5 @@ class NotFinite(Problem):
 
 
 def error(result, right):
-    """Relative error in the Frobenius norm; NaN anywhere gives NaN, which passes no comparison."""
+    """Relative error in the Frobenius norm. If an element is NaN, the error is NaN, which no bound admits."""
     return ((result.double() - right).norm() / right.norm()).item()

@@ -13,7 +13,7 @@ from problems import BUDGET, error, floor
 
 
 def pair(*args, **kwargs):
-    """nn.LSTMCell and ours with its weights."""
+    """nn.LSTMCell, and our LSTMCell with the same weights."""
     torch.manual_seed(1)
     theirs, ours = torch.nn.LSTMCell(*args, **kwargs), triton_lstm.LSTMCell(*args, **kwargs)
     ours.load_state_dict(theirs.state_dict())
@@ -21,7 +21,7 @@ def pair(*args, **kwargs):
 
 
 def run(cell, xs, hx, dtype):
-    """The states over the steps of xs, and the gradients."""
+    """{name: tensor} of the last state after the steps of xs, and of the gradients."""
     cell = copy.deepcopy(cell).to(dtype)
     xs = xs.to(dtype, copy=True).requires_grad_()
     leaves = hx = None if hx is None else tuple(s.to(dtype, copy=True).requires_grad_() for s in hx)
@@ -41,7 +41,8 @@ def test_matches(state, batch, bias, dtype):
     hx = (torch.randn(*batch, 9), torch.randn(*batch, 9)) if state else None
     with harness.interpreter():
         got = run(ours, xs, hx, dtype)
-    theirs, xs, hx = theirs.to(dtype), xs.to(dtype), hx and tuple(s.to(dtype) for s in hx)      # rounded once for all
+    # The same rounded values for all.
+    theirs, xs, hx = theirs.to(dtype), xs.to(dtype), hx and tuple(s.to(dtype) for s in hx)
     want, right = run(theirs, xs, hx, dtype), run(theirs, xs, hx, torch.float64)
     assert got.keys() == right.keys()
     for name in right:
@@ -51,7 +52,7 @@ def test_matches(state, batch, bias, dtype):
 
 
 def test_constructor():
-    """The same parameters from the same seed, names, text, copies."""
+    """Parameters from the same seed, their names, repr and pickled copies are those of nn.LSTMCell."""
     cells = []
     for kind in (torch.nn.LSTMCell, triton_lstm.LSTMCell):
         torch.manual_seed(3)
@@ -82,7 +83,7 @@ def test_errors(input, hx):
 
 
 def test_elsewhere_it_is_torchs_cell():
-    """Silently on CPU tensors, with a word in float64 where the kernels run."""
+    """Without a warning on CPU tensors, and with a warning in float64 where the kernels run."""
     theirs, ours = pair(6, 9)
     x = torch.randn(3, 6)
     assert all(map(torch.equal, ours(x), theirs(x)))
@@ -106,7 +107,7 @@ LAYERS = [dict(), dict(num_layers=2, bias=False), dict(batch_first=True, num_lay
 @pytest.mark.parametrize("options", LAYERS, ids=str)
 @pytest.mark.parametrize("state", [False, True], ids=["zeros", "state"])
 def test_steps_are_the_layer(options, state):
-    """Step by step: the outputs, the last state and the gradients of one call over the sequence."""
+    """Step by step gives the outputs, the last state and the gradients of one call over the sequence."""
     torch.manual_seed(0)
     layer, layers = triton_lstm.LSTM(6, 9, **options), options.get("num_layers", 1)
     x = torch.randn(3, 3, 6, requires_grad=True)
@@ -127,7 +128,7 @@ def test_steps_are_the_layer(options, state):
 
 
 def test_step_inplace():
-    """The given tensors hold the new state, which the returned values are."""
+    """The new state is stored in the given tensors, which are returned."""
     torch.manual_seed(0)
     layer, xs = triton_lstm.LSTM(6, 9, num_layers=2), torch.randn(5, 3, 6)
     state = (torch.zeros(2, 3, 9), torch.zeros(2, 3, 9))
@@ -160,7 +161,7 @@ def test_step_errors(options, shape, keywords, message):
     with pytest.raises(ValueError, match=message):
         layer.step(torch.zeros(shape), **keywords)
     for s in keywords.get("state", ()):
-        assert not s.any()                      # untouched
+        assert not s.any()                      # unchanged
 
 
 def test_compile_full_graph():
@@ -181,7 +182,7 @@ def test_compile_full_graph():
 @pytest.mark.gpu
 @pytest.mark.parametrize("H", [64, 300])
 def test_step_in_a_cuda_graph(H):
-    """One step captured, replayed for a stream: the state goes on in place."""
+    """One step is captured and replayed for each step of a stream; the state is updated in place."""
     torch.manual_seed(0)
     layer = triton_lstm.LSTM(20, H, num_layers=2).cuda().half()
     xs = torch.randn(30, 17, 20, device="cuda", dtype=torch.half)

@@ -1,4 +1,4 @@
-"""``python -m triton_lstm``: its cases, its processes, and what is remembered of what it finds."""
+"""``python -m triton_lstm``: its cases, its worker processes, and the faults that it remembers."""
 import dataclasses
 import json
 import os
@@ -18,7 +18,7 @@ from problems import PORTABLE
 from triton_lstm import check, faults, op, runner
 from triton_lstm.plan import A100, H200, Plan, PlanError, candidates, check_plan, make_plan
 
-OLDER = dataclasses.replace(H200, cluster=1)        # what Triton 3.6 leaves of a Hopper GPU
+OLDER = dataclasses.replace(H200, cluster=1)        # a Hopper GPU with Triton 3.6, which compiles no clusters
 FULL = dataclasses.replace(H200, cluster=16)
 
 WORKER = """
@@ -52,7 +52,7 @@ def test_whatever_happens_the_rest_goes_on():
     assert found["wrong"]["outcome"] == "wrong" and found["fatal"]["record"] == "r"
     assert "fatal" not in found["fatal"]
     pids = [found[name]["pid"] for name in ("a", "b", "c", "wrong", "fatal", "d")]
-    # one worker as long as it lives: c's dies of the crash, and none survives what is fatal
+    # A worker serves until it dies. That of "c" dies of "crash"; that of "wrong" also serves "fatal" and is then ended.
     assert pids[3] == pids[4] and len(set(pids)) == 5
     for pid in pids:
         with pytest.raises(ProcessLookupError):
@@ -110,7 +110,7 @@ def case_of(kind, what, dtype="fp16", limits=FULL):
     ("resident", "layer", "fp16"), ("split", "lengths", "bf16"), ("wgmma", "one step", "fp16"),
     ("grid", "zoneout", "bf16"), ("streamed", "packed", "bf16"), ("portable resident", "layers", "tf32")])
 def test_a_right_kernel_is_right(kind, what, dtype):
-    """In the emulator, as on a GPU but for timing."""
+    """In the emulator. It is the same as on a GPU, except for timing."""
     case = case_of(kind, what, dtype, OLDER)
     with harness.emulator():
         found = check.run(case, torch.device("cpu"))
@@ -196,7 +196,7 @@ def test_automatic_plans_keep_away(cache):
         faults.known.cache_clear()
         with pytest.warns(UserWarning, match=r"split forward native \(hung: layer\).*python -m triton_lstm check"):
             found = plan()
-        assert found.variant != "split" and found.backward.variant == "split"       # nobody found fault with that
+        assert found.variant != "split" and found.backward.variant == "split"       # no fault is remembered for it
         found = plan(64)
         assert found.variant == "resident" and found.backward.variant == "split"
         everything = {(variant, loop, "native"): "hung: layer" for variant in check.VARIANTS for loop in faults.LOOPS}
@@ -206,7 +206,7 @@ def test_automatic_plans_keep_away(cache):
             none, reason = op.on_device(16, 640, torch.bfloat16, 1, device)
         assert none is None and "known to be wrong here, forward and backward" in reason
     faults.known.cache_clear()
-    assert make_plan(16, 640, torch.bfloat16, limits=OLDER).variant == "split"      # what is asked for is given
+    assert make_plan(16, 640, torch.bfloat16, limits=OLDER).variant == "split"      # make_plan ignores faults
 
 
 def test_candidates():

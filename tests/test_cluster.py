@@ -1,4 +1,5 @@
-"""The Gluon kernels: their PTX, executed on CPU tensors, and what the compiler made of them."""
+"""The cluster kernels: their PTX, executed on CPU tensors, and their machine code. A cluster of one CTA is a resident
+plan."""
 import dataclasses
 import re
 from unittest import mock
@@ -18,7 +19,9 @@ from triton_lstm.plan.plan import FUSED_INPUTS
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = [FP16, BF16, FP32]
 CLUSTERS = pytest.mark.skipif(harness.TRITON < (3, 9), reason="clusters need Triton 3.9")
-BARRIERS = {False: 1 if harness.TRITON >= (3, 9) else 2, True: 2}      # of one CTA, by whether rows have marks
+# Barriers in a step of a program of one CTA, by whether there are step flags. Triton before 3.9 inserts a second
+# barrier, which is not needed.
+BARRIERS = {False: 1 if harness.TRITON >= (3, 9) else 2, True: 2}
 ONE_BARRIER = pytest.mark.skipif(BARRIERS[False] == 2, reason="before Triton 3.9 one of two barriers is not needed")
 
 
@@ -27,7 +30,8 @@ def problem(shape, dtype):
 
 
 def run(problem, ctas, arch=90, fused=False, **options):
-    """``fused``: the input product in the time loop too, as few inputs have it; these problems are small."""
+    """``fused`` says whether the time loop computes the input product too. The plan would decide by the number of
+    inputs, which is small in all of these problems."""
     with harness.emulator(arch, **options), mock.patch.object(Plan, "multiplies_input", lambda plan, inputs: fused):
         problem.check(problem.ours(plan=problem.cluster_plan(ctas)))
 
@@ -68,7 +72,7 @@ def test_cluster(shape, dtype, ctas):
     pytest.param((4, 17, 3, 33, 2), FP32, 2, 90, marks=CLUSTERS),
     pytest.param((3, 3, 16, 100, 1), BF16, 4, 90, marks=CLUSTERS)], ids=str)
 def test_few_inputs(shape, dtype, ctas, arch, change):
-    """Their product with W is in the time loop; x may have any strides."""
+    """With few inputs x W^T is computed in the time loop."""
     run(dataclasses.replace(problem(shape, dtype), **change), ctas, arch, fused=True)
 
 
@@ -89,18 +93,18 @@ def test_cluster_in_weak_memory(seed):
     run(Problem(5, 3, 2, 40, dtype=BF16), 2 << seed % 2, seed=seed, memory="weak")
 
 
-@pytest.mark.parametrize("ctas, dtype, arch, masks", [
+@pytest.mark.parametrize("ctas, dtype, arch, flagged", [
     (1, FP16, 80, dict(ragged=True, resets=True)), (1, FP32, 90, dict(ragged=True, resets=True)),
     pytest.param(2, BF16, 90, dict(ragged=True), marks=CLUSTERS),
     pytest.param(2, FP16, 90, dict(resets=True), marks=CLUSTERS),
     pytest.param(4, FP32, 90, dict(ragged=True, resets=True), marks=CLUSTERS)], ids=str)
-def test_lengths_and_resets(ctas, dtype, arch, masks):
-    run(Problem(5, 4, 3, 20, 2, dtype=dtype, tf32=dtype == FP32, **masks), ctas, arch, memory="weak")
+def test_lengths_and_resets(ctas, dtype, arch, flagged):
+    run(Problem(5, 4, 3, 20, 2, dtype=dtype, tf32=dtype == FP32, **flagged), ctas, arch, memory="weak")
 
 
 @CLUSTERS
 def test_r_beyond_the_registers():
-    """Of a smaller budget, so that a small R does not fit it."""
+    """With half as many registers for R, half of a small R is in shared memory."""
     small = Problem(3, 3, 2, 128, dtype=BF16)
     plan = small.cluster_plan(2)
     with mock.patch.object(Plan, "register_bytes", plan.held_bytes // 2), harness.emulator(seed=2):
@@ -142,7 +146,7 @@ def test_a_broken_exchange_in_ptx_is_caught(kernel, edit):
 @pytest.mark.parametrize("kernel", ["forward_cluster", "backward_cluster"])
 @pytest.mark.parametrize("flagged, which", [(True, 0), (True, 1), pytest.param(False, 0, marks=ONE_BARRIER)])
 def test_a_missing_cta_barrier_is_caught(kernel, flagged, which):
-    """The barriers of a step are the last ones in the text."""
+    """Removes a barrier of a step; these are the last ones in the PTX."""
     def edit(ptx):
         at = [m.start() for m in re.finditer(r"bar\.sync", ptx)][-1 - which]
         return ptx[:at] + "//" + ptx[at:]
@@ -155,7 +159,7 @@ def test_a_missing_cta_barrier_is_caught(kernel, flagged, which):
 @ONE_BARRIER
 @pytest.mark.parametrize("kernel, buffer", [("forward_cluster", 16 * 64 * 2), ("backward_cluster", 16 * 4 * 64 * 2)])
 def test_one_barrier_needs_two_buffers(kernel, buffer):
-    def edit(ptx):      # the bit of a buffer's offset by which the two differ
+    def edit(ptx):      # clears the bit in which the addresses of the two buffers differ
         ptx, count = re.subn(rf"(and\.b32 [^;]*, ){buffer};", r"\g<1>0;", ptx)
         assert count == 2
         return ptx
@@ -167,13 +171,13 @@ def test_one_barrier_needs_two_buffers(kernel, buffer):
 
 @pytest.mark.parametrize("T", [1, 2, 5, 6])
 def test_one_cta_in_weak_memory(T):
-    """An even and an odd number of turns that the two buffers take."""
+    """With even and odd numbers of steps, because two buffers take turns."""
     for dtype in DTYPES:
         run(Problem(T, 3, 2, 33, dtype=dtype, tf32=dtype == FP32), 1, seed=T, memory="weak")
 
 
 def check_compiled(plan, dtype, arch, limits, flagged=False):
-    """No spills, R where the plan says, no more barriers and loads than a step needs."""
+    """Nothing spills, R is where the plan says, and a step has no more barriers and loads than it needs."""
     for name, kernel in compile_plan(plan, dtype, arch, flagged).items():
         report = read(kernel)
         if name == "coefficients":
@@ -186,20 +190,20 @@ def check_compiled(plan, dtype, arch, limits, flagged=False):
         forward = name == "forward_cluster"
         barriers = BARRIERS[flagged] if plan.programs == 1 else 3 if forward else 4
         assert loop.counts["BAR"] <= barriers, f"{name}: {loop.counts}"
-        # R along K, in forward as far as it is not padding; zeros of which the compiler knows take no register
+        # Bytes of R in registers. Padding counts only in backward: in forward the compiler knows that it is zero.
         size, units = dtype.itemsize, plan.block_h * plan.programs
         along, across = min(128 // size, units), 4 * plan.block_h if forward else units
         parts = -(-plan.hidden_size // along) if forward else 4 * plan.block_h // along
         in_registers = min(parts, plan.register_bytes // (along * across * size))
         padding = parts * along - plan.hidden_size if forward else 0
         assert loop.held >= (in_registers * along - padding) * across * size, f"{name}: {loop.held} bytes of R"
-        # by LDSM, 512 bytes of a warp's at a time: the first factor, which each warp reads whole, and what the warps
-        # share, the rest of R and the shares of dh
+        # LDSM loads 512 bytes for a warp. Each warp loads the whole first operand. The warps divide the rest of R, and
+        # the shares of dh, among themselves.
         shared = (parts - in_registers) * along * across * size + (0 if forward or plan.programs == 1 else 64 * units)
         allowed = (16 * parts * along * size + shared / kernel.metadata.num_warps) / 512
         assert loop.counts["LDSM"] <= max(1, allowed), f"{name}: {loop.counts}"
         if plan.hidden_size * size % 16 == 0 and not flagged:
-            own = 8 * plan.block_h // threads       # adjacent units of a thread, in each of two rows
+            own = 8 * plan.block_h // threads       # adjacent units that a thread has, in each of two rows
             narrow, wide = 2 * -(-own * size // 16), 2 * -(-own * 4 // 16)
             assert loop.counts["LDG"] == (4 * narrow if forward else 6 * wide + narrow), f"{name}: {loop.counts}"
 
@@ -228,7 +232,7 @@ def test_compiled_for_lengths_and_resets(H, dtype):
 
 
 def test_instructions_of_a_step():
-    """At H = 128 in bf16, where the portable kernels take 730 and 1,250, and 16 barriers and more."""
+    """At H = 128 in bf16. The portable kernels have 730 and 1,250 instructions, and at least 16 barriers."""
     compiled = compile_plan(make_plan(16, 128, BF16), BF16)
     forward, backward = (read(compiled[name]).time_loop for name in ("forward_cluster", "backward_cluster"))
     assert forward.instructions <= 360 and forward.counts["BAR"] <= BARRIERS[False]

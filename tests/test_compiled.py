@@ -1,4 +1,4 @@
-"""What the compiler made of the kernels: no spills, and R stays where the plan says, read from machine code."""
+"""Reads from machine code what the compiler made of the kernels: nothing spills, and R stays where the plan says."""
 import re
 
 import pytest
@@ -9,35 +9,35 @@ from bench.correctness import dtype_of
 from bench.machine_code import read
 from bench.workloads import WORKLOADS
 from problems import PORTABLE
-from test_cluster import check_compiled as check_gluon
+from test_cluster import check_compiled as check_cluster
 from test_split import check_compiled as check_split
-from test_wgmma import check_compiled as check_warp_groups
+from test_wgmma import check_compiled as check_wgmma
 from triton_lstm import make_plan
 from triton_lstm.plan import A100, H200, RTX_4090
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-OPERAND = {"native": 2, "tf32": 4, "tf32x3": 8}        # bytes of an operand of a product, in registers
+OPERAND = {"native": 2, "tf32": 4, "tf32x3": 8}        # bytes of an element of a product's operand, in registers
 
 
 def check(plan, dtype, arch, limits):
     if plan.kind == "wgmma":
-        check_warp_groups(plan, dtype)
+        check_wgmma(plan, dtype)
         check(plan.backward, dtype, arch, limits)
         return
     if plan.kind == "split":
         check_split(plan, dtype, arch)
         return
     if plan.gluon:
-        check_gluon(plan, dtype, arch, limits)
+        check_cluster(plan, dtype, arch, limits)
         return
     for name, kernel in compile_plan(plan, dtype, arch).items():
         report = read(kernel)
         loop = report.time_loop
-        # Streamed plans of 32 rows may reload a few registers beside the blocks of R that they read from L2: with
-        # smaller blocks they do not, but take a quarter longer (H=1150 and 2048). Seven by Triton 3.9, eleven by 3.6.
+        # Streamed plans of 32 rows may spill a few registers: 7 with Triton 3.9, 11 with Triton 3.6. With smaller
+        # blocks of R they would spill none, but take a quarter longer (H=1150 and 2048).
         few = 12 if plan.schedule == "streamed" and plan.block_b == 32 else 0
-        # 64 registers of shares on their way, beside R's 128, cost seven to ten that keep addresses. Fewer on their
-        # way, one batch after another, would cost another trip through L2.
+        # Where 64 registers receive shares of dh and 128 hold R, seven to ten registers with addresses spill. Receiving
+        # the shares in two batches would avoid that, but cost another trip through L2.
         if name == "backward_grid" and plan.programs * plan.block_b * plan.block_h >= 1 << 14:
             few = 12
         assert loop.spills <= few, f"{name}: {loop.counts}"
@@ -47,34 +47,34 @@ def check(plan, dtype, arch, limits):
         assert loop.counts["HMMA"] > 0, name
         if plan.schedule != "streamed":
             assert loop.held >= plan.held_bytes, f"{name}: {loop.held} of {plan.held_bytes} bytes of R in registers"
-        # Operands of products come out of shared memory by LDSM, 512 bytes of a warp's at a time. Every warp reads the
-        # left factor (h or the four da, 16 or 32 rows) whole. 14 more are conversions between layouts of the resident
-        # kernels; R's operands would be at least 16, one or two in the grid kernels, where R's would be at least 4.
-        left = plan.held if "forward" in name else 4 * (plan.held if plan.schedule == "resident" else plan.block_h)
+        # LDSM loads operands of products from shared memory, 512 bytes for a warp. Every warp loads the whole first
+        # operand (h or the four da of 16 or 32 rows). Conversions between layouts may add 14 in the resident kernels
+        # and 2 in the grid kernels. That is fewer than loads of R would add, which are at least 16 and 4.
+        first = plan.held if "forward" in name else 4 * (plan.held if plan.schedule == "resident" else plan.block_h)
         if plan.schedule != "streamed":
             slack = 14 if plan.schedule == "resident" else 2
-            allowed = left * OPERAND[plan.precision] * plan.block_b / 512 + slack
+            allowed = first * OPERAND[plan.precision] * plan.block_b / 512 + slack
             assert loop.counts["LDSM"] <= allowed, f"{name}: {loop.counts}"
-        # Loads from device memory, where rows are aligned to the 16 bytes that one fetches for a thread.
+        # Loads from device memory, if rows are aligned to 16 bytes, which is the most that a thread loads at once.
         if plan.schedule == "grid" and plan.hidden_size * dtype.itemsize % 16 == 0:
             threads = 32 * plan.num_warps
             tile = -(-plan.block_b * plan.block_h // threads)         # loads of a tile of the program's own units
-            if name == "forward_grid":                      # x of four gates, c, h; and the counter
+            if name == "forward_grid":                      # pre-activations of four gates, c, and h
                 loads = 5 * tile + sum(-(-plan.block_b * width * dtype.itemsize // (16 * threads))
                                        for _, width in plan.r_slices)
-            else:                                           # coefficients, dy, dc, dh or its shares; and the counter
+            else:                                           # coefficients, dy, dc, and dh or its shares
                 loads = (9 + plan.programs) * tile
             assert loop.counts["LDG"] <= loads + 1, f"{name}: {loop.counts}"
 
 
 def workload_plans():
-    """The plans that the workloads need in their own type, one of each kind that compiles to kernels of its own."""
+    """The plans of the workloads in their own type, except those that compile to the same kernels as an earlier one."""
     plans = {}
     for w in WORKLOADS:
         for limits in (H200, PORTABLE):
             plan = make_plan(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions, limits=limits)
-            key = (w.hidden_size, w.dtype, plan.kind, plan.block_h)         # two directions only stride
-            plans.setdefault(key, pytest.param(plan, dtype_of(w.dtype), id=f"{w.name}-{'gluon' * plan.gluon}"))
+            key = (w.hidden_size, w.dtype, plan.kind, plan.block_h)         # directions change only strides
+            plans.setdefault(key, pytest.param(plan, dtype_of(w.dtype), id=f"{w.name}-{plan.kind}"))
     return list(plans.values())
 
 
@@ -111,7 +111,7 @@ def test_sample_of_other_architectures(arch, hidden_size, dtype, directions):
 
 
 def test_a_new_length_or_batch_compiles_nothing():
-    """The kernels that a plan launches for other T and B, with the same tiling, are the same objects."""
+    """With other T and B, but the same tiling, a plan launches the same kernels."""
     from triton_lstm.kernels import offline, sequence
     found = []
 
@@ -132,8 +132,8 @@ def test_a_new_length_or_batch_compiles_nothing():
 @pytest.mark.parametrize("batch, hidden_size, dtype", [(16, 256, BF16), (64, 512, FP32), (128, 1024, FP16),
                                                        (16, 33, BF16)], ids=str)
 def test_state_in_memory_stays_with_its_thread(batch, hidden_size, dtype, flagged):
-    """Programs that share R keep c and dc in memory from step to step with no barrier between store and load: the same
-    pointers, in the same layout, make the same thread do both."""
+    """Programs that share R keep c and dc in memory from step to step, with no barrier between store and load. So the
+    thread that stores an element must load it: both have the same pointers in the same layout."""
     plan = make_plan(batch, hidden_size, dtype, limits=PORTABLE, schedule="grid")
     kernels = compile_plan(plan, dtype, 90, flagged=flagged)
     for name, state in (("forward_grid", "c_prev"), ("backward_grid", "dc")):

@@ -1,6 +1,6 @@
-"""What torch.nn.LSTM promises beyond its results: constructor, state, replaced weights, aliasing, autograd, tracing.
+"""What torch.nn.LSTM promises besides its results: constructor, state, replaced weights, aliasing, autograd, tracing.
 
-Each test does the same to nn.LSTM and to ours. ``test_layer.py`` has results, errors and fallbacks.
+Each test does the same with nn.LSTM and with ours. ``test_layer.py`` tests results, errors and fallbacks.
 """
 import contextlib
 import copy
@@ -21,12 +21,12 @@ import triton_lstm.layer
 from problems import error
 from test_layer import compare, pair, run
 
-CLOSE = dict(rtol=2e-5, atol=2e-6)      # sums of at most 30 fp32 products in another order, values near 1
+CLOSE = dict(rtol=2e-5, atol=2e-6)      # for sums of at most 30 fp32 products in another order, with values near 1
 
 
 @pytest.fixture
 def kernels():
-    """Everything below runs in the kernels: a fallback would compare nn.LSTM with itself."""
+    """Runs the kernels in the interpreter and raises on a fallback, which would compare nn.LSTM with itself."""
     with harness.interpreter(), mock.patch.object(triton_lstm.layer._TorchLSTM, "forward", side_effect=AssertionError):
         yield
 
@@ -38,7 +38,7 @@ def interpreter():
 
 
 def same_results(theirs, ours, x, hx=None):
-    """Outputs, and gradients of all parameters, of both layers (in fp32)."""
+    """Outputs and gradients of all parameters are the same for both layers, in fp32."""
     results = []
     for module, context in ((theirs, warnings.catch_warnings), (ours, harness.interpreter)):
         with context():
@@ -73,13 +73,13 @@ def test_dropout_with_one_layer_warns():
 
 
 def test_accepted_arguments():
-    """Bounds of dropout; an int as dropout is stored as float; bidirectional takes any truth value."""
+    """Dropout may be 0 or 1; an int is stored as a float. bidirectional takes any truth value."""
     assert triton_lstm.LSTM(6, 9, 2, dropout=1).dropout == 1.0
     assert type(triton_lstm.LSTM(6, 9, 2, dropout=0).dropout) is float
     x = torch.randn(4, 3, 6)
     for truth in (1, 2, "yes"):
         theirs, ours, _ = pair(6, 9, bidirectional=truth)
-        theirs.bidirectional = True             # nn.LSTM takes 1, and then its operator wants a bool
+        theirs.bidirectional = True             # the constructor takes any truth value, but forward needs a bool
         same_results(theirs, ours, x)
     with pytest.raises(TypeError, match="mode"):
         triton_lstm.LSTM(6, 9, mode="GRU")
@@ -98,7 +98,7 @@ def test_base_class_and_members():
 
 
 def test_reset_parameters():
-    """The same numbers are drawn again, into the same tensors."""
+    """reset_parameters draws the same numbers as nn.LSTM, into the existing tensors."""
     theirs, ours, _ = pair(6, 9, 2)
     before = list(ours.parameters())
     for module in (theirs, ours):
@@ -132,13 +132,13 @@ def test_copies(copied):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_old_pickles(bias):
-    """States without proj_size (before torch 1.8), and with lists of tensors in the place of names."""
+    """A pickled state may lack proj_size (before torch 1.8), and may have lists of tensors instead of names."""
     theirs, ours, _ = pair(6, 9, 2, bidirectional=True, bias=bias)
     state = ours.__getstate__()
     assert "_flat_weight_refs" not in state
     del state["proj_size"]
     older = dict(state)
-    older["all_weights"] = ours.all_weights         # tensors, before they were names
+    older["all_weights"] = ours.all_weights         # old versions stored tensors, not names
     del older["_flat_weights_names"], older["_all_weights"]
     for old in (state, older):
         module = triton_lstm.LSTM.__new__(triton_lstm.LSTM)
@@ -148,7 +148,8 @@ def test_old_pickles(bias):
 
 
 def test_state_dict_of_a_checkpoint():
-    """nn.LSTM's file loads, strictly, by copy or by assignment into a layer on the meta device; errors are the same."""
+    """A checkpoint of nn.LSTM loads, strictly, by copy or by assignment into a layer on the meta device. The error for
+    a missing key is the same."""
     theirs, _, _ = pair(6, 9, 2, bidirectional=True)
     file = io.BytesIO()
     torch.save(theirs.state_dict(), file)
@@ -172,7 +173,7 @@ def test_conversion(convert, interpreter):
     theirs, ours, exact = pair(6, 9, 2, bidirectional=True)
     for module in (theirs, ours):
         convert(module)
-    exact.load_state_dict(theirs.state_dict())          # the rounded weights are the right ones
+    exact.load_state_dict(theirs.state_dict())          # the float64 layer has the rounded weights too
     assert all(w is p and w.dtype == theirs.weight_hh_l0.dtype
                for w, p in zip(ours._flat_weights, ours.parameters(), strict=True))
     compare(theirs, ours, exact, torch.randn(4, 3, 6).to(theirs.weight_hh_l0.dtype))
@@ -214,7 +215,7 @@ REPLACEMENTS = [set_attribute, set_data, set_storage, copy_into, delete_and_rest
 
 @pytest.mark.parametrize("replace", REPLACEMENTS, ids=lambda f: f.__name__)
 def test_replaced_weights(replace):
-    """The next call uses the new weight, and gives it the gradient, after a call with the old one."""
+    """After a call with the old weight, the next call uses the new one and gives it the gradient."""
     theirs, ours, _ = pair(6, 9)
     x, value = torch.randn(4, 3, 6), torch.randn(36, 9) / 3
     with harness.interpreter():
@@ -229,7 +230,7 @@ def test_replaced_weights(replace):
 
 
 def test_deleted_weight():
-    """nn.LSTM goes on with the weight it remembers; ours says what is missing."""
+    """nn.LSTM uses the deleted weight further; ours names the missing weight."""
     ours = triton_lstm.LSTM(6, 9)
     del ours.weight_hh_l0
     with harness.interpreter(), pytest.raises(AttributeError, match="weight_hh_l0"):
@@ -239,7 +240,7 @@ def test_deleted_weight():
 
 def weight_norm(m):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)          # the old function, still in use
+        warnings.simplefilter("ignore", FutureWarning)          # deprecated, but still in use
         torch.nn.utils.weight_norm(m, "weight_hh_l0")
 
 
@@ -265,7 +266,7 @@ def test_reparametrized_weights(reparametrize):
 
 
 def test_replica_for_data_parallel(kernels):
-    """What torch.nn.parallel.replicate does: a shallow copy whose parameters are plain tensors of another device."""
+    """torch.nn.parallel.replicate makes a shallow copy whose parameters are plain tensors on another device."""
     _, ours, _ = pair(6, 9, 2)
     x, replica = torch.randn(4, 3, 6), ours._replicate_for_data_parallel()
     for name, p in ours.named_parameters():
@@ -278,7 +279,7 @@ def test_replica_for_data_parallel(kernels):
 
 
 def test_parametrization_runs_once(kernels):
-    """A parametrization that draws random numbers (DropConnect) draws them once a call."""
+    """A call runs a parametrization once. One that draws random numbers, like DropConnect, needs that."""
     class Half(torch.nn.Module):
         calls = 0
 
@@ -298,7 +299,7 @@ def test_parametrization_runs_once(kernels):
 
 
 def test_shared_weights():
-    """One parameter in two layers of the module, and in two modules: gradients add up."""
+    """If two layers of a module, or two modules, share a parameter, its gradients add up."""
     theirs, ours, _ = pair(9, 9, 2)
     for module in (theirs, ours):
         module.weight_hh_l1 = module.weight_hh_l0
@@ -317,7 +318,7 @@ def test_shared_weights():
 
 
 def test_functional_call(kernels):
-    """The given weights are used and get the gradients; the module's own are as before afterwards."""
+    """The given weights are used and get the gradients. Afterwards the module has its own weights, unchanged."""
     _, ours, exact = pair(6, 9, 2, bidirectional=True)
     x, before = torch.randn(4, 3, 6), {n: p.detach().clone() for n, p in ours.named_parameters()}
     given = {n: (2 * p.detach()).requires_grad_() for n, p in ours.named_parameters()}
@@ -365,7 +366,8 @@ def test_results_are_tuples_of_unaliased_tensors(options, T, batched, kernels):
 
 
 def test_state_is_taken_before_dropout(kernels):
-    """h_n of the first layer is what it is without dropout; the second layer sees what dropout left: at 1, nothing."""
+    """h_n of the first layer is the same as without dropout. The input of the second layer is dropped out: at p = 1 it
+    is zero."""
     ours = triton_lstm.LSTM(6, 9, 2, dropout=1.0)
     x = torch.randn(4, 3, 6)
     h, c = ours(x)[1]
@@ -391,7 +393,7 @@ def test_random_numbers_are_drawn_by_training_dropout_only(kernels):
 ], ids=str)
 @pytest.mark.parametrize("compute", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_takes_mixed_types(weights, input, state, compute, kernels):
-    """As after a Linear under autocast, whose output is bf16 while our weights are fp32: the kernels still run."""
+    """The kernels also run if x is bf16 and the weights are fp32, as after a Linear under autocast."""
     _, ours, exact = pair(6, 9, 2)
     ours.to(weights)
     x = torch.randn(4, 3, 6)
@@ -401,14 +403,14 @@ def test_autocast_takes_mixed_types(weights, input, state, compute, kernels):
     assert y.dtype == h.dtype == c.dtype == compute
     with mock.patch.object(triton_lstm.layer._TorchLSTM, "forward", torch_forward):
         right = exact(x.double(), hx and tuple(s.double() for s in hx))[0]
-    # input, weights and h are rounded to 2^-9 (bf16) and 2^-12 (fp16) at most, bf16 inputs twice
+    # Rounding errors of input, weights and h: at most 2^-9 each in bf16, 2^-12 in fp16. bf16 inputs are rounded twice.
     assert error(y, right) < 4 * 2 ** -9
 
 
 @pytest.mark.parametrize("weights, input", [(torch.float32, torch.float64), (torch.float32, torch.long),
                                             (torch.float64, torch.float32)], ids=str)
 def test_autocast_refuses_what_torch_refuses(weights, input, interpreter):
-    """Autocast leaves float64 and integers as they are, so they do not fit."""
+    """Autocast does not cast float64 and integers, so their types do not match the weights'."""
     theirs, ours, _ = pair(6, 9, dtype=weights)
     messages = []
     for module in (theirs, ours):
@@ -430,7 +432,8 @@ def test_mixed_weights_are_refused(interpreter):
 
 
 def test_in_the_place_of_nn_lstm(untold, interpreter):
-    """Every fallback ends in torch's own class, also where ours is reloaded after the replacement."""
+    """With ours in the place of torch.nn.LSTM, a fallback still uses torch's own class, also if our module is reloaded
+    after the replacement."""
     theirs, ours, _ = pair(6, 9)
     x = torch.randn(4, 3, 6)
     packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 2, 1]))
@@ -494,7 +497,7 @@ def test_in_place_edits_raise_or_are_right(options, which, kernels):
         inputs = [x, h0, c0, *ours.parameters()]
         x_, h0_, c0_ = x.clone(), h0.clone(), c0.clone()
         y, (h_n, c_n) = ours(x_, (h0_, c0_))
-        total = y.sum() + h_n.sum() + c_n.sum()             # sums save nothing
+        total = y.sum() + h_n.sum() + c_n.sum()             # sums save no tensors for backward
         tensors = dict(x=x_, h0=h0_, c0=c0_, y=y, h_n=h_n, c_n=c_n, **dict(ours.named_parameters()))
         if edit:
             with torch.no_grad():
@@ -516,7 +519,7 @@ def test_in_place_edits_raise_or_are_right(options, which, kernels):
 
 
 def test_backward_twice(kernels):
-    """A retained graph gives the same gradient again; a freed one raises."""
+    """A retained graph gives the same gradient again, and a freed one raises."""
     ours = triton_lstm.LSTM(6, 9, 2)
     total = ours(torch.randn(4, 3, 6))[0].sum()
     parameters = list(ours.parameters())
@@ -529,7 +532,7 @@ def test_backward_twice(kernels):
 
 @pytest.mark.parametrize("frozen", ["x", "weight_hh_l0", "weight_ih_l0", "bias_hh_l0", "all but bias_ih_l0"])
 def test_frozen(frozen, kernels):
-    """What needs no gradient gets none, and the others' do not change."""
+    """A frozen tensor gets no gradient, and the gradients of the others do not change."""
     ours = triton_lstm.LSTM(6, 9)
     x = torch.randn(4, 3, 6)
     both = []
@@ -575,7 +578,7 @@ def test_func_grad(options, kernels):
 
 
 def test_batched_gradients(kernels):
-    """is_grads_batched: as one call for each gradient, for all results at once."""
+    """``is_grads_batched`` gives the same as a call for each gradient."""
     ours = triton_lstm.LSTM(6, 9, 2)
     y, (h, c) = ours(torch.randn(4, 3, 6))
     parameters = list(ours.parameters())
@@ -586,7 +589,7 @@ def test_batched_gradients(kernels):
 
 
 def test_vmap_over_stacked_weights(kernels):
-    """An ensemble: outputs, and gradients by torch.func.grad inside, outside and by backward."""
+    """An ensemble: outputs, and gradients by torch.func.grad inside vmap, around vmap, and by backward."""
     members = [triton_lstm.LSTM(3, 5, bidirectional=True) for _ in range(3)]
     weights, _ = torch.func.stack_module_state(members)
     x = torch.randn(2, 2, 3)
@@ -608,7 +611,7 @@ def test_vmap_over_stacked_weights(kernels):
 
 
 def test_gradients_of_each_sample(kernels):
-    """vmap over inputs with shared weights, every sample with a gradient of its own."""
+    """vmap over inputs with shared weights gives a gradient for each sample."""
     ours = triton_lstm.LSTM(6, 9)
     weights = {n: p.detach() for n, p in ours.named_parameters()}
     x = torch.randn(3, 4, 6)
@@ -620,9 +623,9 @@ def test_gradients_of_each_sample(kernels):
         ours.zero_grad()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")         # torch's own forward mode uses it
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")         # torch's forward mode uses it
 def test_forward_mode_raises(kernels):
-    """No formula: torch says so. jacrev, in its place, is right."""
+    """There is no formula for forward-mode derivatives, so torch raises. jacrev gives the right result instead."""
     ours = triton_lstm.LSTM(3, 4)
     x, f = torch.randn(2, 1, 3), lambda x: ours(x)[0]
     with pytest.raises((RuntimeError, NotImplementedError), match="jvp|forward AD"):
@@ -632,11 +635,11 @@ def test_forward_mode_raises(kernels):
     torch.testing.assert_close(got, want, **CLOSE)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")     # torch's own, in its first dual level
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")     # torch's forward mode uses it
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("which", ["x", "weight_ih", "h0"])
 def test_tangents_are_never_dropped(which, frozen, kernels):
-    """Where nothing requires grad, too."""
+    """An input with a tangent raises, also if nothing requires grad."""
     inputs = dict(x=torch.randn(3, 2, 4), weight_ih=torch.randn(20, 4), weight_hh=torch.randn(20, 5),
                   h0=torch.zeros(1, 2, 5), c0=torch.zeros(1, 2, 5))
     inputs["weight_hh"].requires_grad_(not frozen)
@@ -650,7 +653,8 @@ def test_tangents_are_never_dropped(which, frozen, kernels):
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("options", FORWARD[:3] + FORWARD[4:], ids=str)
 def test_state_edited_in_place(options):
-    """Truncated backpropagation calls detach_() on h_n and c_n, and some code scales them."""
+    """h_n and c_n may be edited in place: truncated backpropagation calls detach_() on them, and some code scales them.
+    """
     gradients = []
     for kind in (torch.nn.LSTM, triton_lstm.LSTM):
         torch.manual_seed(0)
@@ -669,8 +673,8 @@ def test_state_edited_in_place(options):
 
 @pytest.mark.parametrize("options", [dict(), dict(num_layers=2, bidirectional=True, batch_first=True)], ids=str)
 def test_compile_does_not_recompile_by_length(options, kernels, monkeypatch):
-    """torch.compile's default: the first other length makes sizes symbolic, after that nothing compiles."""
-    # these batches differ in keep_every, as thousands of rows do
+    """By default torch.compile makes sizes symbolic at the second length. After that nothing is compiled again."""
+    # With this constant, these small batches differ in keep_every, as batches of thousands of rows do.
     for module in (triton_lstm.functional, triton_lstm.plan.search):
         monkeypatch.setattr(module, "BACKWARD_ELEMENTS", 16 * 9 * 16)
     _, ours, _ = pair(6, 9, **options)
@@ -689,7 +693,7 @@ def test_compile_does_not_recompile_by_length(options, kernels, monkeypatch):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_compile_bidirectional_without_gradients(frozen, kernels):
-    """Evaluation, in which dynamo traces the forward of an autograd.Function and not the Function."""
+    """Without gradients dynamo traces the forward of an autograd.Function, not the Function itself."""
     _, ours, _ = pair(6, 9, 2, bidirectional=True)
     x = torch.randn(5, 3, 6)
     ours.requires_grad_(not frozen)
@@ -720,7 +724,7 @@ def test_compile_with_state_and_autocast(kernels):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict, kernels):
-    """One operator a layer, lengths and batch dynamic, weights as in the module's state_dict."""
+    """The exported program has one operator for each layer, dynamic lengths and batches, and the same state_dict."""
     _, ours, _ = pair(6, 9, 2, bidirectional=True)
     lengths = {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("B", min=2)}
     program = torch.export.export(ours, (torch.randn(5, 3, 6),), dynamic_shapes=(lengths,), strict=strict)

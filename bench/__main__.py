@@ -168,7 +168,7 @@ def plot(files, out):
         recorded = [(newest(folder), out / folder.name) for folder in sorted(RESULTS.iterdir()) if folder.is_dir()
                     and newest(folder)]
         if not recorded:
-            print("No pictures are drawn, because bench/results has no run on a GPU.")
+            print("No run on a GPU is recorded in bench/results, so no pictures are drawn.")
         return [plot([file], where) for file, where in recorded]
     found = [newest(path) if path.is_dir() else path for path in files]
     if None in found:

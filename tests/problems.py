@@ -89,7 +89,7 @@ class Problem:
         inputs += [uniform(D, P, H)] if self.P else []
         return inputs, [normal(T, B, D * P), normal(D, B, P), normal(D, B, H)]
 
-    def masks(self):
+    def lengths_and_reset(self):
         """{"lengths", "reset"} as ``lstm`` takes them; None for what the problem does not have.
 
         The lengths include T and 0, or T and at least 1 in falling order for packed sequences. A fifth of the steps are
@@ -106,9 +106,9 @@ class Problem:
 
     def pieces(self, b):
         """[(start, end)] of the pieces of row b between resets; times from ``start`` up to, not including, ``end``."""
-        masks = self.masks()
-        end = self.T if masks["lengths"] is None else int(masks["lengths"][b])
-        cuts = [] if masks["reset"] is None else [t for t in range(1, end) if masks["reset"][t, b]]
+        given = self.lengths_and_reset()
+        end = self.T if given["lengths"] is None else int(given["lengths"][b])
+        cuts = [] if given["reset"] is None else [t for t in range(1, end) if given["reset"][t, b]]
         return list(zip([0, *cuts], [*cuts, end])) if end else []
 
     def results(self, function, dtype=None):
@@ -126,8 +126,8 @@ class Problem:
         return self.results(self._reference(torch.matmul), torch.float64)
 
     def _reference(self, multiply):
-        return lambda x, w, r, b, h0, c0, hr=None: lstm_reference(x, w, r, b, h0, c0, **self.masks(), multiply=multiply,
-                                                                  weight_hr=hr)
+        return lambda x, w, r, b, h0, c0, hr=None: lstm_reference(
+            x, w, r, b, h0, c0, **self.lengths_and_reset(), multiply=multiply, weight_hr=hr)
 
     def torch(self):
         """Results of nn.LSTM in this dtype. No CPU has TF32; there, it is a float64 LSTM whose products round their
@@ -157,7 +157,7 @@ class Problem:
                     pieces = self.pieces(n)
                     for start, end in pieces[::-1] if d else pieces:
                         again = self.resets and (end < pieces[-1][1] if d else
-                                                 start > 0 or bool(self.masks()["reset"][0, n]))
+                                                 start > 0 or bool(self.lengths_and_reset()["reset"][0, n]))
                         state = tuple(narrow(torch.zeros_like(s) if again else s) for s in state)
                         piece = narrow(x32[start:end, n:n + 1])
                         out, *state = torch._VF.lstm(piece.flip(0) if d else piece, state, weights, self.bias, 1, 0.,
@@ -173,11 +173,11 @@ class Problem:
 
     def ours(self, **options):
         def function(x, w, r, b, h0, c0, hr=None):
-            y, (h_n, c_n) = triton_lstm.lstm(x, w, r, b, (h0, c0), weight_hr=hr, **self.masks(), **options)
+            y, (h_n, c_n) = triton_lstm.lstm(x, w, r, b, (h0, c0), weight_hr=hr, **self.lengths_and_reset(), **options)
             return y, h_n, c_n
 
         def packed(x, w, r, b, h0, c0, hr=None):
-            live = torch.arange(self.T)[:, None] < self.masks()["lengths"].cpu()
+            live = torch.arange(self.T)[:, None] < self.lengths_and_reset()["lengths"].cpu()
             places = live.flatten().nonzero()[:, 0].to(x.device)
             y, (h_n, c_n) = triton_lstm.lstm(x.flatten(0, 1)[places], w, r, b, (h0, c0), batch_sizes=live.sum(1),
                                              weight_hr=hr, **options)

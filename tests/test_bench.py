@@ -1,4 +1,4 @@
-"""The benchmark without a GPU: it reads machine code right, gives a wrong result no time, keeps what it measured."""
+"""The benchmark without a GPU: machine code, residency, training, the command line, and ``verify``."""
 import collections
 import dataclasses
 import os
@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Wrong(torch.nn.LSTM):
-    """An LSTM that is wrong by a tenth."""
+    """An LSTM whose y is wrong by a tenth."""
     def forward(self, x, hx=None):
         y, state = super().forward(x, hx)
         return 1.1 * y, state
@@ -36,7 +36,7 @@ class Wrong(torch.nn.LSTM):
 # Machine code
 
 def sass(*instructions):
-    """What cuobjdump would print; an instruction is its text, stall, wr, rd and mask of scoreboards to wait for."""
+    """What cuobjdump prints for instructions, each (text, stall, wr, rd, mask of scoreboards to wait for)."""
     line = "        /*{:04x}*/         {:>40} ;  /* 0x0000000000000000 */\n                  /* 0x{:016x} */\n"
     return "".join(line.format(16 * n, text, (stall | wr << 5 | rd << 8 | wait << 11) << 41)
                    for n, (text, stall, wr, rd, wait) in enumerate(instructions))
@@ -64,7 +64,7 @@ def test_held_operands_are_those_that_the_loop_does_not_write():
     parse = lambda lines: machine_code._parse(sass(*((line, 1, 7, 7, 0) for line in lines)))
     held = lambda *lines: machine_code._held(parse(lines), warps=8)
     product, tf32 = "HMMA.16816.F32.BF16 R0, R8, R12.reuse, R0", "HMMA.1688.F32.TF32 R0, R8, R14, RZ"
-    pair = 2 * 4 * 32 * 8           # two registers of every thread
+    pair = 2 * 4 * 32 * 8           # bytes of two registers of every thread
     assert held(product) == held(product, product) == pair and held(product, tf32) == 2 * pair
     assert held("HMMA.1688.F32.BF16 R0, R8, R12, R0") == pair // 2
     assert held("LDSM.16.M88.4 R12, [R20]", product, tf32) == 0
@@ -75,20 +75,20 @@ def test_held_operands_are_those_that_the_loop_does_not_write():
 def test_loops_nest_and_are_bounded():
     outer, inner = machine_code._loops(machine_code._parse(sass(
         ("MOV R1, RZ", 1, 7, 7, 0),
-        ("LDG.E R4, [R2]", 2, 0, 7, 0),                         # the outer loop begins here
+        ("LDG.E R4, [R2]", 2, 0, 7, 0),                         # begin of the outer loop
         ("STL [R1], R4", 1, 7, 7, 1),
-        ("MUFU.TANH R4, R4", 1, 1, 7, 0),                       # the inner one
+        ("MUFU.TANH R4, R4", 1, 1, 7, 0),                       # begin of the inner loop
         ("@P0 BRA 0x30", 5, 7, 7, 0),
         ("HMMA.16816.F32.BF16 R8, R4, R6, R8", 1, 2, 7, 0b10),
         ("BRA.U UP0, 0x10", 5, 7, 7, 0),
-        ("BRA 0x70", 0, 7, 7, 0))), warps=8, arch=90)          # the trap at the end of every kernel is no loop
+        ("BRA 0x70", 0, 7, 7, 0))), warps=8, arch=90)          # a branch to itself ends every kernel, and is no loop
     assert (outer.start, outer.end, inner.start, inner.end) == (0x10, 0x60, 0x30, 0x40)
     assert outer.counts == collections.Counter(LDG=1, STL=1, MUFU=1, BRA=2, HMMA=1) and outer.spills == 1
     report = machine_code.Report(32, 0, 0, (outer, inner))
     assert report.time_loop is outer and report.inside(outer) == [inner] and report.inside(inner) == []
     # two warps on each scheduler; a matrix product of 2048 multiply-adds at 320 a cycle
     assert (outer.instructions, outer.issue, outer.tensor, outer.mufu) == (6, 12, 2 * 2048 / 320, 2 * 8)
-    # LDG and its stall, then STL waits until 263; MUFU at 264 is done at 287, HMMA waits for it
+    # LDG takes 263 cycles, for which STL waits. MUFU starts at 264 and ends at 287, for which HMMA waits.
     assert outer.chain == 263 + 1 + 23 + 1 + 5 == outer.bound
 
 
@@ -117,7 +117,7 @@ def test_read_a_plan(arch, schedule, hidden_size):
         assert loop.counts["HMMA"] == products
         assert loop.held == (plan.held_bytes if products else 0)
         assert loop.counts["STG"] > 0 and (loop.counts["MUFU"] > 0) == (not name.startswith("backward"))
-        # the wait for the group is no loop of a pass: it finds what is sent at the first look
+        # the loop of a wait does not count, because a pass finds what is sent at the first look
         assert not any(other.counts["LDG"] for other in report.inside(loop))
         machine_code._read.cache_clear()
         assert machine_code.read(kernel) == report
@@ -139,7 +139,7 @@ def test_residency_compiles_shared_plans_once_and_tells_why_one_has_none(capsys)
     assert row["workload"] == "deepar" and row["schedule"] == "resident" and row["spills"] == "0 / 0"
     planned = f"{found[0].plan.held_bytes / 1024:.0f}"
     assert row["R planned"] == planned and row["R from L2"] == "0"
-    assert row["R in registers"].endswith(f" / {planned}")      # forward needs less of the padding
+    assert row["R in registers"].endswith(f" / {planned}")      # forward has less padding
     assert row["registers"] == f"{found[0].forward.registers} / {found[0].backward.registers}"
     assert cells[4][:3] == ["huge", "fp32", "no plan"] and re.match("huge: .*multiprocessors", lines[5])
 
@@ -152,7 +152,7 @@ def test_step_cycles_counts_tiles_and_the_streamed_part():
     passes = -(-(2048 - plan.held) // plan.block_k)
     assert plan.schedule == "streamed" and passes > 1
     assert residency.step_cycles(plan, report) == plan.tiles * (1000 + 700 * (passes - 1))
-    slow = dataclasses.replace(report, loops=(loop(0, 99, 10, "HMMA"),))       # L2 takes longer than the instructions
+    slow = dataclasses.replace(report, loops=(loop(0, 99, 10, "HMMA"),))       # L2 takes longer than instructions
     assert residency.step_cycles(plan, slow) == plan.tiles * plan.streamed_bytes / 64
     assert residency.step_cycles(make_plan(16, 64, torch.bfloat16), report) == 1000
 
@@ -172,7 +172,7 @@ def test_an_error_that_is_not_a_number_passes_no_bound():
 # Training
 
 def test_training_gives_the_same_losses(tmp_path):
-    """The whole command: without a GPU it starts itself anew in the interpreter."""
+    """Runs the whole command. Without a GPU it starts itself again with the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-m", "bench", "train", "--steps", "6", "--hidden", "20", "--sequence", "8",
                            "--layers", "2", "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120,
@@ -180,7 +180,7 @@ def test_training_gives_the_same_losses(tmp_path):
     assert done.returncode == 0, done.stderr
     torchs, ours = map(float, re.findall(r"final loss (\S+)", done.stdout))
     difference = float(re.search(r"largest difference between the loss curves: (\S+)", done.stdout)[1])
-    # fp32 in both; six steps of Adam raise the last bit's difference a little
+    # Both are in fp32. Over six steps Adam amplifies differences in the last bit.
     assert 3 < ours < 5.6 and abs(ours - torchs) <= 1e-5 and difference <= 1e-5
     assert "interpreter" in done.stdout and "characters/s" not in done.stdout + done.stderr
     assert "[6/6] loss" in done.stderr
@@ -188,7 +188,7 @@ def test_training_gives_the_same_losses(tmp_path):
 
 
 def test_training_on_a_gpu(tmp_path, capsys):
-    """The path of a GPU, on the CPU with torch's LSTM twice: speeds are shown and drawn."""
+    """As on a GPU, speeds are printed and drawn. Here both layers run torch's LSTM on the CPU."""
     sizes, real = train.Sizes(2, 4, 8, 3), train.train
     assert list(real(sizes, 1, 0, torch.float32, "cpu")[0]) == list(train.LAYERS)
     with mock.patch.object(train, "train", lambda *args: real(*args[:-1], "cpu")), \
@@ -207,7 +207,7 @@ def test_interrupted_training_keeps_equal_curves(tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_training_reduces_the_loss_in_every_type(dtype):
-    """On the CPU with torch's LSTM twice: from about log(256) of the 256 characters, the same for both."""
+    """The loss begins at about log(256), as there are 256 characters. Both layers run torch's LSTM on the CPU."""
     losses, _ = train.train(train.Sizes(8, 16, 32, 20), 1, 0, correctness.dtype_of(dtype), "cpu")
     first, second = losses.values()
     assert first == second and 5.3 < first[0] < 5.8 and first[-1] < first[0] - 0.5
@@ -218,7 +218,7 @@ def test_16_bit_weights_follow_copies_in_fp32():
     model = train.Model(torch.nn.LSTM, 8, 1).half()
     trainer, before = train.Trainer(model), [w.clone() for w in model.parameters()]
     trainer.step(torch.randint(256, (5, 2)))
-    # Adam's first step is its learning rate in size, whatever the scale of the loss
+    # Adam's first step has the size of the learning rate, whatever the scale of the loss is
     assert max((a - b).abs().max().item() for a, b in zip(model.parameters(), before)) == pytest.approx(2e-3, rel=0.3)
     for copy, weight in zip(trainer.copies, model.parameters()):
         assert copy.dtype == torch.float32 and torch.equal(copy.half(), weight)
@@ -292,7 +292,7 @@ def test_verify_reports_whatever_fails_and_stops_what_takes_too_long(tmp_path, c
         assert line in text
     assert verify.verify(tmp_path / "out", steps[:1]) == 0
     time.sleep(max(0, began + 5 - time.monotonic()))
-    assert not child.exists()           # what the slow part had started was stopped with it
+    assert not child.exists()           # the child of the slow part was stopped too
 
 
 def test_verify_begins_nothing_when_its_time_is_over(tmp_path):
@@ -338,7 +338,7 @@ def test_verify_covers_what_it_promises(tmp_path, monkeypatch):
     (tmp_path / "2026-01-01.csv").touch()
     assert "pictures" in [name for name, *_ in verify.record(tmp_path)]
     for _, words, _, environment in verify.first(tmp_path, tmp_path / "triton"):
-        if "bench" in words:            # the command line knows them
+        if "bench" in words:            # the command line accepts them
             command.parser().parse_args(words[3:])
         assert not environment or environment["PYTHONPATH"].startswith(str(tmp_path / "triton"))
     for _, words, _, _ in recorded:

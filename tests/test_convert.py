@@ -1,4 +1,5 @@
-"""``convert`` and ``to_torch``: the same modules and parameters, the same results, what is left and why."""
+"""``convert`` and ``to_torch``: modules and parameters stay the same objects, results stay the same, and the layers
+that cannot be converted are returned with reasons."""
 import copy
 import importlib
 import importlib.util
@@ -14,7 +15,7 @@ import triton_lstm
 
 
 class Shared(torch.nn.Module):
-    """LSTMs in nested containers, one of them in two places, one bidirectional and one frozen."""
+    """A model with LSTMs in nested containers: one of them is in two places, one is bidirectional, one is frozen."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +41,7 @@ def model():
 
 
 class Head(torch.nn.Module):
-    """Only the output of an LSTM."""
+    """A model that returns only y of an LSTM."""
 
     def __init__(self, lstm):
         super().__init__()
@@ -51,7 +52,7 @@ class Head(torch.nn.Module):
 
 
 def results(model, x):
-    """Output and gradients of a model, by name."""
+    """{name: tensor} of the output and the gradients of a model."""
     model.zero_grad()
     x = x.clone().requires_grad_()
     y = model(x)
@@ -67,7 +68,7 @@ def assert_same(got, want, **tolerance):
 
 
 def same_objects(model):
-    """Modules, parameters and their order, by identity."""
+    """Names and ids of all modules and parameters, in order."""
     return [(name, id(m)) for name, m in model.named_modules(remove_duplicate=False)], [
         (name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
 
@@ -80,7 +81,7 @@ def test_there_and_back(model):
     assert all(type(model.get_submodule(name)) is triton_lstm.LSTM for name in LAYERS)
     assert model.again is model.body[0][0] and same_objects(model) == objects
     assert not model.frozen.training and model.stem.training and not model.frozen.weight_hh_l1.requires_grad
-    assert_same(results(model, x), want, rtol=0, atol=0)            # on CPU tensors it is the same LSTM
+    assert_same(results(model, x), want, rtol=0, atol=0)            # on CPU tensors ours calls torch's LSTM
     with harness.interpreter():
         assert_same(results(model, x), want, rtol=1e-4, atol=1e-6)
     model.again.plan = triton_lstm.make_plan(3, 12, torch.float32)
@@ -93,18 +94,19 @@ def test_there_and_back(model):
 
 
 def test_interpreter_runs_the_kernels(model, monkeypatch):
-    """The comparison above is one of kernels, not of torch with torch."""
+    """The comparison in ``test_there_and_back`` runs kernels; it does not compare torch with itself."""
     triton_lstm.convert(model)
     calls, real = [], harness.interpreted_launch.launch_kernel
     monkeypatch.setattr(harness.interpreted_launch, "launch_kernel",
                         lambda kernel, *a, **kw: (calls.append(kernel), real(kernel, *a, **kw)))
     with harness.interpreter():
         model(torch.randn(3, 5, 4))
-    assert len(calls) == 5                      # two of the frozen layer, two of the shared one
+    assert len(calls) == 5                      # two for the frozen layer, two for the shared one, one for the other
 
 
 def test_optimizer_goes_on(model):
-    """Adam's moments and a scheduler made before: training converted in its middle gives the same weights."""
+    """Converting a model in the middle of its training, with Adam and a scheduler, gives the same weights in the
+    end."""
     other = copy.deepcopy(model)
     x = torch.randn(3, 5, 4)
     for m, converts in ((model, True), (other, False)):
@@ -151,10 +153,10 @@ def test_the_model_itself():
 
 @pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
 def test_parametrized(kind):
-    """torch gives each parametrized module a class of its own; weights and removal work as before."""
+    """A parametrized module has a class of its own, which torch makes. Its weights, and removal, still work."""
     torch.manual_seed(0)
     layer, x = torch.nn.LSTM(4, 6), torch.randn(5, 3, 4)
-    model = Head(layer).eval()                 # in training spectral_norm iterates
+    model = Head(layer).eval()                 # in training spectral_norm changes its estimate
     getattr(parametrizations, kind)(layer, "weight_hh_l0")
     want = results(model, x)
     for _ in range(2):
@@ -170,7 +172,7 @@ def test_parametrized(kind):
 
 
 def test_old_weight_norm():
-    """The one that keeps its weight up to date in a pre-hook."""
+    """The old torch.nn.utils.weight_norm, which computes the weight in a pre-hook."""
     torch.manual_seed(0)
     with pytest.warns(FutureWarning, match="weight_norm"):
         layer = torch.nn.utils.weight_norm(torch.nn.LSTM(4, 6), "weight_hh_l0")
@@ -205,7 +207,7 @@ def test_what_is_left():
 
 
 def test_a_class_in_the_place_of_torchs(model, monkeypatch):
-    """Programs may put our class into torch.nn; convert means torch's own nevertheless."""
+    """A program may put our class in the place of torch.nn.LSTM. convert still converts torch's own layers."""
     monkeypatch.setattr(torch.nn, "LSTM", triton_lstm.LSTM)
     assert triton_lstm.convert(model).swapped == LAYERS
     triton_lstm.to_torch(model)
@@ -213,7 +215,7 @@ def test_a_class_in_the_place_of_torchs(model, monkeypatch):
 
 
 def published(name, *needs):
-    """A module of a published package. Of torchaudio, which it imports for its files, the network needs nothing."""
+    """A module of a published package. It imports torchaudio to read files, which the network does not need."""
     for package in (name.split(".")[0], *needs):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install --no-deps openunmix encodec einops")
@@ -232,7 +234,7 @@ def check_published(model, layers, x):
 
 
 def test_open_unmix():
-    """Three bidirectional layers between linear ones (Stöter et al. 2019); without dropout, which draws anew."""
+    """Three bidirectional layers between linear ones (Stöter et al. 2019). Dropout is off, because it is random."""
     openunmix = published("openunmix.model")
     torch.manual_seed(0)
     check_published(openunmix.OpenUnmix(nb_bins=12, nb_channels=2, hidden_size=16).eval(), ["lstm"],
@@ -241,7 +243,7 @@ def test_open_unmix():
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 def test_encodec():
-    """Encoder and decoder of EnCodec (Défossez et al. 2022): convolutions around two layers with a skip."""
+    """Encoder and decoder of EnCodec (Défossez et al. 2022): convolutions around two layers with a skip connection."""
     encodec = published("encodec.modules", "einops")
     torch.manual_seed(0)
     options = dict(channels=1, dimension=8, n_filters=2, ratios=[4, 2], lstm=2)

@@ -1,4 +1,4 @@
-"""DistributedDataParallel and FSDP2 around a model with our layer: two processes give one process' gradients."""
+"""DistributedDataParallel and FSDP2 with our layer: two processes give the gradients that one process gives."""
 import os
 import subprocess
 import sys
@@ -98,7 +98,7 @@ def test_two_processes_match_one(wrapper, alone, tmp_path):
     assert got.keys() == alone.keys() and len(got) == 2 * (16 + 2)
     for name, pair in alone.items():
         for tensor, right in zip(got[name], pair):
-            # the mean of two halves: each in another order of sums, in fp32
+            # Gradients are means of two halves, so sums are in another order, in fp32.
             torch.testing.assert_close(tensor, right, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
     moved = [(alone[name, 1][1] - alone[name, 0][1]).abs().max() for name, step in alone if step == 0]
     assert min(moved) > 1e-3, "every parameter was trained, so that the second step's values mean something"

@@ -1,4 +1,5 @@
-"""Second derivatives against float64: the formula alone, the layer in a gradient penalty, torch.func's Hessian."""
+"""Second derivatives against float64: the formula by itself, the layer in a gradient penalty, and Hessians by
+torch.func."""
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ NINE = ("dy", "dh_n", "dc_n", "x", "w", "r", "b", "h0", "c0")
 
 
 class Formula(torch.autograd.Function):
-    """``reference_backward``, differentiated by the formula under test."""
+    """``reference_backward``, whose derivative is the formula under test."""
 
     @staticmethod
     def forward(ctx, *inputs):
@@ -34,7 +35,7 @@ def nine(problem, dtype):
 
 @pytest.mark.parametrize("problem", [Problem(3, 2, 2, 3, 2), Problem(2, 1, 1, 2, 1, bias=False)], ids=str)
 def test_formula_by_differences(problem):
-    """Finite differences in float64: of the gradients, and of their derivatives, to the third order."""
+    """Compares derivatives up to the third order with finite differences in float64."""
     inputs = nine(problem, torch.float64)
     gradients = lambda *inputs: tuple(g for g in reference_backward(*inputs) if g is not None)
     assert torch.autograd.gradcheck(Formula.apply, inputs, fast_mode=True)
@@ -47,7 +48,8 @@ def test_formula_by_differences(problem):
 
 
 def second(problem, function, dtype, outputs=(0, 1, 2)):
-    """Gradients of a weighted sum of all gradients of ``function``, of those of its outputs that are named."""
+    """{name: tensor} of the gradients of a weighted sum of all first gradients of ``function``. The first gradients are
+    those of the outputs whose numbers are in ``outputs``."""
     tensors = dict(zip(NINE, nine(problem, dtype)))
     inputs = {name: t for name, t in list(tensors.items())[3:] if t is not None}
     results = function(*(tensors[name] for name in NINE[3:]))
@@ -80,7 +82,7 @@ def torchs(problem):
     (Problem(5, 3, 4, 7, 2, torch.bfloat16), (0, 1, 2)), (Problem(5, 3, 4, 7, 1, torch.float16), (0, 1, 2)),
 ], ids=str)
 def test_operator(problem, outputs):
-    """Every second derivative, whichever outputs the gradients came from, within the budget of nn.LSTM's own error."""
+    """The error of every second derivative is at most BUDGET times that of nn.LSTM, for each choice of outputs."""
     right = second(problem, lstm_reference, torch.float64, outputs)
     theirs = second(problem, torchs(problem), problem.dtype, outputs)
     with harness.interpreter():
@@ -92,7 +94,8 @@ def test_operator(problem, outputs):
 
 
 def penalty(module, x):
-    """WGAN-GP: the mean of (|dD/dx| - 1)^2 over the samples, D a function of all that the LSTM gives."""
+    """The gradient penalty of WGAN-GP: the mean over samples of (|dD/dx| - 1)^2, where D is a function of y, h_n and
+    c_n."""
     x = x.detach().requires_grad_()
     y, (h, c) = module(x)
     gradient, = torch.autograd.grad(y.square().sum() + (h * c[..., :h.shape[2]]).sum(), x, create_graph=True)
@@ -104,7 +107,7 @@ def penalty(module, x):
 
 @pytest.mark.parametrize("options", [dict(), dict(num_layers=2, bidirectional=True)], ids=str)
 def test_gradient_penalty(options):
-    """Through stacked layers, where the second layer's gradient depends on the first one's output."""
+    """With two layers, because the gradient of the second one depends on the output of the first one."""
     theirs, layer, exact = pair(6, 9, **options)
     x = torch.randn(4, 3, 6)
     right, want = penalty(exact, x.double()), penalty(theirs, x)
@@ -133,7 +136,7 @@ def test_third_derivative():
 
 @pytest.mark.parametrize("options", [dict(), dict(proj_size=2)], ids=str)
 def test_hessian(options):
-    """torch.func's jacrev of jacrev, through the same operators."""
+    """jacrev of jacrev, by torch.func."""
     _, layer, exact = pair(2, 3, **options)
     x = torch.randn(2, 1, 2, dtype=torch.float64)
     right = torch.autograd.functional.hessian(lambda x: exact(x)[0].square().sum(), x)
@@ -143,7 +146,8 @@ def test_hessian(options):
 
 
 def test_first_derivatives_stay_in_the_kernels(monkeypatch):
-    """create_graph alone costs nothing: same bits, and the equations are not run."""
+    """With create_graph, first derivatives are still computed by the kernels: they have the same bits, and the
+    equations are not run."""
     _, layer, _ = pair(6, 9)
     x = torch.randn(3, 2, 6, requires_grad=True)
     monkeypatch.setattr(triton_lstm.op, "lstm_reference", None)

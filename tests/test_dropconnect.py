@@ -1,4 +1,4 @@
-"""``drop_connect``: the mask, its gradients, eval mode, and what must not change."""
+"""``drop_connect``: the mask, gradients, eval mode, and what it must leave unchanged."""
 import copy
 import pickle
 
@@ -13,7 +13,7 @@ KINDS = [torch.nn.LSTM, triton_lstm.LSTM]
 
 @pytest.fixture(params=["torch", "cpu", "interpreter"])
 def make(request):
-    """Makes layers of a kind, one seed, the kernels running or not."""
+    """A function that makes layers of one class, always from the same seed, and whether the kernels run."""
     def layer(*args, **kwargs):
         torch.manual_seed(0)
         return (torch.nn.LSTM if request.param == "torch" else triton_lstm.LSTM)(*args, **kwargs)
@@ -25,7 +25,8 @@ def make(request):
 
 
 def dropped(layer, p, seed):
-    """A plain copy with the weights that ``layer`` has in its next forward from ``seed``, and {name: mask}."""
+    """(a plain layer with the weights that ``layer`` has in a forward after ``torch.manual_seed(seed)``, {name:
+    mask})."""
     torch.manual_seed(seed)
     plain, masks = copy.deepcopy(layer), {}
     plain._forward_hooks.clear(), plain._forward_pre_hooks.clear()
@@ -45,7 +46,7 @@ def results(layer, x, hx=None):
 
 @pytest.mark.parametrize("options", [dict(), dict(num_layers=2, bidirectional=True, batch_first=True)], ids=str)
 def test_is_a_plain_layer_with_masked_weights(make, options):
-    """Outputs; gradients of the kept weights, scaled, and of all else; the parameters afterwards."""
+    """Outputs and gradients are those of a plain layer with masked weights, and the parameters do not change."""
     layer, x = make(4, 6, **options), torch.randn(5, 3, 4)
     before = copy.deepcopy(layer.state_dict())
     triton_lstm.drop_connect(layer, 0.4)
@@ -70,7 +71,7 @@ def test_is_a_plain_layer_with_masked_weights(make, options):
 
 
 def test_share_dropped(make):
-    """About p of the elements, other ones at each forward."""
+    """About a share p of the elements is dropped, other ones in each forward."""
     layer, seen = make(2, 40), []
     triton_lstm.drop_connect(layer, 0.25)
     layer.register_forward_pre_hook(lambda module, args: seen.append(module.weight_hh_l0.detach() == 0))
@@ -81,7 +82,8 @@ def test_share_dropped(make):
 
 
 def test_eval_is_the_plain_layer(make):
-    """Bit for bit, no random numbers drawn; so are p = 0 and a layer after remove()."""
+    """In eval mode, with p = 0, and after remove(): the same bits as the plain layer, and no random numbers are
+    drawn."""
     layer, x = make(4, 6, num_layers=2), torch.randn(5, 3, 4)
     want = layer(x)[0]
     drop = triton_lstm.drop_connect(layer, 0.5)
@@ -98,7 +100,7 @@ def test_eval_is_the_plain_layer(make):
 
 
 def test_drops_everything(make):
-    """p = 1: no recurrence, so each step is a first step but for c."""
+    """With p = 1 there is no recurrence, so each step is like a first step, except for c."""
     layer, x = make(4, 6), torch.randn(5, 3, 4)
     triton_lstm.drop_connect(layer, 1.0)
     y, (_, c) = layer(x, (torch.full((1, 3, 6), 100.), torch.zeros(1, 3, 6)))
@@ -108,7 +110,7 @@ def test_drops_everything(make):
 
 
 def test_state_dict_convert_and_training():
-    """Keys, parameters and their optimizer stay while the layer changes class and back; training goes on."""
+    """When the layer is converted and back, its keys, parameters and optimizer stay, and training goes on."""
     torch.manual_seed(0)
     model = torch.nn.ModuleDict(dict(lstm=torch.nn.LSTM(4, 6), head=torch.nn.Linear(6, 2)))
     keys, parameters = list(model.state_dict()), list(model.parameters())
@@ -137,7 +139,7 @@ def test_state_dict_convert_and_training():
                          ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("kind", KINDS, ids=["torchs", "ours"])
 def test_copies_drop_too(how, kind):
-    """Each with a handle of its own, after a forward."""
+    """Copies of a layer that has run a forward drop weights too, and each has a handle of its own."""
     layer, x = kind(4, 6), torch.randn(5, 3, 4)
     drop = triton_lstm.drop_connect(layer, 0.5)
     layer(x)
@@ -162,7 +164,7 @@ def test_weights_come_back_after_an_error(make):
 
 
 def test_parameters_are_not_moved(make, monkeypatch):
-    """cuDNN's flat buffer is of the parameters: it would be made of dropped weights at every forward."""
+    """cuDNN's flat buffer holds the parameters. It must not be made of the dropped weights in each forward."""
     layer, calls = make(4, 6), []
     triton_lstm.drop_connect(layer, 0.5)
     monkeypatch.setattr(torch.nn.RNNBase, "flatten_parameters", lambda self: calls.append(self))
@@ -173,7 +175,7 @@ def test_parameters_are_not_moved(make, monkeypatch):
 
 
 def test_compile_full_graph():
-    """Traced whole, with a mask of each call and the gradients of the weights kept; the parameters stay."""
+    """The compiled layer is one graph, each call has its own mask, and the parameters stay unchanged."""
     torch.manual_seed(0)
     layer, x = triton_lstm.LSTM(4, 6), torch.randn(5, 3, 4)
     weight = layer.weight_hh_l0

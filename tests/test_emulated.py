@@ -1,6 +1,6 @@
-"""The PTX of every kernel, executed on CPU tensors: what the compiler made of the kernels is still right.
+"""The PTX of every portable kernel, executed on CPU tensors: what the compiler made of the kernels is still right.
 
-Races, accesses outside a buffer and deadlocks raise. sm_80 and sm_90 compile to different instructions.
+Races, accesses outside a buffer and deadlocks raise. Kernels for sm_80 and sm_90 have different instructions.
 """
 import dataclasses
 
@@ -52,7 +52,7 @@ def test_shared(shape, schedule, dtype, arch):
 @pytest.mark.parametrize("H, block_h, dtype", [(60, 64, torch.float32), (60, 32, torch.float32),
                                                (100, 64, torch.bfloat16), (100, 32, torch.bfloat16)], ids=str)
 def test_wide_programs(H, block_h, dtype):
-    """What the plan takes for large batches: more units a program, several tiles a group."""
+    """As in plans for large batches, programs have more units and groups have several tiles."""
     problem = Problem(2, 33, 3, H, dtype=dtype)
     run(problem, 90, dataclasses.replace(problem.shared_plan("grid"), block_h=block_h, programs=-(-H // block_h),
                                          groups=1, tiles=3))

@@ -1,4 +1,4 @@
-"""``explain``: the numbers of the plan, the reasons of make_plan, no word on a plan that does not run."""
+"""``explain``: the numbers of the plan, the reasons against other plans, and nothing about a plan that does not run."""
 import dataclasses
 
 import pytest
@@ -20,9 +20,9 @@ def explain(H, x, limits=CHIP, **options):
 
 
 def test_grid():
-    """Every number by hand: R is 4 x 512 x 512 x 2 bytes, c before steps 64, 128, 192, 256 in fp32; cycles of a step
-    1500 + 512 + 0.3 (16 x 16 x (4 x 512 / 1280 + 0.5) + 16 x 512 x 2 / 32) + 1000; with 64 units a program the work
-    with them, and 160 KiB / 32."""
+    """All numbers are computed by hand. R has 4 x 512 x 512 x 2 bytes; c is saved before steps 64, 128, 192, 256 in
+    fp32. A step takes 1500 + 512 + 0.3 (16 x 16 x (4 x 512 / 1280 + 0.5) + 16 x 512 x 2 / 32) + 1000 cycles. The
+    streamed plan has 64 units in a program instead of the second 16, and reads 160 KiB at 32 bytes a cycle."""
     plan = triton_lstm.make_plan(64, 512, torch.bfloat16, limits=CHIP)
     assert (plan.schedule, plan.keep_every) == ("grid", 64)
     assert explain(512, meta(300, 64, 64), num_layers=2).splitlines() == [
@@ -44,7 +44,7 @@ def test_grid():
 
 @pytest.mark.parametrize("H, schedule", [(128, "resident"), (512, "grid"), (2048, "streamed")])
 def test_each_schedule(H, schedule):
-    """The plan is in the text as it prints; each other schedule has a line."""
+    """The text contains str(plan), and a line for each other schedule."""
     text = explain(H, meta(100, 16, 64))
     assert f"1 layer(s), each by {triton_lstm.make_plan(16, H, torch.bfloat16, limits=CHIP)}" in text
     assert f"each by {'portable ' * (schedule == 'resident')}{schedule}: " in text
@@ -55,7 +55,8 @@ def test_each_schedule(H, schedule):
 
 
 def test_bidirectional_fp32_batch_first():
-    """Both directions are one launch; two directions of c and of stored gates; the plan is TF32's as nn.LSTM's is."""
+    """Both directions run in one launch, sizes of c and of stored gates are those of both, and the plan is in TF32,
+    like nn.LSTM."""
     text = explain(300, meta(20, 300, 64, dtype=torch.float32), bidirectional=True, batch_first=True)
     plan = triton_lstm.make_plan(20, 300, torch.float32, 2, limits=CHIP)
     assert "T=300, B=20 in float32" in text and f"{plan}" in text and "x 2 direction(s), tf32" in text
@@ -65,7 +66,7 @@ def test_bidirectional_fp32_batch_first():
 
 
 def test_projection():
-    """R is 2048 x 512 x 2 bytes though weight_hh is 2048 x 40, and m, 300 x 64 x 512 x 2 bytes, is kept beside c."""
+    """R has 2048 x 512 x 2 bytes, although weight_hh is 2048 x 40. Besides c, m is saved: 300 x 64 x 512 x 2 bytes."""
     text = explain(512, meta(300, 64, 64), proj_size=40)
     plan = triton_lstm.make_plan(64, 512, torch.bfloat16, limits=CHIP)
     assert f"1 layer(s), each by {plan}" in text
@@ -99,7 +100,7 @@ def test_a_backward_loop_of_its_own():
 
 
 def test_limits():
-    """Without any, H200's off a GPU; others count."""
+    """Without limits, and without a GPU, those of an H200 are used. Given limits are used otherwise."""
     layer, x = triton_lstm.LSTM(64, 1024), torch.zeros(5, 16, 64)
     text = triton_lstm.explain(layer, x)
     assert "planned for an H200: 132 multiprocessors" in text
@@ -110,7 +111,8 @@ def test_limits():
 
 
 def test_torchs_own_lstm():
-    """What the kernels do not cover, in the words of the layer's warning; nn.LSTM is explained like ours."""
+    """What the kernels do not cover is explained with the text of the layer's warning. nn.LSTM is explained like
+    ours."""
     for batch in (1, 64):
         assert explain(1088, meta(5, batch, 64), proj_size=8).endswith(
             "\ntorch's own LSTM computes: proj_size: the product of weight_hh and weight_hr, 4352 x 1088, does not fit "
@@ -156,7 +158,7 @@ def test_errors(layer, x, kind, message):
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    """The device's limits, and the plan that its launch takes."""
+    """With the limits of the device, and the plan that a call takes on it."""
     layer, x = triton_lstm.LSTM(64, 300).cuda(), torch.zeros(5, 3, 64, device="cuda")
     text = triton_lstm.explain(layer, x)
     plan = triton_lstm.op.on_device(3, 300, torch.float32, 1, x.device)[0]

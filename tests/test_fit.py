@@ -1,4 +1,5 @@
-"""Every candidate's time loop by itself, and the fit of the cost model to what they take. Without a GPU."""
+"""``bench.loops``, which times the time loops of all candidates, and ``bench.fit``, which fits the cost model to these
+times. Without a GPU."""
 import csv
 import dataclasses
 import sys
@@ -57,7 +58,7 @@ def test_loops_are_written_as_they_come(tmp_path):
 
 @pytest.mark.parametrize("loop", ["forward", "backward"])
 def test_a_loop_is_compared_and_runs_by_itself(loop):
-    """In the emulator, on a small layer, without events."""
+    """In the emulator, on a small layer, and without timing."""
     w = dataclasses.replace(WORKLOADS[0], name="small", batch=3, input_size=4, hidden_size=33, directions=1)
     calls = []
 
@@ -80,20 +81,20 @@ def test_a_loop_is_compared_and_runs_by_itself(loop):
 
 
 def made_up(path, values, noise=0.):
-    """A CSV file of loops as a GPU would have them whose constants are ``values``."""
+    """Writes a CSV file of loops, with the times that the cost model predicts if its constants are ``values``."""
     found = loops.all_candidates(dataclasses.replace(H200, cluster=16))
     with open(path, "w", newline="") as file, fit.trying(values):
         writer = csv.DictWriter(file, loops.FIELDS)
         writer.writeheader()
         for n, c in enumerate(found):
             us = step_cycles(c.plan, H200.multiprocessors, c.loop) / H200.mhz
-            us *= 20 if n % 25 == 3 else 1 + noise * (n % 3 - 1)          # some are far off
+            us *= 20 if n % 25 == 3 else 1 + noise * (n % 3 - 1)          # outliers
             row = loops.row(c, dict(status="failed" if n % 30 == 7 else "ok", us_median=us), FACTS, "3.9")
             writer.writerow({**row, "predicted_cycles": 1980, "predicted_us": 1.})
 
 
 def test_fit_finds_the_constants_that_made_the_rows(tmp_path, capsys):
-    # constants that others cannot make up for
+    # Constants whose effect no other constant has.
     values = {("SPLIT_STEP", "native"): 1500., ("L2_EXCHANGE", None): 2000., ("GLUON_STEP", "tf32"): 1300.}
     before = {constant: fit.get(constant) for constant in fit.CONSTANTS}
     made_up(tmp_path / "loops.csv", values, 0.02)

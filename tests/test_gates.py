@@ -1,4 +1,4 @@
-"""``gates`` against the equations step by step; ``plot_gates`` draws them."""
+"""``gates``, compared with the equations step by step, and ``plot_gates``, which draws them."""
 import sys
 from unittest import mock
 
@@ -11,7 +11,8 @@ from triton_lstm.inspection import Gates
 
 
 def written_out(layer, x, hx):
-    """[{i, f, g, o, c, h: (T, B, H)}] of a layer in float64, one unit of time after the other; x (T, B, I)."""
+    """[{"i", "f", "g", "o", "c", "h": (T, B, H)}] for each layer and direction, computed step by step in float64 from x
+    (T, B, I)."""
     weights = {name: p.detach().double() for name, p in layer.named_parameters()}
     directions, results, x = 1 + layer.bidirectional, [], x.double()
     for k in range(layer.num_layers):
@@ -64,7 +65,7 @@ def test_equations(options, kind, interpreted):
 
 
 def test_they_make_the_output():
-    """o tanh(c) is y, also of (T, I), in float64 and of the last layer."""
+    """o tanh(c) of the last layer is y; also for unbatched input, and in float64."""
     torch.manual_seed(0)
     layer, x = triton_lstm.LSTM(4, 7, num_layers=2, batch_first=True).double(), torch.randn(5, 4).double()
     hx = (torch.randn(2, 7).double(), torch.randn(2, 7).double())
@@ -77,7 +78,7 @@ def test_they_make_the_output():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit(dtype):
-    """Gates in fp32, from the h that the layer rounded; autocast does not reach them."""
+    """Gates are computed in fp32 from h in the layer's type. Autocast does not change that."""
     torch.manual_seed(0)
     layer, x = triton_lstm.LSTM(4, 7).to(dtype), torch.randn(5, 3, 4).to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
@@ -107,7 +108,7 @@ def test_errors():
 
 
 def ramps(c=3.):
-    """Gates of 6 steps, 2 rows, 4 units, each panel with values of its own."""
+    """Gates of 6 steps, 2 rows and 4 units, with different values in each panel."""
     steps = torch.linspace(0, 1, 6)[:, None, None].expand(6, 2, 4)
     return Gates(steps, steps / 2, steps * 2 - 1, 1 - steps, (steps - 0.5) * 2 * c)
 
@@ -123,7 +124,7 @@ def test_plot(tmp_path):
                                                      "cell state c"]
     for axes, (name, value) in zip(panels, trajectories._asdict().items()):
         shown = torch.as_tensor(axes.images[0].get_array())
-        torch.testing.assert_close(shown, value[:, 1].t())          # units upwards, time to the right
+        torch.testing.assert_close(shown, value[:, 1].t())          # the image has units upwards and time to the right
         assert axes.images[0].get_clim() == {"g": (-1, 1), "c": (-3, 3)}.get(name, (0, 1))
     figure.savefig(tmp_path / "gates.png")
     harness.assert_drawn(tmp_path / "gates.png")
@@ -140,7 +141,7 @@ def test_plot_without_matplotlib():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-3), (torch.float16, 5e-3)], ids=str)
 def test_on_a_gpu(dtype, tolerance):
-    """TF32 and fp16 in the layer, so that its h differ."""
+    """The layer computes in TF32 or fp16, so its h differ from those of the equations."""
     torch.manual_seed(0)
     layer = triton_lstm.LSTM(30, 200, num_layers=2, bidirectional=True).cuda().to(dtype)
     x = torch.randn(20, 17, 30, device="cuda", dtype=dtype)

@@ -1,4 +1,4 @@
-"""The kernels on a CUDA device: the same lists, and what only a device can show."""
+"""The kernels on a CUDA device: results, as in the tests without one, and what only a device can show."""
 import dataclasses
 import shutil
 import subprocess
@@ -28,7 +28,7 @@ SHAPES = [  # T, B, I, H, D
 
 @pytest.fixture(params=[True, False], ids=["tf32", "ieee"])
 def tf32(request):
-    """torch's switch for fp32 in nn.LSTM, both ways."""
+    """torch's switch for TF32 in nn.LSTM, on and off."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = request.param
     yield request.param
@@ -65,12 +65,12 @@ def test_every_schedule(schedule, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("masks", [dict(ragged=True), dict(resets=True), dict(ragged=True, resets=True),
+@pytest.mark.parametrize("flagged", [dict(ragged=True), dict(resets=True), dict(ragged=True, resets=True),
                                    dict(packed=True)], ids=" ".join)
 @pytest.mark.parametrize("shape", [(20, 5, 4, 33, 2), (12, 17, 6, 100, 1), (10, 6, 8, 300, 2), (6, 5, 8, 1150, 1)],
                          ids=str)
-def test_lengths_and_resets(shape, masks, dtype):
-    problem = cuda(*shape, dtype=dtype, tf32=torch.backends.cudnn.allow_tf32, **masks)
+def test_lengths_and_resets(shape, flagged, dtype):
+    problem = cuda(*shape, dtype=dtype, tf32=torch.backends.cudnn.allow_tf32, **flagged)
     problem.check(problem.ours(keep_every=4))
 
 
@@ -85,16 +85,16 @@ def test_packed_sequences_do_not_synchronise():
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("masks", [{}, dict(packed=True), dict(ragged=True, resets=True)], ids=" ".join)
+@pytest.mark.parametrize("flagged", [{}, dict(packed=True), dict(ragged=True, resets=True)], ids=" ".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tiles_of_32_rows(dtype, masks):
-    problem = cuda(10, 150, 8, 100, 2, dtype=dtype, tf32=torch.backends.cudnn.allow_tf32, **masks)
+def test_tiles_of_32_rows(dtype, flagged):
+    problem = cuda(10, 150, 8, 100, 2, dtype=dtype, tf32=torch.backends.cudnn.allow_tf32, **flagged)
     plan = dataclasses.replace(problem.shared_plan("grid"), groups=2, tiles=3, block_b=32)
     problem.check(problem.ours(plan=plan))
 
 
-def gluon(problem, ctas):
-    """The problem's plan for the Gluon kernels, if the device and Triton run clusters of so many CTAs."""
+def cluster_plan(problem, ctas):
+    """The problem's plan for the cluster kernels. Skips the test if clusters of ``ctas`` CTAs do not run here."""
     plan, limits = problem.cluster_plan(ctas, keep_every=16), Limits.of("cuda")
     if ctas > limits.cluster:
         pytest.skip(f"clusters of {limits.cluster} CTAs at most")
@@ -108,11 +108,11 @@ def gluon(problem, ctas):
     ((1, 1, 1, 1, 2), 1), ((40, 17, 6, 33, 2), 1), ((64, 64, 32, 64, 1), 1), ((1, 1, 1, 1, 2), 2), ((3, 3, 4, 5, 1), 2),
     ((40, 17, 6, 33, 2), 2), ((50, 3, 6, 100, 2), 2), ((50, 70, 6, 100, 1), 4), ((50, 20, 30, 200, 2), 8),
     ((70, 300, 20, 300, 1), 16), ((70, 40, 20, 512, 2), 16)], ids=str)
-def test_gluon(shape, ctas, dtype):
+def test_cluster(shape, ctas, dtype):
     problem = cuda(*shape, dtype=dtype, tf32=True)
     if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
         pytest.skip("nn.LSTM does not use TF32")
-    problem.check(problem.ours(plan=gluon(problem, ctas)))
+    problem.check(problem.ours(plan=cluster_plan(problem, ctas)))
 
 
 @pytest.mark.parametrize("shape, ctas, dtype", [((50, 200, 20, 256, 1), 2, torch.bfloat16),
@@ -120,67 +120,67 @@ def test_gluon(shape, ctas, dtype):
                                                 ((50, 200, 20, 512, 1), 16, torch.float32)], ids=str)
 def test_r_in_registers_and_shared_memory(shape, ctas, dtype):
     problem = cuda(*shape, dtype=dtype, tf32=True)
-    plan = gluon(problem, ctas)
+    plan = cluster_plan(problem, ctas)
     assert plan.held_bytes > plan.register_bytes
     problem.check(problem.ours(plan=plan))
 
 
 @pytest.mark.gpu_first
-@pytest.mark.parametrize("masks", [{}, dict(packed=True), dict(ragged=True, resets=True)], ids=" ".join)
+@pytest.mark.parametrize("flagged", [{}, dict(packed=True), dict(ragged=True, resets=True)], ids=" ".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, layout", [
     ((1, 1, 1, 1, 2), dict(block_h=8)), ((40, 17, 6, 33, 2), dict(block_h=8)), ((30, 70, 6, 100, 1), dict(warps=8)),
     ((20, 300, 6, 100, 2), dict(block_h=32, tiles=2)), ((20, 128, 16, 640, 1), dict()),
     ((12, 500, 16, 256, 1), dict(block_h=32, warps=8, tiles=2))], ids=str)
-def test_warp_groups(shape, layout, dtype, masks):
+def test_wgmma(shape, layout, dtype, flagged):
     limits = Limits.of("cuda")
     if not limits.wgmma:
-        pytest.skip("products by warp groups need compute capability 9.0")
+        pytest.skip("the wgmma kernels need compute capability 9.0")
     if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
         pytest.skip("nn.LSTM does not use TF32")
-    problem = cuda(*shape, dtype=dtype, tf32=True, **masks)
+    problem = cuda(*shape, dtype=dtype, tf32=True, **flagged)
     plan = problem.wgmma_plan(**layout, keep_every=16)
     check_plan(plan, limits)
     problem.check(problem.ours(plan=plan))
 
 
 @pytest.mark.gpu_first
-@pytest.mark.parametrize("masks", [{}, dict(packed=True), dict(ragged=True, resets=True)], ids=" ".join)
+@pytest.mark.parametrize("flagged", [{}, dict(packed=True), dict(ragged=True, resets=True)], ids=" ".join)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, layout", [
     ((1, 1, 1, 1, 2), dict()), ((40, 17, 6, 33, 2), dict()), ((30, 70, 6, 100, 1), dict(block_h=32)),
     ((20, 300, 6, 100, 2), dict(tiles=4)), ((20, 16, 16, 512, 2), dict()), ((12, 100, 16, 256, 1), dict(tiles=3))],
     ids=str)
-def test_split(shape, layout, dtype, masks):
+def test_split(shape, layout, dtype, flagged):
     limits = Limits.of("cuda")
     if not limits.cluster:
-        pytest.skip("the Gluon kernels need compute capability 8.0, 8.9 or 9.0")
+        pytest.skip("the split kernels need compute capability 8.0, 8.9 or 9.0")
     if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
         pytest.skip("nn.LSTM does not use TF32")
-    problem = cuda(*shape, dtype=dtype, tf32=True, **masks)
+    problem = cuda(*shape, dtype=dtype, tf32=True, **flagged)
     plan = problem.split_plan(**layout, keep_every=16)
     check_plan(plan, limits)
     problem.check(problem.ours(plan=plan))
 
 
 def test_clusters_take_turns():
-    """More clusters than run at the same time: they wait for nobody else."""
+    """There may be more clusters than run at the same time, because a cluster waits for no other."""
     problem = cuda(20, 16 * 150, 8, 100, 1, dtype=torch.bfloat16)
-    problem.check(problem.ours(plan=gluon(problem, 4)))
+    problem.check(problem.ours(plan=cluster_plan(problem, 4)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(40, 17, 6, 33, 1), (64, 64, 128, 128, 1), (70, 3, 40, 192, 2),
                                    (30, 300, 32, 512, 1)], ids=str)
 def test_portable(shape, dtype):
-    """The kernels that run elsewhere, where automatic plans prefer the Gluon ones."""
+    """The portable kernels, which automatic plans do not choose on this device."""
     problem = cuda(*shape, dtype=dtype, tf32=torch.backends.cudnn.allow_tf32)
     limits = dataclasses.replace(Limits.of("cuda"), cluster=0)
     problem.check(problem.ours(plan=problem.plan(limits=limits)))
 
 
 def test_more_steps_than_cudnn_takes():
-    """T > 65,535, in one launch a chunk of steps."""
+    """cuDNN takes at most 65,535 steps."""
     torch.manual_seed(0)
     theirs, ours = torch.nn.LSTM(3, 8), triton_lstm.LSTM(3, 8).cuda()
     ours.load_state_dict(theirs.state_dict())
@@ -205,7 +205,7 @@ def test_deterministic(H):
 @pytest.mark.gpu_first
 @pytest.mark.parametrize("H", [64, 300])
 def test_cuda_graph(H):
-    """Captured once, replayed on other input: the counters start at zero in every replay."""
+    """A graph is captured once and replayed on other input. Each replay must first reset what programs exchange."""
     layer = triton_lstm.LSTM(20, H).cuda().half()
     x = torch.randn(30, 17, 20, device="cuda", dtype=torch.half, requires_grad=True)
     side = torch.cuda.Stream()
@@ -303,7 +303,7 @@ def test_compile_full_graph():
 
 
 def test_peak_memory():
-    """Beyond what the caller holds and dx: what is saved, and the larger of the two workspaces."""
+    """Besides dx and what the caller holds, a call takes what is saved and the larger of the two workspaces."""
     T, B, I, H, dtype = 512, 64, 256, 256, torch.bfloat16
     layer = triton_lstm.LSTM(I, H).cuda().to(dtype)
     x = torch.randn(T, B, I, device="cuda", dtype=dtype, requires_grad=True)
@@ -350,7 +350,7 @@ torch.cuda.synchronize()
 @pytest.mark.parametrize("mode, sequences", [("forward", "padded"), ("train", "padded"), ("stream", "padded"),
                                              ("train", "ragged"), ("train", "resets")])
 def test_benchmark(mode, sequences):
-    """Every provider that can run a small case gets a time, CUDA graphs included; figures are of the right order."""
+    """Every provider that can run a small case is timed, CUDA graphs included, and figures have the right magnitude."""
     gpu = instrument.Gpu()
     case = Case("grid", mode, "bf16", 16, 1 if mode == "stream" else 20, 64, 64, sequences=sequences)
     rows = {row.provider: row for row in sweep.measure(case, providers.PROVIDERS, gpu, floors.Floors(gpu),

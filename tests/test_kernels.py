@@ -1,4 +1,4 @@
-"""The kernels' mathematics, in Triton's interpreter: values and every gradient against float64."""
+"""The mathematics of the portable kernels, in Triton's interpreter: results and every gradient against float64."""
 import dataclasses
 
 import pytest
@@ -61,26 +61,27 @@ def test_shared_tf32(schedule):
         problem.check(problem.ours(plan=problem.shared_plan(schedule)))
 
 
-MASKS = [dict(ragged=True), dict(resets=True), dict(ragged=True, resets=True)]
-MASKED = [(1, 1, 2, 5, 2), (5, 3, 4, 10, 1), (7, 17, 3, 5, 2), (6, 4, 2, 33, 2), (9, 5, 3, 1, 2), (4, 3, 2, 100, 1)]
+FLAGGED = [dict(ragged=True), dict(resets=True), dict(ragged=True, resets=True)]
+FLAGGED_SHAPES = [(1, 1, 2, 5, 2), (5, 3, 4, 10, 1), (7, 17, 3, 5, 2), (6, 4, 2, 33, 2), (9, 5, 3, 1, 2),
+                  (4, 3, 2, 100, 1)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("masks", MASKS, ids=" ".join)
-@pytest.mark.parametrize("shape", MASKED, ids=str)
-def test_lengths_and_resets(shape, masks, dtype):
-    """In chunks of three steps, which begin and end amid pieces and past ends."""
-    problem = Problem(*shape, dtype=dtype, **masks)
+@pytest.mark.parametrize("flagged", FLAGGED, ids=" ".join)
+@pytest.mark.parametrize("shape", FLAGGED_SHAPES, ids=str)
+def test_lengths_and_resets(shape, flagged, dtype):
+    """In chunks of three steps, which may begin or end between resets, or after the end of a row."""
+    problem = Problem(*shape, dtype=dtype, **flagged)
     with harness.interpreter():
         problem.check(problem.ours(keep_every=3))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("masks", MASKS, ids=" ".join)
+@pytest.mark.parametrize("flagged", FLAGGED, ids=" ".join)
 @pytest.mark.parametrize("shape, schedule", [((5, 3, 4, 10, 2), "grid"), ((4, 17, 3, 33, 1), "grid"),
                                              ((6, 4, 2, 20, 2), "streamed")], ids=str)
-def test_shared_lengths_and_resets(shape, schedule, masks, dtype):
-    problem = Problem(*shape, dtype=dtype, **masks)
+def test_shared_lengths_and_resets(shape, schedule, flagged, dtype):
+    problem = Problem(*shape, dtype=dtype, **flagged)
     with harness.interleaved(seed=2):
         problem.check(problem.ours(plan=problem.shared_plan(schedule)))
 
@@ -101,16 +102,16 @@ def test_several_tiles_a_group():
 
 
 def wide(problem, schedule):
-    """Three tiles of 32 rows in two groups, the last ones partly and wholly beyond the batch of 70."""
+    """Four tiles of 32 rows in two groups. Of the 70 rows of the batch the third tile has 6 and the fourth none."""
     plan = problem.shared_plan(schedule)
     return dataclasses.replace(plan, groups=2, tiles=2, block_b=32)
 
 
 @pytest.mark.parametrize("schedule, dtype", [*(("grid", dtype) for dtype in DTYPES), ("streamed", torch.float32),
                                              ("streamed", torch.bfloat16)], ids=str)
-@pytest.mark.parametrize("masks", [{}, dict(ragged=True, resets=True)], ids=" ".join)
-def test_tiles_of_32_rows(schedule, masks, dtype):
-    problem = Problem(3, 70, 4, 20, 2, dtype=dtype, **masks)
+@pytest.mark.parametrize("flagged", [{}, dict(ragged=True, resets=True)], ids=" ".join)
+def test_tiles_of_32_rows(schedule, flagged, dtype):
+    problem = Problem(3, 70, 4, 20, 2, dtype=dtype, **flagged)
     with harness.interleaved(seed=5):
         problem.check(problem.ours(plan=wide(problem, schedule)))
 
@@ -124,7 +125,7 @@ def test_tiles_of_32_rows_emulated(dtype, arch):
 
 
 def test_forward_in_pieces(monkeypatch):
-    """A sequence whose pre-activations do not fit the budget runs as several launches."""
+    """If the pre-activations of a sequence take more than FORWARD_BYTES, forward runs as several launches."""
     monkeypatch.setattr("triton_lstm.plan.plan.FORWARD_BYTES", 1)
     problem = Problem(7, 3, 4, 10, D=2)
     with harness.interpreter():
@@ -148,7 +149,7 @@ def test_strided_and_expanded():
 
 @pytest.mark.parametrize("wanted", ["x", "w", "r", "b", "h0", "c0", "x c0"])
 def test_only_wanted_gradients(wanted):
-    """Each gradient alone equals itself among all."""
+    """Each gradient is the same, whether it is computed alone or with all others."""
     problem = Problem(5, 3, 4, 10, D=2)
     inputs, (dy, _, dc) = problem.tensors()
     wanted = set(wanted.split())
@@ -185,7 +186,7 @@ def test_gradient_through_one_output(used):
 
 
 def test_expanded_gradient():
-    """y.sum() gives a gradient of strides zero."""
+    """The gradient that y.sum() gives has strides of zero."""
     problem = Problem(4, 3, 5, 10)
     inputs = problem.tensors()[0]
     exact = [t.double().requires_grad_() for t in inputs]
@@ -199,7 +200,7 @@ def test_expanded_gradient():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_values(dtype):
-    """Pre-activations from 1e-4 to 6e4 saturate as torch's do, and infinities and NaN stay in their row."""
+    """Pre-activations from 1e-4 to 6e4 saturate as in torch. Infinities and NaN stay in their row."""
     x = torch.tensor([0., 1e-4, -1e-4, 30., -45., 1000., -6e4, 6e4, float("inf"), float("-inf"), float("nan")],
                      dtype=dtype)[None, :, None].expand(3, -1, -1).contiguous()
     H = 4

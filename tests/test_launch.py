@@ -1,4 +1,4 @@
-"""The launch as a GPU would get it, up to the moment of launching."""
+"""Everything that a launch on a GPU does before the kernel is launched."""
 import contextlib
 from unittest import mock
 
@@ -14,7 +14,8 @@ from triton_lstm.plan import H200
 
 @contextlib.contextmanager
 def recorded(found):
-    """``kernel[grid](...)`` compiles as before a launch, records the kernel and its grid, and does not launch."""
+    """Inside, ``kernel[grid](...)`` compiles the kernel and adds it and its grid to ``found``, but does not launch
+    it."""
     def getitem(self, grid):
         def run(*args, **kwargs):
             found.append((self.warmup(*args, grid=grid, **kwargs), grid))
@@ -24,7 +25,7 @@ def recorded(found):
         yield
 
 
-@pytest.mark.parametrize("inputs", [16, 64])        # few are multiplied in the Gluon forward loop
+@pytest.mark.parametrize("inputs", [16, 64])        # the cluster kernels multiply 16 inputs in the time loop
 @pytest.mark.parametrize("H, schedule, dtype, limits", [
     (32, "resident", torch.bfloat16, PORTABLE), (33, "resident", torch.float32, PORTABLE),
     (160, "grid", torch.float16, PORTABLE), (1056, "streamed", torch.bfloat16, PORTABLE),
@@ -32,7 +33,7 @@ def recorded(found):
     (128, "resident", torch.float16, H200), (160, "cluster", torch.float16, H200),
     (100, "cluster", torch.float32, H200)], ids=str)
 def test_launch_compiles_what_the_tests_compile(H, schedule, dtype, limits, inputs):
-    """A launch compiles what ``offline.compile_plan`` gives the tests, or finds it in the cache."""
+    """A launch compiles the same kernel as ``offline.compile_plan``, so it finds that in Triton's cache."""
     if schedule == "cluster" and limits.cluster < 2:
         pytest.skip("clusters need Triton 3.9")
     B, T, D = 32, 2, 2
@@ -49,7 +50,7 @@ def test_launch_compiles_what_the_tests_compile(H, schedule, dtype, limits, inpu
     for kernel, grid in found:
         other = expected[kernel.metadata.name]
         assert kernel.asm["ptx"] == other.asm["ptx"]
-        assert kernel.hash == other.hash            # so a launch finds in Triton's cache what was compiled ahead
+        assert kernel.hash == other.hash            # the key in Triton's cache
         name = kernel.metadata.name
         assert kernel.metadata.num_warps == (plan.forward_warps if name == "forward_cluster" else plan.num_warps)
         assert kernel.metadata.num_ctas == (plan.programs if name.endswith("_cluster") else 1)
@@ -62,7 +63,7 @@ def test_launch_compiles_what_the_tests_compile(H, schedule, dtype, limits, inpu
 
 
 def test_compiled_apart():
-    """In processes of their own, each job with what went wrong; without time nothing is waited for."""
+    """Jobs are compiled in other processes. Each comes back with its error or None; without time none is waited for."""
     plan = triton_lstm.make_plan(16, 32, torch.bfloat16, limits=PORTABLE)
     jobs = [(plan, torch.bfloat16, {}), (plan, torch.bfloat16, dict(nonsense=1))]
     errors = {str(options): error for (_, _, options), error in offline.compile_apart(jobs, 90)}

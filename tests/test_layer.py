@@ -24,7 +24,7 @@ LAYERS = [
 
 
 def pair(*args, dtype=torch.float32, **kwargs):
-    """nn.LSTM, ours with its weights, and nn.LSTM in float64."""
+    """nn.LSTM, our LSTM, and nn.LSTM in float64, with the same weights."""
     torch.manual_seed(1)
     theirs = torch.nn.LSTM(*args, **kwargs).to(dtype)
     ours = triton_lstm.LSTM(*args, **kwargs).to(dtype)
@@ -35,7 +35,7 @@ def pair(*args, dtype=torch.float32, **kwargs):
 
 
 def run(module, x, hx=None):
-    """Outputs and gradients of ``module`` for the inputs in its type."""
+    """Outputs and gradients of ``module``, for inputs cast to its type."""
     dtype = next(module.parameters()).dtype
     x = x.detach().to(dtype).requires_grad_()
     hx = hx and tuple(s.detach().to(dtype).requires_grad_() for s in hx)
@@ -85,7 +85,7 @@ def test_unbatched(options):
 
 
 def test_layout_of_results():
-    """batch_first changes input and output only; results alias neither each other nor hx."""
+    """batch_first changes only x and y. Results share memory neither with each other nor with hx."""
     theirs, ours, _ = pair(6, 9, batch_first=True)
     x, hx = torch.randn(3, 4, 6), (torch.randn(1, 3, 9), torch.randn(1, 3, 9))
     with harness.interpreter():
@@ -96,7 +96,8 @@ def test_layout_of_results():
 
 
 def test_inter_layer_dropout():
-    """Dropout 1 silences all but the first layer's influence; eval draws no random numbers; p is read at each call."""
+    """With p = 1 the second layer's input is zero. In eval mode no random numbers are drawn. p may change between
+    calls."""
     torch.manual_seed(0)
     layer = triton_lstm.LSTM(6, 9, num_layers=2, dropout=1.0)
     with harness.interpreter():
@@ -225,7 +226,7 @@ def test_fallbacks_are_right_and_say_so_once(options, packed, untold):
 
 
 def test_larger_than_the_chip(untold):
-    """R that no plan takes is torch's, with the plan's reason."""
+    """If R fits no plan, torch's LSTM runs, after a warning with the reason."""
     theirs, ours, _ = pair(4, 9)
     with harness.emulator(), mock.patch.object(triton_lstm.op, "limits_of",
                                                lambda device: triton_lstm.plan.Limits(0, 1)):
@@ -238,7 +239,7 @@ def test_larger_than_the_chip(untold):
 
 
 def test_on_a_cpu_it_is_torchs_lstm():
-    """Silently, with the class held at import."""
+    """On CPU tensors torch's LSTM runs without a warning, by the class that was imported."""
     theirs, ours, _ = pair(6, 9, num_layers=2, bidirectional=True)
     with mock.patch.object(torch.nn, "LSTM", triton_lstm.LSTM):
         assert torch.equal(ours(X)[0], theirs(X)[0])
@@ -251,7 +252,7 @@ def test_on_a_cpu_it_is_torchs_lstm():
 
 
 def test_autocast():
-    """The autocast type is honoured: bf16 stays bf16."""
+    """Under autocast the layer computes in the type of autocast."""
     _, ours, exact = pair(6, 9, num_layers=2)
     x = torch.randn(4, 3, 6)
     with harness.interpreter(), torch.autocast("cpu", torch.bfloat16):
@@ -273,7 +274,7 @@ def test_plan_attribute():
 
 
 def test_compile_full_graph():
-    """Forward and backward are traced whole; another length or batch compiles nothing new."""
+    """Forward and backward are one graph each. Another length or batch compiles nothing new."""
     _, ours, _ = pair(6, 9, num_layers=2, bidirectional=True)
     head = torch.nn.Linear(18, 2)
     graphs = []
@@ -299,7 +300,7 @@ def test_compile_full_graph():
 
 @pytest.mark.parametrize("flagged", [False, True])
 def test_operators_pass_torchs_own_checks(flagged):
-    """Schema, fake implementation and autograd registration, as torch.library.opcheck sees them."""
+    """torch.library.opcheck checks schema, fake implementation and autograd registration."""
     from triton_lstm.kernels.rows import step_flags
 
     from triton_lstm.op import lstm_op
@@ -336,10 +337,10 @@ def test_functional_without_steps(context):
 
 
 def test_trains_to_the_same_losses():
-    """Two stacked LSTMs (128, then 64 units) with a linear head on sequences of length 10, Adam and MSE.
+    """Two stacked LSTMs (128 and 64 units) with a linear head, on sequences of length 10, with Adam and MSE.
 
-    fp32 rounding differs and Adam amplifies it: its first steps divide a gradient by its own magnitude, so a gradient
-    near zero moves a weight by a full step either way. Losses stay within 0.1 %.
+    Rounding in fp32 differs, and Adam amplifies this: its first steps divide a gradient by its magnitude, so a gradient
+    near zero moves a weight by a full step in either direction. Losses stay within 0.1 %.
     """
     def model(kind):
         torch.manual_seed(7)
@@ -366,7 +367,7 @@ def test_trains_to_the_same_losses():
 
 
 def test_interpreter_by_environment():
-    """What the README says: with TRITON_INTERPRET=1 the layer runs the kernels on CPU tensors."""
+    """As the README says, with TRITON_INTERPRET=1 the layer runs the kernels on CPU tensors."""
     program = """
 import torch, triton_lstm
 from triton_lstm.kernels import launch

@@ -1,4 +1,4 @@
-"""What training keeps and needs, in bytes, against the formulas of ``Plan``."""
+"""Bytes that training saves and allocates, compared with the formulas of ``Plan``."""
 import weakref
 
 import pytest
@@ -13,7 +13,7 @@ from triton_lstm.plan import H200
 
 
 def saved(T, B, I, H, D, dtype, keep_every, **options):
-    """Bytes saved for backward in storages that are neither an argument's nor y's."""
+    """Bytes saved for backward, without the arguments and y."""
     generator = torch.Generator().manual_seed(0)
     tensor = lambda *shape: torch.randn(shape, generator=generator).to(dtype).requires_grad_()
     arguments = [tensor(T, B, I), tensor(D, 4 * H, I), tensor(D, 4 * H, H), tensor(D, 4 * H)]
@@ -29,7 +29,7 @@ def saved(T, B, I, H, D, dtype, keep_every, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("T, keep_every", [(12, 4), (13, 4), (4, 4), (5, 4), (1, 4), (7, 1)])
 def test_saved_for_backward(T, keep_every, dtype):
-    """4 H / K bytes a row and step for c, nothing for gates."""
+    """c takes 4 H / keep_every bytes for each row and step; gates are not saved."""
     B, H, D = 3, 10, 2
     plan = triton_lstm.make_plan(B, H, dtype, D, limits=None, keep_every=keep_every)
     assert saved(T, B, 5, H, D, dtype, keep_every) == plan.saved_bytes(T) == 4 * D * B * H * ((T - 1) // keep_every)
@@ -44,7 +44,8 @@ def test_nothing_is_kept_without_gradients():
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes alive at once in storages made while the mode was on."""
+    """``most`` is the most bytes that storages made in this mode have had at one time. ``old`` are tensors that do not
+    count."""
 
     def __init__(self, old):
         super().__init__()
@@ -66,7 +67,8 @@ class Peak(TorchDispatchMode):
 
 
 def backward_peak(plan, T, I, contiguous=True, zoneout=None):
-    """Bytes that backward allocates at once beside dx, its kernels left out: they allocate nothing."""
+    """The most bytes that backward has allocated at one time, besides dx. Its kernels, which allocate nothing, are left
+    out."""
     D, B, H = plan.directions, plan.batch, plan.hidden_size
     x = torch.randn(T, B, I) if contiguous else torch.randn(B, T, I).transpose(0, 1)
     w, r, b, state = torch.randn(D, 4 * H, I), torch.randn(D, 4 * H, H), torch.randn(D, 4 * H), torch.randn(D, B, H)
@@ -88,7 +90,7 @@ def test_backward_workspace_is_bounded(schedule, H, contiguous):
     bounds = [plan.backward_bytes(T, I, 4) for T in (8, 16, 64)]
     assert bounds[0] == bounds[1] == bounds[2]
     assert peaks[2] <= peaks[1] <= bounds[0], (peaks, bounds)
-    # the bound is no idle one: at least a third of it is really needed
+    # The bound is not too high: at least a third of it is used.
     assert peaks[2] > bounds[0] / 3
 
 
@@ -97,6 +99,6 @@ def test_forward_holds_few_pre_activations():
     steps = plan.forward_steps(10_000, 2)
     assert steps == 512 and steps * 64 * 4 * 1024 * 2 == 2**28
     assert plan.forward_steps(20, 2) == 20
-    # h on its way has whole tiles of rows: more than the pre-activations of few
+    # For few rows, the slots for h take more than the pre-activations, because they have whole tiles of rows.
     few = triton_lstm.make_plan(1, 1024, torch.float32, limits=H200)
     assert few.block_b == 64 and few.forward_steps(10_000, 4) * 64 * 1024 * 4 == 2**28

@@ -1,4 +1,4 @@
-"""Every tensor that a user gets has memory of its own and lies as nn.LSTM's does."""
+"""Every tensor that a user gets has memory of its own, and the strides that nn.LSTM gives it."""
 import itertools
 
 import pytest
@@ -20,7 +20,7 @@ LAYERS = [
 
 
 def like(ours, theirs):
-    """Our tensors have the shapes and strides of nn.LSTM's."""
+    """Our tensors have the shapes and strides of those of nn.LSTM."""
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert ours[name].shape == tensor.shape and ours[name].stride() == tensor.stride(), name
@@ -52,7 +52,7 @@ def call(module, x, state, packed):
 
 
 def everything(module, hx, packed, how):
-    """All that a call and its gradients give, the gradients by .grad or by autograd.grad."""
+    """{name: tensor} of the results of a call and of its gradients, which come from .grad or autograd.grad."""
     x, state = inputs(module, hx)
     y, (h_n, c_n) = call(module, x, state, packed)
     y = y.data if packed else y
@@ -128,7 +128,7 @@ def test_step():
 
 
 def test_func():
-    """Gradients of parameters by torch.func, and of an ensemble."""
+    """Gradients by torch.func, of one layer and of an ensemble."""
     _, ours = pair(dict(bidirectional=True))
     parameters = {name: p.detach() for name, p in ours.named_parameters()}
     x = torch.randn(T, B, I)

@@ -1,4 +1,4 @@
-"""What an install holds: ``triton_lstm`` with its kernels, and no top-level package but that one."""
+"""An install has one top-level package, ``triton_lstm``, with its kernels."""
 import os
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A wheel and an sdist built from a copy of the checkout, without the network."""
+    """A wheel and an sdist, built from a copy of the checkout, without network."""
     source, out = tmp_path_factory.mktemp("source") / "triton_lstm", tmp_path_factory.mktemp("dist")
     leave = shutil.ignore_patterns(".git", ".venv*", "__pycache__", "*.egg-info", "results")
     shutil.copytree(ROOT, source, ignore=leave)
@@ -54,7 +54,7 @@ def test_checkout_needs_no_install():
 
 
 def test_import_is_light():
-    """Importing compiles nothing, touches no GPU and brings neither matplotlib nor the tests' packages."""
+    """Importing compiles nothing, uses no GPU, and imports neither matplotlib nor packages for tests."""
     program = ("import sys, triton_lstm, torch; print(torch.cuda.is_initialized(), "
                "[m for m in ('matplotlib', 'greenlet', 'pytest', 'bench') if m in sys.modules])")
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)

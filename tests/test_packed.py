@@ -1,4 +1,4 @@
-"""Packed sequences: computed row by row, on every path, with no padding anywhere."""
+"""Packed sequences, in every kernel: only rows that exist are computed, and nothing is padded."""
 import dataclasses
 from unittest import mock
 
@@ -31,7 +31,8 @@ SHAPES = [  # T, B, I, H, D
 @pytest.mark.parametrize("lengths", [[6, 4, 4, 1], [3, 6, 1, 6], [4, 4, 4], [5]], ids=str)
 @pytest.mark.parametrize("with_state", [False, True])
 def test_packed_sequences(lengths, with_state, dtype):
-    """Sorted and not, as nn.LSTM: the same indices, states in the caller's order, and no fallback, which would warn."""
+    """For sorted and unsorted sequences, results and indices are those of nn.LSTM, and states are in the caller's
+    order. A fallback would warn."""
     theirs, ours = layers(3, 7, 2, bidirectional=True, batch_first=True)
     theirs, ours = theirs.to(dtype), ours.to(dtype)
     rows = [torch.randn(n, 3).to(dtype).requires_grad_() for n in lengths]
@@ -50,7 +51,7 @@ def test_packed_sequences(lengths, with_state, dtype):
         for name in ("batch_sizes", "sorted_indices", "unsorted_indices"):
             kept, given = getattr(y, name), getattr(packed, name)
             assert kept is given or torch.equal(kept, given)
-    # rounded at other places: four units of bf16's last place, of a sum of some tens of terms
+    # Sums of some tens of terms are rounded at other places: in bf16 by four units in the last place.
     tolerance = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=4e-2, rtol=2e-2)
     for got, want in zip(results[1], results[0]):
         torch.testing.assert_close(got, want, **tolerance)
@@ -69,7 +70,7 @@ def test_wrong_packed_input_raises_as_nn_lstm_does():
 
 
 def test_dropout_between_layers():
-    """Of all, which leaves nothing to chance: the second layer sees zeros."""
+    """With p = 1 nothing is random: the input of the second layer is zero."""
     packed = pack_sequence([torch.randn(n, 3) for n in (5, 3, 3)])
     theirs, ours = layers(3, 7, 2, dropout=1.)
     with harness.interpreter():
@@ -131,7 +132,7 @@ def test_forward_in_pieces(schedule, tf32, monkeypatch):
 @pytest.mark.parametrize("dtype, arch", EMULATED, ids=str)
 @pytest.mark.parametrize("schedule", ["resident", "grid", "streamed"])
 def test_emulated(schedule, dtype, arch):
-    """The compiled kernels, in weak memory: an access beyond the rows that there are would raise."""
+    """The compiled kernels in the emulator, with weak memory. An access to a row that does not exist would raise."""
     problem = Problem(5, 4, 3, 20, 2, dtype=dtype, tf32=dtype == FP32, packed=True)
     plan = (problem.plan(schedule="resident", keep_every=2) if schedule == "resident" else
             problem.shared_plan(schedule, keep_every=2))
@@ -143,15 +144,15 @@ def test_emulated(schedule, dtype, arch):
                                         pytest.param(4, 90, marks=CLUSTERS)])
 @pytest.mark.parametrize("shape, dtype", [((5, 4, 3, 33, 2), FP32), ((5, 17, 3, 64, 1), FP16),
                                           ((4, 3, 2, 20, 2), BF16)], ids=str)
-def test_gluon(shape, dtype, ctas, arch):
+def test_cluster(shape, dtype, ctas, arch):
     problem = Problem(*shape, dtype=dtype, tf32=dtype == FP32, packed=True)
     with harness.emulator(arch, seed=1, memory="weak"):
         problem.check(problem.ours(plan=problem.cluster_plan(ctas)))
 
 
-@pytest.mark.parametrize("schedule, ctas", [("resident", 0), ("grid", 0), ("gluon", 1)])
+@pytest.mark.parametrize("schedule, ctas", [("resident", 0), ("grid", 0), ("cluster", 1)])
 def test_other_gradients(schedule, ctas):
-    """A dy that is one number for all, and none at all."""
+    """dy may have strides of zero, and may be missing."""
     problem = Problem(4, 3, 3, 20, 2, packed=True)
     plan = (problem.cluster_plan(1) if ctas else problem.plan(schedule="resident", keep_every=2)
             if schedule == "resident" else problem.shared_plan(schedule))
@@ -168,7 +169,7 @@ def test_other_gradients(schedule, ctas):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of a tensor that an operator made, by type."""
+    """``elements`` is {type: number of elements of the largest tensor that an operator has returned}."""
 
     def __init__(self):
         super().__init__()
@@ -185,9 +186,8 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("D", [1, 2])
 @pytest.mark.parametrize("schedule", ["resident", "grid"])
 def test_nothing_is_padded(schedule, D):
-    """One sequence of 64 steps beside 15 of one: no tensor of numbers is larger than what the 79 rows need, and all are
-    smaller than x would be padded, but for whole tiles of h on its way between programs. The kernels allocate
-    nothing."""
+    """One sequence of 64 steps and 15 of one step have 79 rows. No tensor is larger than these need, so all are smaller
+    than padded x. Only the slots for h between programs have whole tiles. The kernels allocate nothing."""
     T, B, I, H, rows = 64, 16, 40, 20, 79
     plan = make_plan(B, H, BF16, D, limits=PORTABLE, schedule=schedule, keep_every=8)
     tensor = lambda *shape: torch.randn(shape, dtype=BF16)
@@ -212,9 +212,9 @@ def test_nothing_is_padded(schedule, D):
 
 
 @pytest.mark.parametrize("dtype, hidden_size", [(BF16, 128), (BF16, 512), (FP32, 256)], ids=str)
-@pytest.mark.parametrize("limits", [PORTABLE, H200], ids=["portable", "gluon"])
+@pytest.mark.parametrize("limits", [PORTABLE, H200], ids=["portable", "cluster"])
 def test_loops_neither_spill_nor_lose_r(limits, dtype, hidden_size):
-    """As those for lengths, at whose plans they run."""
+    """Loops over packed rows spill nothing, and keep as much of R in registers as loops with step flags."""
     plan = make_plan(64, hidden_size, dtype, limits=limits)
     flagged = compile_plan(plan, dtype, 90, flagged=True)
     for name, kernel in compile_plan(plan, dtype, 90, packed=True).items():
@@ -225,19 +225,19 @@ def test_loops_neither_spill_nor_lose_r(limits, dtype, hidden_size):
 
 @pytest.mark.parametrize("outputs", [(0, 1, 2), (0,), (1, 2)])
 def test_second_derivatives(outputs):
-    """As those of the padded batch whose padding holds something else."""
+    """Second derivatives are those of the padded batch with lengths."""
     problem = Problem(4, 3, 3, 5, 2, packed=True)
 
     def packed(x, *inputs):
-        live = torch.arange(problem.T)[:, None] < problem.masks()["lengths"]
+        live = torch.arange(problem.T)[:, None] < problem.lengths_and_reset()["lengths"]
         y, (h_n, c_n) = triton_lstm.lstm(x[live], *inputs[:3], inputs[3:], batch_sizes=live.sum(1), keep_every=2)
         return y.new_zeros(problem.T, problem.B, y.shape[1]).index_put((live,), y), h_n, c_n
 
     def padded(x, *inputs):
-        y, (h_n, c_n) = triton_lstm.lstm(x, *inputs[:3], inputs[3:], **problem.masks())
+        y, (h_n, c_n) = triton_lstm.lstm(x, *inputs[:3], inputs[3:], **problem.lengths_and_reset())
         return y, h_n, c_n
 
-    want = second(problem, padded, torch.float64, outputs)      # by the equations
+    want = second(problem, padded, torch.float64, outputs)      # computed by the equations
     with harness.interpreter():
         got = second(problem, packed, FP32, outputs)
     for name, right in want.items():
@@ -252,10 +252,10 @@ def test_vmap_over_sequences():
         assert torch.equal(got, torch.stack([call(*member) for member in zip(x, w, r)]))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")    # by dynamo, after a break
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")    # by dynamo's graph break
 @pytest.mark.parametrize("with_state", [False, True])
 def test_compiled(with_state):
-    """In pieces, broken where the host reads the batch's size."""
+    """torch.compile breaks the graph where the host reads the batch size; results are the same."""
     _, ours = layers(3, 7, bidirectional=True)
     packed = pack_sequence([torch.randn(n, 3) for n in (5, 3, 3)])
     hx = (torch.randn(2, 3, 7), torch.randn(2, 3, 7)) if with_state else None
@@ -274,7 +274,7 @@ def test_compiled(with_state):
 
 @pytest.mark.parametrize("where", ["kernels", "torch"])
 def test_the_function(where):
-    """``lstm`` itself, with torch's own LSTM where there are no kernels, and in float64."""
+    """``lstm`` with batch_sizes gives the same results with the kernels, without them, and in float64."""
     x, w, r, b = torch.randn(6, 3), torch.randn(2, 20, 3), torch.randn(2, 20, 5), torch.randn(2, 20)
     call = lambda *inputs: triton_lstm.lstm(*inputs, batch_sizes=torch.tensor([3, 2, 1]))
     want, want_state = call(*(t.double() for t in (x, w, r, b)))

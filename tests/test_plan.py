@@ -1,4 +1,4 @@
-"""Plans: arithmetic without a GPU."""
+"""Plans, which are plain arithmetic and need no GPU."""
 import dataclasses
 
 import pytest
@@ -10,7 +10,7 @@ from triton_lstm.plan import A100, H200, RTX_4090, Limits, check_plan, keep_ever
 from triton_lstm.plan.plan import HELD_BYTES
 from triton_lstm.plan.search import BACKWARD_ELEMENTS
 
-# whatever this Triton can do: plans are arithmetic
+# Limits with clusters, whether the installed Triton can compile them or not.
 CLUSTERS = dataclasses.replace(H200, cluster=16, wgmma=False)
 SIZES = [1, 5, 16, 17, 33, 64, 96, 100, 128, 130, 192, 256, 400, 512, 640, 768, 1000, 1024, 1150, 1536, 2048]
 
@@ -47,7 +47,7 @@ def test_chosen_schedules():
 
 
 def test_chosen_clusters():
-    """The smallest step for few rows, the fewest waves for many."""
+    """For few rows, the cluster size with the fastest step is chosen; for many rows, that with the fewest waves."""
     programs = lambda H, dtype=torch.bfloat16, batch=16, limits=CLUSTERS, **kw: make_plan(
         batch, H, dtype, limits=limits, **kw).programs
     schedule = lambda *args, **kw: make_plan(16, *args, limits=CLUSTERS, **kw).schedule
@@ -61,11 +61,12 @@ def test_chosen_clusters():
     assert make_plan(16, 512, torch.bfloat16, limits=dataclasses.replace(CLUSTERS, cluster=1)).schedule == "grid"
 
 
-def test_gluon_bytes():
-    """R of 4 gates x 512 units x 512 units over 8 programs: half of it is in registers."""
+def test_cluster_bytes():
+    """R of 4 gates x 512 units x 512 units is shared by 8 programs. Half of it is in registers."""
     plan = make_plan(16, 512, torch.bfloat16, limits=dataclasses.replace(CLUSTERS, cluster=8), schedule="cluster")
     assert plan.r_bytes == plan.programs * plan.held_bytes == plan.programs * 2 * plan.register_bytes
-    # the other half, da of 16 rows x 4 x 64 units, fp32 shares from 8 programs of 64 units twice, two mbarriers
+    # In shared memory: the other half; da of 16 rows x 4 x 64 units; two buffers of fp32 shares from 8 programs of 64
+    # units; two mbarriers.
     assert plan.shared_bytes == 131072 + 16 * 4 * 64 * 2 + 2 * 16 * 8 * 64 * 4 + 16
     one = make_plan(16, 100, torch.float16, limits=CLUSTERS)
     assert one.gluon and one.held_bytes == one.register_bytes == 4 * 128 * 128 * 2     # padded
@@ -74,12 +75,12 @@ def test_gluon_bytes():
 
 
 def test_bytes():
-    """R of 4 gates x 512 units x 512 units in bf16, over 32 programs of 16 units; all of it is held."""
+    """R of 4 gates x 512 units x 512 units in bf16 is shared by 32 programs of 16 units. All of it is on chip."""
     plan = make_plan(16, 512, torch.bfloat16, limits=PORTABLE)
     assert (plan.programs, plan.groups, plan.tiles, plan.block_h) == (32, 1, 1, 16)
     assert plan.r_bytes == 4 * 512 * 512 * 2 == plan.programs * plan.held_bytes
     assert plan.streamed_bytes == 0
-    # tf32x3 keeps two fp32 planes
+    # in tf32x3 R is two fp32 matrices
     assert make_plan(16, 256, torch.float32, tf32=False).held_bytes == 2 * make_plan(
         16, 256, torch.float32, limits=PORTABLE).held_bytes == 2 * 4 * 16 * 256 * 4
     streamed = make_plan(16, 2048, torch.bfloat16)
@@ -177,9 +178,9 @@ def test_no_plan_says_why(call, reason):
 
 
 def test_few_inputs_are_multiplied_in_the_loop():
-    """By the Gluon kernels; in TF32 where programs fill half the chip."""
+    """By the resident and cluster kernels; in TF32 only if programs fill half the chip."""
     multiplies = lambda inputs, *args: make_plan(*args, limits=CLUSTERS).multiplies_input(inputs)
     assert multiplies(16, 16, 128, torch.bfloat16) and not multiplies(17, 16, 128, torch.bfloat16)
-    assert not multiplies(0, 16, 128, torch.bfloat16)       # the kernel takes none for pre-activations
+    assert not multiplies(0, 16, 128, torch.bfloat16)       # without inputs it gets pre-activations
     assert multiplies(1, 1024, 64, torch.float32) and not multiplies(1, 64, 128, torch.float32)
     assert not make_plan(16, 128, torch.bfloat16, limits=PORTABLE).multiplies_input(1)

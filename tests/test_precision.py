@@ -1,4 +1,4 @@
-"""torch's switch for TF32 products: what it is meanwhile, what it is afterwards, and who may see it."""
+"""torch's switch for TF32 products: its value inside and after ``products_in_tf32``, also in other threads."""
 import threading
 
 import pytest
@@ -9,7 +9,7 @@ NEWER = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
 
 def read():
-    """All that torch tells of it; "mixed" where it raises."""
+    """The values of all of torch's switches for TF32 products; "mixed" for one that raises."""
     def ask(question):
         try:
             return question()
@@ -50,7 +50,7 @@ def test_is_set_and_restored(setting, tf32):
     with products_in_tf32(tf32):
         inside = read()
         assert (inside[2] == "tf32" if NEWER else inside[0]) == tf32
-        # neither interface raises that did not raise before
+        # reading a switch does not raise, unless it raised before
         assert "mixed" not in inside or "mixed" in before
         with products_in_tf32(not tf32):
             assert (torch.backends.cuda.matmul.fp32_precision == "tf32" if NEWER else
@@ -60,7 +60,7 @@ def test_is_set_and_restored(setting, tf32):
 
 
 def test_untouched_where_it_agrees(monkeypatch):
-    monkeypatch.setattr("triton_lstm.kernels.precision._set", None)         # which may not be called
+    monkeypatch.setattr("triton_lstm.kernels.precision._set", None)         # so that calling it fails
     with products_in_tf32(False):
         pass
     torch.set_float32_matmul_precision("high")
@@ -80,7 +80,7 @@ def test_restored_after_an_error():
 
 
 def test_threads_exclude_each_other():
-    """Two that want TF32 and two that do not: each finds what it wants for as long as it is inside."""
+    """Two threads want TF32 and two do not. Each finds the switch as it wants it while it is inside."""
     before, wrong, entered = read(), [], []
 
     def run(tf32):

@@ -1,4 +1,4 @@
-"""``proj_size``: nn.LSTM's own projection, which the kernels run as an LSTM over m with R W_hr for R."""
+"""``proj_size``, nn.LSTM's projection. The kernels run it as an LSTM over m, with R W_hr in the place of R."""
 import copy
 from unittest import mock
 
@@ -22,7 +22,7 @@ torch_forward = torch.nn.LSTM.forward
 
 @pytest.fixture
 def kernels():
-    """No fallback, which would compare nn.LSTM with itself."""
+    """Runs the kernels in the interpreter and raises on a fallback, which would compare nn.LSTM with itself."""
     with harness.interpreter(), mock.patch.object(triton_lstm.layer._TorchLSTM, "forward", side_effect=AssertionError):
         yield
 
@@ -46,7 +46,8 @@ def test_error_budget(problem, dtype):
 
 
 def test_error_budget_of_large_weights():
-    """Where errors grow from step to step, R W_hr in fp64, rounded once, is what keeps fp32 within the budget."""
+    """With large weights errors grow from step to step. fp32 stays within the budget because R W_hr is computed in
+    fp64."""
     problem = Problem(20, 17, 12, 128, P=100)
     real = Problem.tensors
 
@@ -69,8 +70,8 @@ def test_emulated(schedule, dtype, arch):
 
 @pytest.mark.parametrize("ctas, dtype", [(1, BF16), (1, FP32), pytest.param(2, FP32, marks=CLUSTERS),
                                          pytest.param(4, FP16, marks=CLUSTERS)], ids=str)
-def test_gluon(ctas, dtype):
-    """fp32 in TF32, where R W_hr is rounded to it once."""
+def test_cluster(ctas, dtype):
+    """fp32 runs in TF32, to which R W_hr is rounded once."""
     problem = Problem(3, 3, 4, 40, 2, dtype=dtype, tf32=dtype == FP32, P=12)
     with harness.emulator(90):
         problem.check(problem.ours(plan=problem.cluster_plan(ctas)))
@@ -95,7 +96,7 @@ def test_matches(options, with_state, dtype):
 
 
 def test_the_kernels_compute(kernels):
-    """In every case below that takes them, else ``kernels`` would raise."""
+    """The kernels compute these cases; otherwise the fixture ``kernels`` would raise."""
     for options in OPTIONS:
         ours = triton_lstm.LSTM(6, 9, proj_size=4, **options)
         y, (h, c) = ours(torch.randn(4, 4, 6), states(ours, 4))
@@ -114,7 +115,7 @@ def test_one_step_and_unbatched(options):
 @pytest.mark.parametrize("batch, T", [(0, 4), (3, 0)])
 @pytest.mark.parametrize("context", [harness.interpreter, torch.enable_grad])
 def test_empty(batch, T, context):
-    """No rows; no steps, which nn.LSTM refuses: h_n and c_n are the initial state, in tensors of their own."""
+    """Without rows, or without steps (which nn.LSTM refuses), h_n and c_n are copies of the initial state."""
     x, w, r, hr = torch.randn(T, batch, 6), torch.randn(2, 36, 6), torch.randn(2, 36, 4), torch.randn(2, 4, 9)
     hx = torch.randn(2, batch, 4), torch.randn(2, batch, 9)
     with context():
@@ -145,8 +146,8 @@ def test_packed_sequences(lengths, with_state, kernels):
 
 
 def test_rows_without_steps_and_resets_at_the_start(kernels):
-    """A row of length 0 keeps its state; a reset before the first step hides h0, NaN and gradient included; the reverse
-    direction, which ends there, starts from h0 at its row's last step."""
+    """A row of length 0 keeps its state. A reset at the first step hides h0 from the forward direction, including NaN
+    and gradient. The reverse direction starts from h0, at the row's last step."""
     _, ours, _ = pair(3, 5, bidirectional=True, proj_size=2)
     x, lengths = torch.randn(4, 3, 3), torch.tensor([0, 2, 9])
     reset = torch.zeros(4, 3, dtype=torch.bool)
@@ -166,14 +167,15 @@ def test_rows_without_steps_and_resets_at_the_start(kernels):
 
 
 def test_one_step_needs_no_product_of_weights():
-    """What h0 adds is in the input product, and R W_hr would be multiplied by zero."""
+    """For one step R W_hr is not computed, because it would be multiplied by zero: R h0 is part of the input
+    product."""
     problem = Problem(1, 3, 4, 9, 2, P=4)
     with harness.interpreter(), mock.patch.object(triton_lstm.functional, "combine", None):
         problem.check(problem.ours())
 
 
 def test_dropout():
-    """At 1 what nn.LSTM gives; h_n is taken before it; in eval mode there is none."""
+    """Results with p = 1 are those of nn.LSTM: h_n is taken before dropout, and eval mode has none."""
     theirs, ours, _ = pair(6, 9, num_layers=2, proj_size=4, dropout=1.0)
     x = torch.randn(4, 3, 6)
     for train in (True, False):
@@ -197,7 +199,7 @@ def test_autocast(weights, kernels):
     with mock.patch.object(triton_lstm.layer._TorchLSTM, "forward", torch_forward):
         right = exact(x.double(), tuple(s.double() for s in hx))[0]
     assert y.dtype == h.dtype == c.dtype == BF16
-    # x, the weights, their product, m and h are rounded to 2^-9 each
+    # the rounding errors of x, the weights, their product, m and h are 2^-9 each
     assert error(y, right) < 5 * 2 ** -9
     assert ours.weight_hr_l0.grad.dtype == weights and ours.weight_hr_l0.grad.isfinite().all()
 
@@ -215,8 +217,8 @@ def test_state_is_checked_as_nn_lstm_does():
 
 
 def test_larger_than_the_chip():
-    """R W_hr of 1088 units does not fit, though R would: torch's LSTM, whatever the batch, after one warning. A plan of
-    one's own, lengths, and the function are taken at their word."""
+    """R W_hr of 1088 units does not fit on the chip, although R would. So torch's LSTM runs, for any batch, after one
+    warning. With a plan of the user's, or with lengths, the kernels run."""
     with harness.emulator(), mock.patch.object(triton_lstm.layer, "_told", set()), \
             mock.patch.object(triton_lstm.layer, "runs_kernels", lambda x, dtype: True), \
             mock.patch.object(triton_lstm.layer, "lstm", side_effect=InterruptedError):
@@ -233,7 +235,7 @@ def test_larger_than_the_chip():
         ours.plan = triton_lstm.make_plan(2, 1088, BF16)
         with pytest.raises(InterruptedError):
             ours(x)
-        with pytest.raises(InterruptedError):       # of so many it fits
+        with pytest.raises(InterruptedError):       # R W_hr of 1024 units fits
             triton_lstm.LSTM(4, 1024, proj_size=8).to(BF16)(x)
 
 
@@ -282,7 +284,7 @@ def squares(layer, weights, x, hx=None):
 
 
 def test_func(kernels):
-    """grad, an ensemble under vmap with gradients inside and outside, jacrev of jacrev."""
+    """torch.func: grad; an ensemble by vmap, with grad inside and outside of it; jacrev of jacrev."""
     members = [triton_lstm.LSTM(3, 5, bidirectional=True, proj_size=2) for _ in range(3)]
     x, hx = torch.randn(2, 2, 3), states(members[0], 2)
     for member in members:
@@ -322,7 +324,7 @@ def test_tangents_are_never_dropped(kernels):
 
 @pytest.mark.parametrize("with_state", [False, True])
 def test_compile_full_graph(with_state, kernels):
-    """Other lengths and batches compile nothing new; gradients too."""
+    """Other lengths and batches compile nothing new, forward and backward."""
     _, ours, _ = pair(6, 9, num_layers=2, bidirectional=True, proj_size=4)
     torch._dynamo.reset()
     counter = CompileCounter()
@@ -361,8 +363,9 @@ def test_operator_passes_torchs_own_checks():
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_products_follow_the_switch_of_rnns(allowed):
-    """Not matmul's: in TF32 where nn.LSTM may multiply so, but not R W_hr, unless of 16-bit numbers, which TF32 holds;
-    in fp64 where fp32 is to be exact."""
+    """Products follow torch's switch for RNNs, not that for matmul. If it allows TF32, they are in TF32, except R W_hr,
+    which is in fp32. Otherwise R W_hr is in fp64. R W_hr of 16-bit weights is always in TF32, which represents these
+    exactly."""
     from triton_lstm import projection
     seen, real, switch = [], torch.bmm, torch.backends.cuda.matmul
     name, on, off = ("fp32_precision", "tf32", "ieee") if hasattr(switch, "fp32_precision") else (
@@ -400,7 +403,7 @@ def test_convert():
 
 @pytest.mark.parametrize("options", [dict(), dict(num_layers=2, bidirectional=True, batch_first=True)], ids=str)
 def test_drop_connect(options):
-    """The same mask, over weight_hh, in torch's LSTM and ours; W_hr is whole."""
+    """torch's LSTM and ours drop the same elements of weight_hh, and none of weight_hr."""
     theirs, ours, _ = pair(6, 9, proj_size=4, **options)
     x, results = torch.randn(4, 3, 6), []
     for layer, context in ((theirs, torch.enable_grad), (ours, harness.interpreter)):
@@ -417,7 +420,7 @@ def test_drop_connect(options):
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_step(inplace, kernels):
-    """Steps give what the sequence gives."""
+    """``step`` gives the results of the whole sequence."""
     _, ours, _ = pair(6, 9, num_layers=2, proj_size=4)
     x, state = torch.randn(5, 3, 6), states(ours, 3)
     with torch.no_grad():
@@ -447,7 +450,7 @@ def test_gates(with_state, kind, context):
 
 
 def test_saved_for_backward():
-    """Beside x, y and the weights: c of every K-th step, m of all, and R W_hr."""
+    """Besides x, y and the weights are saved: c of every keep_every-th step, m of all steps, and R W_hr."""
     T, B, I, H, P, D = 12, 3, 5, 10, 4, 2
     tensor = lambda *shape: torch.randn(shape).requires_grad_()
     arguments = [tensor(T, B, I), tensor(D, 4 * H, I), tensor(D, 4 * H, P), tensor(D, 4 * H)]
@@ -457,7 +460,7 @@ def test_saved_for_backward():
     own = {t.untyped_storage().data_ptr() for t in (*arguments, hr, y)}
     others = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     plan = triton_lstm.make_plan(B, H, FP32, D, limits=None, keep_every=4)
-    states_bytes = 4 * (3 * D * B * H)          # zeros for m and c before the first step, and m_n for h_n
+    states_bytes = 4 * (3 * D * B * H)          # m and c before the first step (zeros), and m_n, for h_n
     got = sum(size for place, size in others.items() if place not in own)
     assert got == plan.saved_bytes(T) + 4 * (T * B * D * H + D * 4 * H * H) + states_bytes
 

@@ -1,4 +1,4 @@
-"""``triton_lstm.LSTM`` against torch.nn.LSTM on layers and inputs that Hypothesis draws and, on failure, shrinks."""
+"""``triton_lstm.LSTM`` against torch.nn.LSTM, on layers and inputs that Hypothesis draws."""
 import dataclasses
 
 import pytest
@@ -12,28 +12,29 @@ import triton_lstm
 from problems import BUDGET
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-# The interpreter is slow, so no deadline and no word on it. conftest's fixture, which Hypothesis sets up once for all
-# examples, has no state. The printed blob reproduces a failure; no database lies about.
+# The interpreter is slow, so there is no deadline, and no health check of speed. Hypothesis sets up the fixture of
+# conftest.py only once for all examples, which is fine, because it has no state. There is no database of failures; the
+# printed blob reproduces one.
 SETTINGS = settings(deadline=None, print_blob=True, database=None,
                     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A layer and one call of it, all but the values, which come from ``seed``."""
+    """A layer and one call of it. Values of tensors come from ``seed``."""
     layer: dict
     dtype: torch.dtype
     T: int
-    B: int | None       # None: no batch dimension
+    B: int | None       # None for unbatched input
     state: bool
     seed: int
-    # Further arguments of forward, drawn by name in ``calls``: name -> function of this call that makes the value.
+    # {name of a further argument of forward: function of this Call that makes its value}
     options: dict = dataclasses.field(default_factory=dict)
     packed: bool = False
 
     def modules(self):
-        """nn.LSTM, ours with its weights, nn.LSTM in float64; for arguments that nn.LSTM has not, ours outside of the
-        interpreter, where ``lstm_reference`` computes."""
+        """nn.LSTM, our LSTM, and nn.LSTM in float64, with the same weights. If the call has arguments that nn.LSTM does
+        not take, the first and the last are our class too; without the interpreter it runs ``lstm_reference``."""
         torch.manual_seed(self.seed)
         theirs_class = triton_lstm.LSTM if self.options else torch.nn.LSTM
         theirs = theirs_class(**self.layer).to(self.dtype)
@@ -43,7 +44,7 @@ class Call:
         return theirs, ours, exact
 
     def tensors(self):
-        """x and (h0, c0) or None."""
+        """(x, (h0, c0) or None)."""
         generator = torch.Generator().manual_seed(self.seed)
         normal = lambda *shape: torch.randn(shape, generator=generator).to(self.dtype)
         batch = () if self.B is None else (self.B,)
@@ -55,7 +56,7 @@ class Call:
             (state(self.layer["proj_size"] or units), state(units)) if self.state else None)
 
     def results(self, module, backward):
-        """All outputs and, with ``backward``, gradients for random cotangents, by name."""
+        """{name: tensor} of all outputs and, if ``backward``, of gradients for random gradients of the outputs."""
         dtype = next(module.parameters()).dtype
         x, hx = self.tensors()
         inputs = dict(x=x, **dict(zip(("h0", "c0"), hx or ())))
@@ -78,10 +79,10 @@ class Call:
 
 @st.composite
 def calls(draw, options=None):
-    """A Call. ``options``, {argument of forward: strategy of functions of the Call that make its value}, adds arguments
-    like ``lengths`` and ``reset``.
+    """Draws a Call. ``options`` adds arguments like ``lengths`` and ``reset``: {name of the argument: strategy that
+    draws a function of the Call, which makes the value}.
     """
-    # every now and then a second tile of 16 units or rows
+    # 17 units or rows need a second tile of 16
     hidden_size = draw(st.sampled_from([1, 2, 3, 4, 5, 16, 17]))
     layer = dict(input_size=draw(st.integers(1, 4)), hidden_size=hidden_size,
                  proj_size=draw(st.sampled_from([0, *(n for n in (0, 1, 3, 16) if n < hidden_size)])),
@@ -94,10 +95,11 @@ def calls(draw, options=None):
 
 
 def check(call, backward):
-    """Errors are held to nn.LSTM's own, or where that is small to four roundings of values about one.
+    """The error of each result is at most BUDGET times that of nn.LSTM or, if larger, of four roundings of values near
+    1.
 
-    Not relative to the tensor, as in ``Problem.check``: these have few elements, some of them sums that cancel or are
-    zero, and how much nn.LSTM errs there is luck.
+    Errors are absolute, unlike in ``Problem.check``. Tensors have few elements, and some are sums that cancel or are
+    zero, where the error of nn.LSTM is a matter of chance.
     """
     theirs, ours, exact = call.modules()
     want, right = call.results(theirs, backward), call.results(exact, backward)

@@ -1,4 +1,4 @@
-"""How programs that share R wait for each other, under many interleavings, and that a broken wait is caught."""
+"""How programs that share R wait for each other: right in many interleavings, and tests notice a broken wait."""
 import contextlib
 import dataclasses
 import re
@@ -40,7 +40,8 @@ def test_interleaved_groups_of_two_tiles(seed):
 
 @contextlib.contextmanager
 def broken(name, function):
-    """The interpreted kernels with ``function`` in the place of one of ``exchange``."""
+    """Inside, interpreted kernels have ``function`` in the place of the function ``name`` of the module
+    ``exchange``."""
     with harness.interpreting():
         replaced = triton.jit(function)
     package = harness.interpreted_launch.__package__
@@ -73,8 +74,8 @@ def not_flagged(ptr, shares, flag, INTERPRET: tl.constexpr):
 @pytest.mark.parametrize("name, function, at_least", [("any_missing", nothing_is_missing, 4),
                                                       ("any_missing", half_is_enough, 1), ("flag_of", always_one, 2)])
 def test_interleaving_catches_a_missing_wait(name, function, at_least):
-    """No wait is wrong in most orders, half a wait where the last program is overtaken, and a flag that does not
-    change where a program meets shares of four steps before."""
+    """Without a wait, most interleavings give wrong results. With half a wait, those do in which a program overtakes
+    the last one. With a flag that never changes, those do in which a program finds shares of four steps before."""
     problem = Problem(5, 3, 2, 33)
     exact, wrong = problem.exact(), 0
     for seed in range(8):
@@ -101,7 +102,8 @@ def tell_missing(words_ptr, found_ptr, dtype: tl.constexpr):
 
 
 def test_what_is_missing():
-    """All 16-bit values beside a few others, and the same words as 32-bit values: only all bits set count."""
+    """A word of two 16-bit values, or of one 32-bit value, is missing only if all bits of a value are set. Tests every
+    16-bit value next to some others, in both places."""
     every, some = torch.arange(65536)[:, None], torch.tensor([0, 1, 2, 0x7FFF, 0x8000, 0x8001, 0xFFFE, 0xFFFF])
     pairs = torch.cat([every * 65536 + some, some * 65536 + every]).reshape(-1)
     words = torch.where(pairs < 2 ** 31, pairs, pairs - 2 ** 32).int()
@@ -148,7 +150,7 @@ def test_shares_lose_their_last_bit_only(flag):
 
 
 def test_programs_one_by_one_are_refused():
-    """The plain interpreter would hang."""
+    """Triton's interpreter runs programs one after the other, so it would hang."""
     with harness.interpreter(), pytest.raises(RuntimeError, match="3 programs"):
         PROBLEM.ours(plan=plan(PROBLEM))
 
@@ -176,7 +178,7 @@ def test_emulator_catches_what_never_arrives(kernel):
 
 @pytest.mark.parametrize("kernel", ["forward_grid", "backward_grid"])
 def test_emulator_catches_a_missing_wait(kernel):
-    """The branch past another look is always taken."""
+    """Edits the PTX so that the branch that ends a wait is always taken."""
     def edit(ptx):
         loads = ptx.index("ld.volatile")
         head, tail = ptx[:loads], ptx[loads:]

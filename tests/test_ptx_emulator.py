@@ -1,7 +1,8 @@
-"""Self-test of ptx_emulator: Triton and Gluon kernels compiled without a GPU, run on the CPU, against references.
+"""Tests ptx_emulator itself: it runs Triton and Gluon kernels, compiled without a GPU, and results are compared with
+references.
 
-The kernels are small, and only the emulator is under test.  Kernels with a barrier, fence or wait edited out of their
-PTX must be caught, and single instructions must give the bits that plain Python computes.
+The kernels are small and do not belong to the package. If a barrier, fence or wait is removed from their PTX, the
+emulator must notice it. Single instructions must give the bits that plain Python computes.
 """
 
 import re
@@ -26,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ptx_emulator import Deadlock, EmulatorError, Misaligned, OutOfBounds, SharedRace, Trap, Unsupported, launch, run
 
-# names that Triton 3.9 has changed
+# names that Triton 3.9 changed
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 sync_threads = getattr(gl, "barrier", None) or gl.thread_barrier
 
@@ -42,7 +43,7 @@ def build(fn, sig, consts, arch=90, gl_src=False, **opts):
         src = GluonASTSource(fn=fn, signature=full, constexprs=consts, attrs=attrs)
     else:
         src = ASTSource(fn=fn, signature=full, constexprs=consts, attrs=attrs)
-    # fusion is asked for by name because Triton warns where the default is relied on
+    # fusion is set explicitly, because Triton warns if the default is used
     return triton.compile(src, target=GPUTarget("cuda", arch, 32), options={"enable_fp_fusion": True, **opts})
 
 
@@ -179,7 +180,7 @@ def lstm_kernel(gx, w, h0, c0, y, T, B, H: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def grid_lstm_kernel(gx, w, h0, c0, y, bar, T, B, H: tl.constexpr, HB: tl.constexpr, BM: tl.constexpr):
-    """Program p owns HB hidden units; one counter per batch tile is the barrier of its H // HB programs."""
+    """Program p has HB hidden units. One counter for each batch tile is the barrier of the H // HB programs."""
     NP: tl.constexpr = H // HB
     N: tl.constexpr = 4 * HB
     p = tl.program_id(0)
@@ -421,7 +422,7 @@ def test_softmax(arch, warps, dtype):
     close(y, torch.softmax(x.double(), 1), 1e-6 if dtype == "fp32" else 4e-3)
 
 
-# BM, BN, BK, warps, stages
+# (BM, BN, BK, warps, stages)
 TILES = [(32, 32, 32, 2, 3), (64, 64, 32, 4, 3), (64, 128, 64, 4, 3)]
 BF16_TILES = [(16, 16, 16, 1, 1), (32, 64, 32, 4, 1), (64, 64, 32, 4, 1), (128, 64, 32, 8, 3), (16, 64, 64, 8, 3)]
 
@@ -444,7 +445,7 @@ def test_matmul(arch, dtype, tile):
 
 
 TYPES = {"fp16": ("fp16", 2e-2), "i8": ("i32", 1e-9), "fp8e5": ("fp32", 1e-5), "fp8e4nv": ("fp32", 1e-5)}
-# sm_89 adds fp8 products to what sm_80 can multiply; the rest is the same code
+# sm_89 has fp8 products in addition to the types of sm_80; all else is the same code
 TYPE_CASES = [(80, "fp16"), (80, "i8"), (80, "fp8e5"), (89, "fp8e5"), (89, "fp8e4nv")] + [(90, k) for k in TYPES]
 
 
@@ -471,7 +472,7 @@ def test_matmul_types(arch, dtype, warps, transposed):
 def test_math(arch):
     ck = build(math_kernel, dict(x="*fp32", k="*i32", f="*fp32", j="*i32", n="i32"), dict(BLOCK=256), arch)
     v = rand(256, scale=3.0)
-    v[5] = 1e6  # the slow path of sin and cos: divergence
+    v[5] = 1e6  # takes the slow path of sin and cos, so that threads diverge
     i = torch.randint(-1000, 1000, (256,), dtype=torch.int32, generator=gen())
     f, j = torch.zeros(256 + 4), torch.zeros(256 + 32, dtype=torch.int32)
     launch(ck, (1,), v, i, f, j, 256)
@@ -528,7 +529,7 @@ def test_grid_lstm(memory, seed):
 
 
 def outcomes(go, ptx, seeds=8, **kw):
-    """Per seed, whether the kernel gave the right numbers.  A generator, so that `all` stops at the first failure."""
+    """Yields for each seed whether the kernel gave the right numbers."""
     for seed in range(seeds):
         try:
             yield go(ptx, seed=seed, patience=300, **kw) < 1e-2
@@ -569,7 +570,7 @@ def test_fences_instead(arch):
 def test_missing_barrier_before_release():
     ck, go = grid_case()
     ptx = ck.asm["ptx"]
-    for _ in range(2):  # only thread 0's stores are then released
+    for _ in range(2):  # without these barriers only the stores of thread 0 are released
         k = ptx.rindex("bar.sync", 0, ptx.index("gpu.release"))
         ptx = ptx[:k] + ptx[ptx.index(";", k) + 1:]
     assert not all(outcomes(go, ptx, memory="weak", checks=False))

@@ -1,4 +1,4 @@
-"""The rules of the house: which file may import which, and where each data format is known."""
+"""Rules of the source: which file may import which, and which one file knows each data format."""
 import ast
 import pathlib
 import re
@@ -14,7 +14,7 @@ PACKAGE = {path.relative_to(ROOT / "triton_lstm").with_suffix("").as_posix().rep
 
 
 def imported(path):
-    """The modules of its own folder that a file imports, and everything absolute: (relative, absolute) names."""
+    """(modules of its own folder, names of absolute imports) that a file imports."""
     relative, absolute = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -27,7 +27,7 @@ def imported(path):
 
 
 def with_kernels():
-    """The modules of kernels/ that define a kernel which is launched."""
+    """The modules of kernels/ that define kernels which are launched."""
     launched = {loop.kernel.__name__ for loop in launch.LOOPS.values()} | {launch.COEFFICIENTS.__name__}
     names = lambda path: {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
     found = {stem for stem, path in KERNELS.items() if names(path) & launched}
@@ -60,8 +60,8 @@ def test_no_import_circles(folder):
     assert not left
 
 
-# What only one who knows a format would write: the flag in the last bit of a share, the empty slot, the bits of step
-# flags, the table of packed rows, the generator of zoneout's masks.
+# Code that knows a format: the flag in the last bit of a share of dh, the empty slot for h, the bits of step flags, the
+# offsets of packed rows, the random generator of zoneout, rounding to TF32, waits with a time limit.
 FORMATS = {"exchange": [r"& -2\b", r"fill_\(-1\)", r"0xffffffff", r"0x7FFFFFFF\b"],
            "rows": [r"load\(offsets_ptr", r"1 << n\b", r"\.diff\("],
            "cell": [r"PHILOX"], "precision": [r"cvt\.rna", r"allow_tf32"], "waiting": [r"globaltimer", r"\btrap;"]}

@@ -1,5 +1,4 @@
-"""The Gluon grid kernel for few rows, whose warps share the units that feed: its PTX, executed on CPU tensors, and its
-machine code."""
+"""The forward split kernel: its PTX, executed on CPU tensors, and its machine code."""
 import dataclasses
 import re
 
@@ -24,7 +23,7 @@ def problem(shape, dtype, **change):
 
 
 def run(problem, arch=90, seed=0, **layout):
-    """``layout``: of ``Problem.split_plan``."""
+    """``layout`` are arguments of ``Problem.split_plan``."""
     with harness.emulator(arch, seed=seed, memory="weak"):
         problem.check(problem.ours(plan=problem.split_plan(**layout)))
 
@@ -36,12 +35,12 @@ def test_small(shape, dtype, arch):
 
 
 @pytest.mark.parametrize("shape, dtype, arch, layout", [
-    ((2, 40, 3, 100, 1), FP16, 80, dict(block_h=32, tiles=2)),          # four programs, of which groups have two tiles
+    ((2, 40, 3, 100, 1), FP16, 80, dict(block_h=32, tiles=2)),          # four programs in a group, two tiles
     ((2, 40, 3, 100, 1), FP32, 90, dict(block_h=32, tiles=3)),
     ((3, 40, 3, 33, 2), BF16, 90, dict(tiles=2)),                       # the last tile has no rows
-    ((2, 3, 2, 300, 1), FP16, 90, dict(block_h=32)),                    # a warp's 64 units
-    ((2, 3, 2, 520, 1), BF16, 80, dict()),                              # 64 and 32, some of them padding
-    ((2, 3, 2, 300, 1), FP32, 80, dict()),                              # 32 and 16
+    ((2, 3, 2, 300, 1), FP16, 90, dict(block_h=32)),                    # a warp multiplies 64 units of h
+    ((2, 3, 2, 520, 1), BF16, 80, dict()),                              # slices of 64 and 32 units, with padding
+    ((2, 3, 2, 300, 1), FP32, 80, dict()),                              # slices of 32 and 16 units
 ], ids=str)
 def test_large(shape, dtype, arch, layout):
     run(problem(shape, dtype), arch, **layout)
@@ -55,7 +54,7 @@ def test_lengths_resets_packed(shape, dtype, arch, change):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_weak_memory(seed):
-    """Three programs, one or two tiles, chunks of two steps."""
+    """With three programs, one or two tiles, and chunks of two steps."""
     run(problem((5, 3 if seed % 2 else 20, 2, 40, 1), DTYPES[seed % 3]), ARCHS[seed // 6], seed, tiles=2 - seed % 2)
 
 
@@ -64,7 +63,7 @@ def test_nans_arrive(dtype):
     run(NotFinite(4, 4, 2, 33, dtype=dtype, tf32=dtype == FP32))
 
 
-BROKEN = Problem(4, 12, 2, 33, dtype=BF16)          # rows in both halves of a tile
+BROKEN = Problem(4, 12, 2, 33, dtype=BF16)          # has rows in both halves of a tile
 
 
 def caught(**options):
@@ -74,7 +73,7 @@ def caught(**options):
 @pytest.mark.parametrize("wait, broken", [("@!", ""), ("vote.sync.any", "vote.sync.all")],
                          ids=["no wait", "a wait for any"])
 def test_a_broken_wait_is_caught(wait, broken):
-    """In the assembly of ``gluon_grid.look_again``; a warp's threads have h of two programs."""
+    """Edits the loop of a wait in the PTX. Threads of a warp wait for h of two programs."""
     def edit(ptx):
         start, end = ptx.index("LOOK:"), ptx.index("bra LOOK")
         assert wait in ptx[start:end]
@@ -86,7 +85,8 @@ def test_a_broken_wait_is_caught(wait, broken):
 
 @pytest.mark.parametrize("which", [-1, -2])
 def test_a_missing_barrier_is_caught(which):
-    """The two of a step: before the warps' products are added up, and before the next ones take their place."""
+    """A step has two barriers: before the products of the warps are added up, and before the next products overwrite
+    them."""
     def edit(ptx):
         at = [m.start() for m in re.finditer(r"bar\.sync", ptx)][which]
         return ptx[:at] + "//" + ptx[at:]
@@ -103,13 +103,13 @@ def test_a_lost_store_is_caught():
 
 
 def check_compiled(plan, dtype, arch=90, flagged=False):
-    """R is in registers, a step has two barriers, and nothing spills, in either loop."""
+    """In both time loops R is in registers, a step has at most two barriers, and nothing spills."""
     kernels = compile_plan(plan, dtype, arch, flagged=flagged)
     for name in ("forward_split", *["backward_split"] * (plan.backward.kind == "split")):
         report = read(kernels[name])
         loop = report.time_loop
         assert loop.spills == 0 and loop.counts["BAR"] <= 2, name
-        padded = plan.held if "forward" in name else plan.hidden_size       # backward pads less
+        padded = plan.held if "forward" in name else plan.hidden_size       # backward has less padding
         assert loop.held >= 4 * plan.block_h * padded * dtype.itemsize
         assert report.shared <= plan.shared_bytes
         assert kernels[name].metadata.num_ctas == 1 and kernels[name].metadata.launch_cooperative_grid
@@ -128,7 +128,7 @@ def test_machine_code(hidden_size, dtype, arch, limits):
 
 
 def test_instructions_of_a_step():
-    """At H=1024 in bf16: 64 programs of 16 units, and 64 products of each of eight warps."""
+    """At H=1024 in bf16 there are 64 programs of 16 units, and each of the eight warps of a program has 64 products."""
     plan = make_plan(16, 1024, BF16, limits=H200)
     loop = read(compile_plan(plan, BF16)["forward_split"]).time_loop
     assert (plan.programs, plan.block_h, loop.counts["HMMA"]) == (64, 16, 64)
@@ -147,7 +147,7 @@ def test_plan():
     assert padded.held == 768 and padded.padded_programs == 48
     assert padded.target_slices == ((0, 512), (512, 128))
     assert "128 KiB of R in the registers" in str(plan) and "split it among their warps" in str(plan)
-    # clusters exchange faster; exact fp32 has no Gluon kernel
+    # Clusters are chosen where they fit, because they exchange faster. Exact fp32 has only portable kernels.
     assert make_plan(16, 512, BF16, limits=dataclasses.replace(H200, cluster=16)).schedule == "cluster"
     assert make_plan(16, 512, BF16, limits=A100).kind == "split"
     assert not make_plan(16, 256, FP32, limits=H200, tf32=False).gluon

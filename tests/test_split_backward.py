@@ -1,4 +1,4 @@
-"""The backward Gluon grid kernel for few rows: its PTX, executed on CPU tensors, and its machine code."""
+"""The backward split kernel: its PTX, executed on CPU tensors, and its machine code."""
 import dataclasses
 import re
 
@@ -36,9 +36,9 @@ def test_small(shape, block_h, dtype):
 
 @pytest.mark.parametrize("shape, dtype, layout", [
     ((2, 3, 2, 100, 1), BF16, dict(block_h=32)),
-    ((3, 40, 3, 33, 2), FP16, dict(tiles=2)),           # of which the third has 8 rows, the last none
+    ((3, 40, 3, 33, 2), FP16, dict(tiles=2)),           # four tiles: the third has 8 rows, the last none
     ((5, 40, 2, 20, 1), FP32, dict(tiles=3)),
-    ((2, 1, 2, 160, 1), BF16, dict()),                  # two products
+    ((2, 1, 2, 160, 1), BF16, dict()),                  # each warp has 32 target units
 ], ids=str)
 def test_large(shape, dtype, layout):
     run(problem(shape, dtype), **layout)
@@ -57,18 +57,18 @@ def test_lengths_resets_packed(shape, dtype, layout, change):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_weak_memory(seed):
-    """Two or three programs, one or two tiles, chunks of two steps; two batches of shares."""
+    """With two or three programs, one or two tiles, and chunks of two steps."""
     run(problem((5, 3 if seed % 2 else 18, 2, 33, 1), DTYPES[seed % 3]), seed, **[{}, {}, dict(tiles=2)][seed // 2])
 
 
 def test_batches_of_shares(tmp_path):
-    """As where many programs share R."""
+    """Shares of dh are received in several batches, as if many programs shared R."""
     with harness.edited("split_backward", tmp_path, "BATCH: gl.constexpr = 64", "BATCH: gl.constexpr = 2"):
         run(problem((3, 3, 2, 37, 1), BF16))
 
 
 class LastState(Problem):
-    """Whose y has no gradient."""
+    """A problem in which y has no gradient."""
 
     def results(self, function, dtype=None):
         found = super().results(lambda *inputs: tuple(function(*inputs)[1:]), dtype)
@@ -100,7 +100,7 @@ def test_a_broken_wait_is_caught(old, new, tmp_path):
 
 
 def test_a_missing_barrier_is_caught():
-    """The one of a step, between the stores of da to shared memory and the products."""
+    """A step has one barrier, between the stores of da to shared memory and the products."""
     def edit(ptx):
         head, loop, rest = re.split(r"(ldmatrix)", ptx, maxsplit=1)
         head, barrier, tail = head.rpartition("bar.sync")
@@ -121,7 +121,8 @@ def test_a_lost_store_is_caught():
 @pytest.mark.parametrize("batch, hidden_size, dtype, flagged", [
     (16, 1024, BF16, False), (16, 1024, BF16, True), (16, 512, FP32, False), (16, 768, FP16, False)], ids=str)
 def test_machine_code(batch, hidden_size, dtype, flagged):
-    """One barrier a step (Triton 3.6 does not tell the two buffers apart), R in registers, and nothing spills."""
+    """R is in registers, nothing spills, and a step has one barrier. (Before Triton 3.9 it has two, because Triton does
+    not distinguish the two buffers.)"""
     plan = make_plan(batch, hidden_size, dtype, limits=dataclasses.replace(H200, cluster=1), schedule="grid")
     assert plan.backward.kind == "split"
     report = read(compile_plan(plan, dtype, flagged=flagged)[KERNEL])

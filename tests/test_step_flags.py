@@ -1,4 +1,5 @@
-"""Lengths and resets: what they mean, in the layer and on every path that computes them."""
+"""Lengths and resets, and the step flags that kernels get for them: in the layer, and in every kernel of plain
+Triton."""
 import dataclasses
 
 import pytest
@@ -12,11 +13,11 @@ from bench import machine_code
 from problems import PORTABLE, Problem
 from triton_lstm import make_plan
 
-MASKS = [dict(ragged=True), dict(resets=True), dict(ragged=True, resets=True)]
+FLAGGED = [dict(ragged=True), dict(resets=True), dict(ragged=True, resets=True)]
 
 
 def layers(*args, **kwargs):
-    """torch's LSTM and ours with its weights."""
+    """nn.LSTM, and our LSTM with the same weights."""
     torch.manual_seed(0)
     theirs, ours = torch.nn.LSTM(*args, **kwargs), triton_lstm.LSTM(*args, **kwargs)
     ours.load_state_dict(theirs.state_dict())
@@ -24,7 +25,7 @@ def layers(*args, **kwargs):
 
 
 def per_step(lstm, x, reset, state):
-    """What reinforcement-learning code writes: the state zeroed before each step that begins an episode."""
+    """A loop over steps that zeroes the state where an episode begins, like reinforcement-learning code."""
     outputs = []
     for x_t, begins in zip(x, reset):
         state = tuple(s * ~begins[None, :, None] for s in state)
@@ -35,14 +36,15 @@ def per_step(lstm, x, reset, state):
 
 @pytest.mark.parametrize("where", ["kernels", "torch"])
 def test_lengths_are_nn_lstm_packed(where):
-    """Two layers, both directions, batch first: as packing, without sorting and without lengths of zero."""
+    """Lengths give the results of nn.LSTM on packed sequences: two layers, both directions, batch first, unsorted
+    lengths."""
     theirs, ours = layers(3, 7, 2, bidirectional=True, batch_first=True)
     x, lengths = torch.randn(5, 6, 3), torch.tensor([3, 6, 1, 6, 4])
     hx = torch.randn(4, 5, 7), torch.randn(4, 5, 7)
     packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
     y, state = theirs(packed, hx)
     y = torch.nn.utils.rnn.pad_packed_sequence(y, batch_first=True)[0]
-    x[torch.arange(6) >= lengths[:, None]] = float("nan")       # whatever padding holds
+    x[torch.arange(6) >= lengths[:, None]] = float("nan")       # padding has no influence
     x.requires_grad_()
     with harness.interpreter() if where == "kernels" else torch.enable_grad():
         got, got_state = ours(x, hx, lengths=lengths)
@@ -107,34 +109,34 @@ def test_lengths_beyond_the_steps_count_as_the_nearest():
     (dict(lengths=torch.ones(2)), ValueError, "lengths must be integers, got torch.float32"),
     (dict(reset=torch.ones(5, 2)), ValueError, "reset must be bool, got torch.float32"),
     (dict(reset=torch.ones(2, 5, dtype=torch.bool)), ValueError, r"reset must have the shape \(5, 2\), got \(2, 5\)")])
-def test_bad_masks(options, error, message):
+def test_bad_lengths_and_resets(options, error, message):
     with pytest.raises(error, match=message):
         triton_lstm.LSTM(3, 4)(torch.randn(5, 2, 3), **options)
 
 
-def test_masks_need_padded_input():
+def test_lengths_need_padded_input():
     packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, 3)])
     with pytest.raises(ValueError, match="padded input, got PackedSequence"):
         triton_lstm.LSTM(3, 4)(packed, lengths=torch.tensor([2]))
 
 
-def test_marks():
-    """By hand: row 0 has 3 of 4 steps and is cut before step 1; row 1 has none."""
+def test_step_flags_by_hand():
+    """Row 0 has 3 of 4 steps, with a reset at step 1. Row 1 has none."""
     lengths, reset = torch.tensor([3, 0]), torch.zeros(4, 2, dtype=torch.bool)
     reset[1] = reset[3] = True
     live, fresh, start, end, before, cut = 1, 2, 4, 8, 16, 32
     flags = step_flags(4, 2, 2, lengths, reset, "cpu")
     assert flags.dtype == torch.uint8 and flags[:, :, 1].eq(0).all()
     assert flags[0, :, 0].tolist() == [live | cut, live | fresh, live | end, 0]
-    # the other way: 3 waits, 2 begins, 1 follows, 0 begins a piece
+    # The reverse direction takes steps 3, 2, 1, 0: the row begins at 2, and a new piece begins at 0.
     assert flags[1, :, 0].tolist() == [live | fresh, live | cut, live | start, before]
 
 
 @pytest.mark.parametrize("schedule, arch", [("resident", 80), ("grid", 80), ("grid", 90), ("streamed", 90)])
-@pytest.mark.parametrize("masks", MASKS, ids=" ".join)
-def test_emulated(schedule, masks, arch):
-    """The compiled kernels, in weak memory, programs in random order."""
-    problem = Problem(5, 4, 3, 20, 2, dtype=torch.float16, **masks)
+@pytest.mark.parametrize("flagged", FLAGGED, ids=" ".join)
+def test_emulated(schedule, flagged, arch):
+    """The compiled kernels in the emulator, with weak memory and programs in random order."""
+    problem = Problem(5, 4, 3, 20, 2, dtype=torch.float16, **flagged)
     plan = (problem.plan(schedule="resident", keep_every=2) if schedule == "resident" else
             problem.shared_plan(schedule, keep_every=2))
     with harness.emulator(arch, seed=1, memory="weak"):
@@ -143,7 +145,7 @@ def test_emulated(schedule, masks, arch):
 
 @pytest.mark.parametrize("dtype, hidden_size", [(torch.bfloat16, 128), (torch.bfloat16, 512), (torch.float32, 256)],
                          ids=str)
-def test_marked_loops_neither_spill_nor_lose_r(dtype, hidden_size):
+def test_flagged_loops_neither_spill_nor_lose_r(dtype, hidden_size):
     plan = make_plan(64, hidden_size, dtype, limits=PORTABLE)
     for name, kernel in compile_plan(plan, dtype, 90, flagged=True).items():
         loop = machine_code.read(kernel).time_loop

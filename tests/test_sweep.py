@@ -1,4 +1,4 @@
-"""The sweep without a GPU: providers with known times on the CPU, the file, what follows from it, the pictures."""
+"""The sweep without a GPU: providers on the CPU with known times, the CSV file, reports from it, and pictures."""
 import dataclasses
 import itertools
 import math
@@ -34,7 +34,7 @@ EFFORT = sweep.Effort(sample_ms=10)
 
 
 class Instrument:
-    """A machine on which every provider takes a time that is known, a little more at each call."""
+    """A stand-in for a GPU, on which every provider takes a known time, which grows a little with each call."""
     device, multiprocessors = "cpu", 132
 
     def __init__(self, times):
@@ -71,14 +71,14 @@ def nn_lstm(problem):
 
 
 class Wrong(torch.nn.LSTM):
-    """An LSTM that is wrong by a tenth."""
+    """An LSTM whose y is wrong by a tenth."""
     def forward(self, x, hx=None):
         y, state = super().forward(x, hx)
         return 1.1 * y, state
 
 
 def run(path, ours=nn_lstm, cases=CASES, gpu=None, **options):
-    """({OURS: ours, CUDNN: torch's} measured into ``path``, the exit code) with 1 and 3 ms."""
+    """Measures our provider, at 1 ms, and torch's, at 3 ms, into ``path``. Returns (rows, exit code)."""
     gpu = gpu or Instrument({OURS: 1., CUDNN: 3.})
     code = sweep.run(path, cases, {OURS: ours, CUDNN: nn_lstm}, gpu, Floors(), HERE, EFFORT, **options)
     return rows.load(path), code
@@ -136,7 +136,7 @@ def test_flop():
     (dict(hidden_size=256, layers=2), "STANDARD"), (dict(hidden_size=256, directions=2), "STANDARD"),
     (dict(hidden_size=64, sequences="ragged"), "STANDARD")])
 def test_cudnn_algorithm(sizes, algorithm):
-    """Against the rules of torch's RNN.cpp, read by hand."""
+    """Compared with the rules of torch's RNN.cpp, applied by hand."""
     case = Case("grid", "forward", "fp16", 64, 10, 128, 256)
     assert dataclasses.replace(case, **sizes).cudnn_algorithm == algorithm
 
@@ -156,7 +156,7 @@ def results_of(case, make):
 @pytest.mark.parametrize("mode", ["forward", "train"])
 def test_providers_compute_the_lstm(name, sequences, layers, mode):
     case = Case("grid", mode, "fp32", 5, 7, 6, 10, layers, 1 if sequences == "resets" else 2, sequences, 0.)
-    with mock.patch.object(torch, "compile", lambda function: function):       # it needs a C++ compiler on the CPU
+    with mock.patch.object(torch, "compile", lambda function: function):       # it needs a C++ compiler
         _, found, exact = results_of(case, providers.PROVIDERS[name])
     assert set(found) == set(exact) and correctness.error(found, exact) < 1e-5
     assert (f"dweight_hh_l{layers - 1}" in found) == (mode == "train")
@@ -179,7 +179,7 @@ def test_the_reference_of_ragged_rows_and_resets_is_a_run_of_each_piece_alone():
 
 
 def test_torchrl_and_flashrnn_are_called_by_their_interface():
-    """Functions of their signatures and shapes, in torch, stand for packages that need a GPU."""
+    """The packages need a GPU. Functions in torch, with their signatures and shapes, stand in for them."""
     def lstm_triton(x, hidden, cell, w_ih, w_hh, b_ih, b_hh, is_init):
         B, T, _ = x.shape
         h, c, outputs = hidden[:, 0], cell[:, 0], []
@@ -234,7 +234,7 @@ def test_ours_computes_lengths_and_resets(name, sequences):
             harness.interpreter():
         run, found, exact = results_of(case, providers.PROVIDERS[name])
     assert getattr(run.layer, "lstm", run.layer).plan.hidden_size == 10 and set(found) == set(exact)
-    assert correctness.error(found, exact) < 1e-2           # the plan is in TF32
+    assert correctness.error(found, exact) < 1e-2           # our plan computes in TF32
 
 
 def test_ours_runs_by_the_schedule_that_its_name_has():
@@ -276,7 +276,7 @@ def test_a_run_measures_checks_and_writes(tmp_path):
         assert row.us_per_step == pytest.approx(250 * row.ms_median)
         assert row.tokens_per_s == pytest.approx(12000 / row.ms_median)
         assert row.gemm_share == pytest.approx(row.case.flop / row.ms_median / 1e9 / 500)
-    # once more after the check, then in turns, every other turn in the opposite order; cuDNN has enough before
+    # One call each as warm-up, then rounds, every other one in the opposite order. cuDNN has enough after five.
     assert gpu.order[:12] == [OURS, CUDNN] + [OURS, CUDNN, CUDNN, OURS] * 2 + [OURS, CUDNN]
     assert gpu.order[12:17] == [OURS] * 5
 
@@ -353,7 +353,7 @@ def test_saved_bytes_are_what_autograd_keeps_beyond_weights_input_and_output():
             return hidden[:1].clone() * x.sigmoid(), None
 
     x = torch.ones(5, 3)
-    # exp's result, 60 bytes; of the product a row of it, a copy, 12; sigmoid's result, saved twice, 60
+    # 60 bytes of exp's result; 12 of the copied row; 60 of sigmoid's result, which is saved twice and counts once
     assert sweep.saved_bytes(Layer(), x) == 132
 
 
@@ -370,7 +370,7 @@ def test_compile_all_compiles_each_kernel_once():
 
     with mock.patch.object(sweep, "compile_apart", compile_apart):
         assert sweep.compile_all(cases, triton_lstm.plan.H200, 90) < 60
-    # 64 inputs stand for all that the loop leaves out
+    # 64 stands for every number of inputs that the time loop does not multiply
     assert [(plan.hidden_size, dtype, options["flagged"], options["inputs"]) for plan, dtype, options in submitted] == [
         (8, torch.float16, False, 8), (16, torch.float16, False, 16), (8, torch.float32, False, 64),
         (16, torch.float32, False, 64), (8, torch.float16, True, 8)]
@@ -413,7 +413,7 @@ def test_clocks(out, clocks):
 # What follows from the rows
 
 def timed_rows(cases, ratio, provider=None, **fields):
-    """Ours at 1 ms, the baseline at ``ratio`` ms."""
+    """Rows in which ours takes 1 ms and the baseline ``ratio`` ms."""
     return [Row(case, name, HERE, "ok", 1e-4, ms * 0.9, ms, ms * 1.1, **{**fields, **(
         dict(peak_bytes=int(1000 * ms)) if case.mode == "train" else {})})
         for case in cases for name, ms in ((OURS, 1.), (provider or BASELINES[case.sequences], ratio))]
@@ -759,7 +759,7 @@ def test_pictures_without_figures_are_left_out(tmp_path):
 
 
 def test_plot_and_compare_need_no_torch(tmp_path):
-    """As commands, in a process that would fail to import torch."""
+    """Runs both commands in a process that cannot import torch."""
     with rows.Writer(tmp_path / "run.csv") as file:
         for row in timed_rows([w.case() for w in workloads.WORKLOADS], 2., floor_us=1.):
             file.write(row)
@@ -802,14 +802,15 @@ def test_step_floor():
     training = dataclasses.replace(case, mode="train")
     assert floors.step_floor(plan, training, (1., 2.), 1000, 700, 132) == pytest.approx(
         2 * tensor / 1000 + 3 + 6 * gemm)
-    # forward by warp groups multiplies 64 rows at all of the tensor cores' rate, backward 32 as before
+    # forward by the wgmma kernel multiplies 64 rows at the full rate of the tensor cores, backward 32 rows with
+    # mma.sync
     groups = make_plan(128, 1024, torch.float16, limits=H200)
     assert groups.kind == "wgmma" and groups.block_b == 64 and groups.tiles == 1 and groups.backward.tiles == 2
     large = Case("grid", "train", "fp16", 128, 10, 1024, 1024)
     units = 4 * 1024 * 64
     assert floors.step_floor(groups, large, (1.5, .5), 1000, math.inf, 132) == pytest.approx(
         (units * groups.block_h / 2048 + units * groups.backward.block_h / 1280) / 1000 + 2)
-    # two layers have two loops; a narrow one is bound by its special functions, a wide one by what it reads again
+    # Two layers have two loops. A narrow layer is bound by special functions, a wide one by reads of R.
     layers = dataclasses.replace(case, layers=2, input_size=128)
     assert floors.step_floor(plan, layers, (1., 9.), 1000, 700, 132) == pytest.approx(
         2 * tensor / 1000 + 2 + 1.25 * gemm)
@@ -820,7 +821,7 @@ def test_step_floor():
     assert wide.streamed_bytes and floors.step_floor(
         wide, Case("grid", "forward", "bf16", 16, 10, 2048, 2048), (0., 0.), 1000, math.inf, 132) == pytest.approx(
         wide.streamed_bytes / 64 / 1000)
-    # of 16 clusters of 16 programs 8 run at once; a tanh.approx is one special function in place of two
+    # 16 clusters of 16 programs run in two waves of 8. A tanh.approx is one special function instead of two.
     clusters = make_plan(256, 512, torch.bfloat16, limits=dataclasses.replace(H200, cluster=16, wgmma=False))
     clusters = dataclasses.replace(clusters, programs=16, block_h=32)
     assert clusters.schedule == "cluster" and clusters.groups == 16
@@ -833,7 +834,7 @@ def test_step_floor():
 
 
 def test_exchanges_end_where_all_have_met():
-    """The compiled microbenchmark in the emulator, programs in random order, weak memory."""
+    """The compiled microbenchmark in the emulator, with programs in random order and weak memory."""
     plan = make_plan(32, 48, torch.bfloat16, schedule="grid", limits=PORTABLE)
     assert (plan.programs, plan.padded_programs, plan.groups) == (3, 4, 2)
     signature = dict(sent_ptr="*bf16", steps="i32") | dict.fromkeys(floors.exchanges.arg_names[2:], "constexpr")
@@ -852,7 +853,7 @@ def test_exchanges_end_where_all_have_met():
 @pytest.mark.skipif(harness.TRITON < (3, 9), reason="clusters need Triton 3.9")
 @pytest.mark.parametrize("dtype, block_h, programs", [(torch.bfloat16, 16, 2), (torch.float32, 32, 4)], ids=str)
 def test_clusters_exchange(dtype, block_h, programs):
-    """As above. Nothing is lost on its way, and to leave out the wait is a race."""
+    """The compiled microbenchmark in the emulator: h arrives unchanged, and without the wait there is a race."""
     h = torch.randn(2, 16, block_h * programs).to(dtype)
     with no_gpu(90):
         compiled = floors.cluster_exchanges.warmup(h, 5, BLOCK_H=block_h, BLOCK_B=16, grid=(1,), num_warps=4,

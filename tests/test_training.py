@@ -1,4 +1,4 @@
-"""What users do with gradients and parameters over ten optimizer steps, beside nn.LSTM doing the same.
+"""What users do with gradients and parameters, over ten optimizer steps, compared with the same on nn.LSTM.
 
 Each recipe trains a small model. The kernels run in the interpreter on the CPU, and on a GPU where there is one.
 """
@@ -18,9 +18,9 @@ import harness
 import triton_lstm
 
 STEPS, T, B, I, H = 10, 3, 3, 4, 6
-# Where fp32 sums are rounded in another order, ten steps of these recipes leave parameters, which are about 0.4, a few
-# 1e-7 apart; a step taken twice, or not at all, is 1e-2. Adam divides by the root of squared gradients and makes much
-# of the rounding of small ones.
+# fp32 sums in another order change parameters, which are about 0.4, by a few 1e-7 over ten steps. A step that is taken
+# twice, or not at all, changes them by 1e-2. Adam divides gradients by their magnitude, so it amplifies rounding of
+# small ones.
 ATOL, ADAM_ATOL = 2e-6, 1e-4
 LAYERS = [dict(), dict(num_layers=2, bidirectional=True), dict(proj_size=3), dict(bias=False, batch_first=True)]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -106,7 +106,7 @@ def scaler(model, device):
 
 
 def by_hand(model, device):
-    """Gradients of autograd.grad, scaled in place."""
+    """A step with gradients of autograd.grad, which are scaled in place."""
     parameters = list(model.parameters())
     for step in range(STEPS):
         gradients = torch.autograd.grad(model(batch(model, step, device)), parameters)
@@ -135,7 +135,8 @@ def with_weight_norm(model, device):
 
 
 def with_spectral_norm(model, device):
-    """So many iterations that the norm is the same however often a layer reads its weights: nn.LSTM does so twice."""
+    """With so many iterations the norm does not depend on how often a layer reads its weights. nn.LSTM reads them
+    twice."""
     torch.manual_seed(3)
     for name in [name for name, _ in model.lstm.named_parameters() if "weight_hh" in name]:
         spectral_norm(model.lstm, name, n_power_iterations=50)
@@ -143,7 +144,7 @@ def with_spectral_norm(model, device):
 
 
 def average(model, device):
-    """What is left is the moving average; the model in training goes on."""
+    """Returns the moving average of the model, which is trained further."""
     optimizer, averaged = sgd(model), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8))
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -155,7 +156,7 @@ def average(model, device):
 
 
 def checkpoint(model, device):
-    """Half of the steps, then a new model and optimizer from what was saved."""
+    """Saves after half of the steps, and goes on with a new model and optimizer that load the checkpoint."""
     optimizer = sgd(model)
     for step in range(STEPS):
         if step == STEPS // 2:
@@ -188,21 +189,21 @@ def hook_that_doubles(model, device):
 RECIPES = [plain, packed, accumulate, retain_graph, clip_norm, clip_norm_one_by_one, clip_value, scaler, by_hand,
            foreach_sgd, foreach_adamw, fused_adamw, with_weight_norm, with_spectral_norm, average, checkpoint,
            hook_that_doubles]
-# Every recipe with the plain layer, some with all.
+# Every recipe is run with the plain layer, and some with all layers.
 CASES = [(recipe, LAYERS[0]) for recipe in RECIPES] + list(itertools.product(
     [accumulate, clip_norm, by_hand], LAYERS[1:]))
 
 
 @pytest.fixture(autouse=True)
 def exact_fp32():
-    """On a GPU neither layer multiplies in TF32."""
+    """Switches TF32 off, so that on a GPU both layers multiply in fp32."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     yield
     torch.backends.cudnn.allow_tf32 = before
 
 
 def kernels(device):
-    """Under this our kernels run on ``device``."""
+    """A context manager under which our kernels run on ``device``."""
     return contextlib.nullcontext() if device == "cuda" else harness.interpreter()
 
 
@@ -219,7 +220,7 @@ def test_parameters_stay_nn_lstms(recipe, options, device):
     recipe(theirs, device)
     with kernels(device):
         recipe(ours, device)
-    # on a GPU, fp32 in three TF32 products has some units of the last place more
+    # on a GPU, fp32 in three TF32 products is off by some more units in the last place
     allowed = (ADAM_ATOL if "adam" in recipe.__name__ else ATOL) * (10 if device == "cuda" else 1)
     trained = theirs.state_dict()
     assert trained.keys() == ours.state_dict().keys()

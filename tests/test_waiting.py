@@ -1,4 +1,4 @@
-"""Waits end: a program that waits too long leaves a record and traps, and the user is told who waited for what."""
+"""A program that waits too long leaves a record and traps, and the user is told who waited for what."""
 import os
 import re
 import subprocess
@@ -16,7 +16,7 @@ from triton_lstm.kernels import waiting
 
 BF16 = torch.bfloat16
 SMALL = Problem(4, 17, 2, 33, D=2, dtype=BF16)
-# The plans, of the problem that it is given, whose programs wait for each other
+# {kernel whose programs wait for each other: function of a problem that makes its plan}
 PLANS = dict(forward_grid=lambda p: p.shared_plan("grid"), backward_grid=lambda p: p.shared_plan("grid"),
              forward_wgmma=lambda p: p.wgmma_plan(block_h=8),
              forward_split=lambda p: p.split_plan(), backward_split=lambda p: p.split_plan())
@@ -25,14 +25,14 @@ STREAMED = dict.fromkeys(("forward_grid", "backward_grid"), lambda p: p.shared_p
 
 @pytest.fixture(autouse=True)
 def records():
-    """Fresh ones for each test, (SLOTS, FIELDS)."""
+    """New records (SLOTS, FIELDS) for each test."""
     fresh = torch.zeros(waiting.SLOTS, waiting.FIELDS, dtype=torch.int32)
     with mock.patch.dict(waiting._records, {torch.device("cpu"): fresh}, clear=True):
         yield fresh
 
 
 def mute(program):
-    """An edit of PTX: what one program (of the first index) sends goes nowhere."""
+    """An edit of PTX after which the program with this first index sends nothing."""
     def edit(ptx):
         body = ptx.index("{", ptx.index(".entry"))
         test = f".reg .pred mute; .reg .b32 me; mov.u32 me, %ctaid.x; setp.eq.u32 mute, me, {program};"
@@ -54,7 +54,7 @@ def test_a_wait_for_a_mute_program_ends_with_a_record(kernel, make_plan, records
     for _, program, group, direction, programs, step, tile, thread in found.tolist():
         assert records[program + programs * (group + loop.groups * direction)].any()
         assert 0 <= program < programs == loop.programs and 0 <= group < loop.groups and 0 <= direction < 2
-        # who is not heard is heard of at the first step that anything is sent for
+        # the others stop at the first step at which they need something from the mute program
         assert step == (SMALL.T - 2 if "backward" in kernel else 1) and 0 <= tile < loop.tiles
         assert 0 <= thread < 32 * loop.num_warps
     text = waiting.wait_report()
@@ -63,23 +63,23 @@ def test_a_wait_for_a_mute_program_ends_with_a_record(kernel, make_plan, records
 
 
 def lose(kernel):
-    """An edit of PTX: one store of those that others wait for is gone, of each program."""
+    """An edit of PTX that removes one of the stores that other programs wait for."""
     def edit(ptx):
         stores = list(re.finditer(r"st\.relaxed[^;]*;", ptx))
-        store = stores[0 if "gluon" in kernel else -1]
+        store = stores[-1 if "grid" in kernel else 0]
         return ptx[:store.start()] + ptx[store.end():]
     return edit
 
 
 @pytest.mark.parametrize("kernel", PLANS)
 def test_a_wait_for_a_lost_store_ends_with_a_record(kernel, records):
-    """What ``test_a_lost_store_is_caught`` and its like have as a deadlock, without the clock."""
+    """Without a clock the emulator reports a deadlock, as in ``test_a_lost_store_is_caught``."""
     plan = PLANS[kernel](SMALL)
     with harness.emulator(edit=lose(kernel), only=[kernel], turn_ns=10 ** 7), pytest.raises(Trap, match="trap, CTA"):
         SMALL.ours(plan=plan)
     found = records[records[:, 0] != 0]
     assert len(found) and {waiting.KERNELS[number] for number in found[:, 0].tolist()} == {kernel}
-    # the first that is sent is missing, so nobody comes further
+    # what is sent in the first step is missing, so no program gets further
     assert set(found[:, 5].tolist()) == {SMALL.T - 2 if "backward" in kernel else 1}
     assert kernel in waiting.wait_report()
 
@@ -92,10 +92,9 @@ def test_waits_that_end_leave_nothing(kernel, records):
 
 
 def test_the_limit_is_seconds_of_the_clock():
-    """With a limit of 0.1 s to wait for a program that sleeps before all else ends in a trap; with the default of 10 s
-    it does not."""
+    """Programs wait 0.4 s for one that sleeps first. With a limit of 0.1 s they trap; with the default of 10 s not."""
     def late(ptx):
-        """Program 0 sleeps for a hundred of its turns, of 4 ms each, while the others have theirs."""
+        """Program 0 sleeps for a hundred of its turns, of 4 ms each, before it does anything else."""
         body = ptx.index("{", ptx.index(".entry"))
         sleep = (".reg .pred early; .reg .b32 me; mov.u32 me, %ctaid.x; setp.ne.u32 early, me, 0; @early bra AWAKE;"
                  " mov.u32 me, 100; SLEEP: nanosleep.u32 1; sub.u32 me, me, 1; setp.ne.u32 early, me, 0;"
@@ -143,7 +142,7 @@ def test_the_environment_sets_the_limit():
 
 
 def test_report(records):
-    # kernel, program, group, direction, programs, step, tile, thread
+    # (kernel, program, group, direction, programs, step, tile, thread)
     rows = [(4, 0, 0, 1, 8, 7, 0, 3), (4, 1, 0, 1, 8, 7, 0, 3), (4, 2, 0, 1, 8, 7, 0, 3), (4, 5, 0, 1, 8, 6, 1, 0),
             (2, 3, 2, 0, 4, -1, 0, 9)]
     records[:5] = torch.tensor(rows)
@@ -158,7 +157,7 @@ forward_split, group 0, direction 1, 8 programs:
 
 
 def test_an_error_says_who_waited(records):
-    """What the next call of the package raises, once CUDA has told of the trap."""
+    """When CUDA reports an error after a trap, the package raises one that explains it."""
     def fails(*args, **kwargs):
         raise RuntimeError("CUDA error: unspecified launch failure")
     with harness.interpreter(), mock.patch.object(harness.interpreted_launch, "launch_kernel", fails):
@@ -174,7 +173,7 @@ def test_an_error_says_who_waited(records):
 
 
 def test_the_end_of_the_process_says_who_waited():
-    """An error may surface where no code of the package runs."""
+    """If CUDA reports the error outside of the package, the package prints the explanation when the process ends."""
     code = """
 import torch
 from triton_lstm.kernels import waiting

@@ -1,4 +1,4 @@
-"""Layers as a wavefront: the results are those of one layer after the other, the order and the waits are right."""
+"""Layers as a wavefront: results are those of one layer after the other, and order and waits are right."""
 import contextlib
 import dataclasses
 from unittest import mock
@@ -21,7 +21,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @contextlib.contextmanager
 def overlapping(steps):
-    """All that can run as a wavefront does, ``steps`` steps at a time; gives the mock that was called if so."""
+    """Inside, all layers that can run as a wavefront do so, in chunks of ``steps`` steps. Yields the mock of
+    run_diagonals, which shows whether they did."""
     with mock.patch.object(wavefront, "why_not", lambda *args: None), \
             mock.patch.object(wavefront, "chunk_steps", lambda T: steps), \
             mock.patch.object(wavefront, "run_diagonals", wraps=order.run_diagonals) as runs:
@@ -30,7 +31,8 @@ def overlapping(steps):
 
 @contextlib.contextmanager
 def one_by_one(steps):
-    """Layer by layer in chunks of ``steps``, as products over other rows may be rounded otherwise."""
+    """Inside, layers run one after the other, in chunks of ``steps``, because products over other numbers of rows may
+    be rounded differently."""
     with mock.patch.object(Plan, "forward_steps", lambda self, T, element: min(steps, T)):
         yield
 
@@ -43,7 +45,7 @@ def make(I, H, layers, dtype=torch.float32, batch=3, keep_every=4, **options):
 
 
 def step(layer, x, hx=None, outputs=(0, 1, 2), frozen=(), needs_x=True):
-    """Outputs and gradients under a seed, which dropout draws from; None for what has no gradient."""
+    """{name: tensor} of outputs and gradients, with a fixed seed for dropout; None for what has no gradient."""
     x = x.detach().requires_grad_(needs_x)
     hx = hx and tuple(s.detach().requires_grad_() for s in hx)
     for name, p in layer.named_parameters():
@@ -73,7 +75,7 @@ def assert_equal(got, want):
 
 
 def both(layer, steps, function):
-    """``function(layer)`` as a wavefront and layer by layer."""
+    """(``function(layer)`` as a wavefront, the same layer by layer)."""
     with harness.interpreter():
         with overlapping(steps) as runs:
             got = function(layer)
@@ -105,7 +107,7 @@ def test_unbatched():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_within_the_budget(dtype):
-    """Against nn.LSTM in float64, with the automatic plan and the chunks that T has by default."""
+    """Compared with nn.LSTM in float64, with the automatic plan and the automatic chunks."""
     torch.manual_seed(1)
     theirs = torch.nn.LSTM(6, 9, 2).to(dtype)
     exact, layer = torch.nn.LSTM(6, 9, 2).double(), triton_lstm.LSTM(6, 9, 2).to(dtype)
@@ -139,7 +141,7 @@ def test_frozen_weights(frozen, given, needs_x):
 
 
 def test_layers_below_all_that_learns_do_not_run():
-    """Backward launches nothing for layers of which no gradient is wanted."""
+    """Backward launches nothing for layers if no gradient of them, or of a layer below, is wanted."""
     with harness.interpreter(), overlapping(3) as runs:
         step(make(6, 9, 3), torch.randn(7, 3, 6), frozen=("l0", "l1"), needs_x=False)
     assert [len(call.args[0]) for call in runs.call_args_list] == [3, 1]
@@ -166,7 +168,7 @@ def test_eval_with_gradients():
 
 
 def test_autocast():
-    """Weights and x are cast once, gradients come back in fp32."""
+    """Weights and x are cast once, and gradients of weights are in fp32."""
     def function(layer):
         with torch.autocast("cpu", torch.bfloat16):
             return step(layer, x)
@@ -179,7 +181,7 @@ def test_autocast():
 
 @pytest.mark.parametrize("penalty", ["y", "h_n"])
 def test_second_derivatives(penalty):
-    """A gradient penalty, with weights that depend on each other and on x, so that no path may count twice."""
+    """A gradient penalty. Weights depend on each other and on x, which shows whether a gradient is counted twice."""
     def function(layer):
         torch.manual_seed(2)
         x = torch.randn(6, 3, 9).requires_grad_()
@@ -199,7 +201,7 @@ def test_second_derivatives(penalty):
 
 
 def test_batched_gradients():
-    """``is_grads_batched`` maps over backward."""
+    """With ``is_grads_batched``, vmap runs over backward."""
     def function(layer):
         y, _ = layer(x)
         dx, dw = torch.autograd.grad(y, (x, layer.weight_hh_l0), dy, is_grads_batched=True)
@@ -211,7 +213,8 @@ def test_batched_gradients():
 
 
 def test_saved_tensors():
-    """No tensor is saved twice: hooks may copy each. Beside inputs, two y, one x behind dropout, its mask, and c."""
+    """No tensor is saved twice, because hooks may copy each. Besides the inputs, both y, y after dropout, the mask of
+    dropout, and c are saved."""
     layer, x, saved = make(6, 9, 2, dropout=0.5, keep_every=2), torch.randn(5, 3, 6), []
     with harness.interpreter(), overlapping(3), torch.autograd.graph.saved_tensors_hooks(
             lambda t: saved.append(t) or t, lambda t: t):
@@ -240,7 +243,7 @@ def test_backward_twice():
 
 
 def test_checkpointed():
-    """Backward computes the layers anew, under the same seed."""
+    """With checkpointing, backward computes the layers again, with the same seed."""
     def function(layer):
         torch.manual_seed(2)
         leaf = x.detach().requires_grad_()
@@ -251,7 +254,7 @@ def test_checkpointed():
 
 
 def test_programs_that_exchange():
-    """A grid plan's programs, interleaved, of two layers."""
+    """Two layers with grid plans, whose programs exchange h and are interleaved."""
     layer, x = make(4, 20, 2, torch.float16), torch.randn(5, 3, 4).half()
     layer.plan = make_plan(3, 20, torch.float16, limits=PORTABLE, schedule="grid", keep_every=3)
     assert layer.plan.programs == 2
@@ -263,8 +266,8 @@ def test_programs_that_exchange():
 
 
 @pytest.mark.parametrize("ctas", [1, 2])
-def test_gluon_chunks_between_kept_states(ctas):
-    """Compiled: c is kept before steps 3 and 6, whether a chunk of forward begins there or not."""
+def test_cluster_chunks_between_kept_states(ctas):
+    """The compiled kernels keep c before steps 3 and 6, although chunks of forward begin at other steps."""
     if TRITON < (3, 9) and ctas > 1:
         pytest.skip("clusters need Triton 3.9")
     layer, x = make(4, 33, 2, torch.float16), torch.randn(7, 3, 4).half()
@@ -277,7 +280,8 @@ def test_gluon_chunks_between_kept_states(ctas):
         with one_by_one(7):
             want = step(layer, x)
     for name in want.keys() - {"drawn"}:
-        assert error(got[name], want[name].double()) < 2e-3, name       # fp16: products of fewer rows, rounded anew
+        # In fp16, products over fewer rows may be rounded differently.
+        assert error(got[name], want[name].double()) < 2e-3, name
 
 
 class Other(torch.Tensor):
@@ -324,7 +328,7 @@ def test_layer_by_layer_under_transforms():
 
 
 def test_errors():
-    """What ``lstm`` refuses."""
+    """Errors are those of ``lstm``."""
     layer, x = make(6, 9, 2), torch.randn(7, 3, 6)
     with harness.interpreter(), overlapping(3):
         with pytest.raises(ValueError, match="the plan is for batch 3"):
@@ -340,7 +344,7 @@ def test_errors():
 
 
 def test_rule():
-    """Two chunks of 64 steps at least, and all programs side by side."""
+    """A wavefront needs at least two chunks of 64 steps, and all programs must run at once."""
     plan = make_plan(16, 256, torch.bfloat16, limits=PORTABLE, schedule="grid")
     layers = 132 // plan.launched
     assert layers > 1 and wavefront.why_not(plan, 128, layers, PORTABLE) is None
@@ -371,7 +375,8 @@ def test_explained():
 
 
 class FakeStreams:
-    """CUDA streams that write down what is done: (stream, other) for a wait, ("run", stream, layer, chunk)."""
+    """Stand-ins for CUDA streams that record in ``done`` what happens: ("wait", stream, other stream), ("before",
+    stream, layer, chunk) and ("run", stream, layer, chunk)."""
 
     def __init__(self, count):
         self.done, self.now = [], "caller"
@@ -404,10 +409,10 @@ class FakeStreams:
 
 @pytest.mark.parametrize("layers, count", [(1, 3), (2, 1), (2, 5), (3, 2), (4, 7)])
 def test_every_chunk_waits_for_its_input(layers, count):
-    """What each action comes after, by the order within streams and by waits: all that it needs."""
+    """Each action comes after all that it needs, by the order within its stream and by waits."""
     fake = FakeStreams(layers)
     fake.run(layers, count)
-    after = {name: set() for name in fake.streams}      # by stream: what its next action comes after
+    after = {name: set() for name in fake.streams}      # {stream: what its next action comes after}
     after["caller"].add("set up")
     for kind, name, *of in fake.done:
         if kind == "wait":
@@ -417,7 +422,7 @@ def test_every_chunk_waits_for_its_input(layers, count):
         assert name == n
         needs = {"set up"} | {("run", n - 1, i) for i in range(k + 1) if n} | {("run", n, i) for i in range(k)}
         assert needs <= after[name], (kind, n, k)
-        # nothing else is waited for: layer n + 1 and later chunks overlap
+        # it comes after no more than that, so layer n + 1 and later chunks overlap with it
         assert not any(i > n or i == n and j > k or i < n and j > k + n - i for _, i, j in after[name] - {"set up"})
         if kind == "run":
             after[name].add(("run", n, k))
@@ -434,7 +439,8 @@ def test_the_caller_waits_after_an_exception():
 
 
 def test_launches_are_diagonal():
-    """Forward from the first layer and step, backward from the last; within a diagonal no launch needs another."""
+    """Forward goes from the first layer and step to the last, backward the other way. No launch needs another one of
+    the same diagonal."""
     launched = []
 
     def launch(kernel, plan, grid, *args, waits, **constants):
@@ -452,7 +458,7 @@ def test_launches_are_diagonal():
 
 @pytest.fixture
 def large():
-    """A layer that runs as a wavefront on a GPU by itself, and its input."""
+    """(a layer that by default runs as a wavefront on a GPU, its input)."""
     torch.manual_seed(1)
     layer = triton_lstm.LSTM(64, 128, 3, dropout=0.3).cuda().bfloat16()
     return layer, torch.randn(600, 16, 64, device="cuda", dtype=torch.bfloat16)
@@ -477,12 +483,13 @@ def test_gpu_equals_layer_by_layer(large):
         want = on_gpu(layer, x)
     for name in want:
         assert torch.equal(got[name], again[name]), name
-        assert error(got[name], want[name].double()) < 0.01, name       # cuBLAS may round products of fewer rows anew
+        # cuBLAS may round products over fewer rows differently.
+        assert error(got[name], want[name].double()) < 0.01, name
 
 
 @pytest.mark.gpu
 def test_gpu_on_another_stream_with_memory_reused(large):
-    """Memory that was freed and filled again while layers run shows a stream that nobody waits for."""
+    """If a stream did not wait for another, memory that is freed and filled again would give wrong results."""
     layer, x = large
     want = on_gpu(layer, x)
     stream = torch.cuda.Stream()

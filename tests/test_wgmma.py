@@ -1,4 +1,4 @@
-"""The Gluon grid kernel, which multiplies by warp groups: its PTX, executed on CPU tensors, and its machine code."""
+"""The wgmma kernel: its PTX, executed on CPU tensors, and its machine code."""
 import dataclasses
 import re
 
@@ -22,7 +22,7 @@ def problem(shape, dtype, **change):
 
 
 def run(problem, seed=0, **layout):
-    """``layout``: of ``Problem.wgmma_plan``."""
+    """``layout`` are arguments of ``Problem.wgmma_plan``."""
     with harness.emulator(90, seed=seed, memory="weak"):
         problem.check(problem.ours(plan=problem.wgmma_plan(**layout)))
 
@@ -35,19 +35,20 @@ def test_small(shape, block_h, dtype):
 
 
 @pytest.mark.parametrize("shape, dtype, layout", [
-    ((2, 70, 3, 100, 1), BF16, dict(block_h=32, warps=8)),              # two groups in a program, four CTAs
+    ((2, 70, 3, 100, 1), BF16, dict(block_h=32, warps=8)),              # two warp groups in each of four programs
     ((2, 140, 3, 100, 1), FP32, dict(block_h=16, warps=8, tiles=2)),
-    ((3, 140, 3, 33, 2), FP16, dict(block_h=16, tiles=2)),              # of which the third has 12 rows, the last none
-    ((2, 3, 2, 160, 1), FP16, dict(block_h=64)),                        # a whole look at h
-    ((2, 17, 2, 200, 1), FP32, dict(block_h=32)),                       # two
-    ((2, 1, 1, 520, 1), BF16, dict(block_h=32)),                        # two and a half
+    ((3, 140, 3, 33, 2), FP16, dict(block_h=16, tiles=2)),              # four tiles: the third has 12 rows
+    ((2, 3, 2, 160, 1), FP16, dict(block_h=64)),                        # one slice of R
+    ((2, 17, 2, 200, 1), FP32, dict(block_h=32)),                       # two slices
+    ((2, 1, 1, 520, 1), BF16, dict(block_h=32)),                        # two slices and one of half the width
 ], ids=str)
 def test_large(shape, dtype, layout):
     run(problem(shape, dtype), **layout)
 
 
 def test_computed_addresses_of_r(tmp_path):
-    """As for the last of more than three looks, which so few units have not."""
+    """A loop computes the addresses of slices of R after the third. Here it starts after the first, because a small R
+    has no more than two slices."""
     first = "FIRST: gl.constexpr = "
     with harness.edited("wgmma_forward", tmp_path, first + "3", first + "1"):
         run(problem((2, 3, 2, 200, 1), FP32), block_h=32)
@@ -61,7 +62,7 @@ def test_lengths_resets_packed(shape, dtype, change):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_weak_memory(seed):
-    """Three to five programs, one or two tiles or warp groups, chunks of two steps."""
+    """With three to five programs, one or two tiles or warp groups, and chunks of two steps."""
     layout = [dict(block_h=8), dict(block_h=16), dict(block_h=16, tiles=2), dict(block_h=16, warps=8)][seed % 4]
     run(problem((5, 3 if seed % 4 < 2 else 66, 2, 33, 1), DTYPES[seed % 3]), seed, **layout)
 
@@ -71,7 +72,7 @@ def test_nans_arrive(dtype):
     run(NotFinite(4, 4, 2, 33, dtype=dtype, tf32=dtype == FP32))
 
 
-BROKEN = Problem(4, 12, 2, 33, dtype=BF16)          # rows in both halves of a warp's
+BROKEN = Problem(4, 12, 2, 33, dtype=BF16)          # has rows in both halves of the 16 of a warp
 
 
 def caught(**options):
@@ -88,7 +89,7 @@ def test_a_broken_wait_is_caught(old, new, tmp_path):
 
 
 def test_a_missing_barrier_is_caught():
-    """The only one, between R's way into shared memory and the time loop."""
+    """The kernel has one barrier, between the stores of R to shared memory and the time loop."""
     def edit(ptx):
         assert len(re.findall(r"bar\.sync", ptx)) == 1
         return ptx.replace("bar.sync", "// bar.sync")
@@ -105,8 +106,8 @@ def test_a_lost_store_is_caught():
 
 
 def check_compiled(plan, dtype, flagged=False):
-    """No barrier and no load from shared memory in the forward time loop, whose products read R there; nothing spills,
-    but for a few registers with marks."""
+    """The forward time loop has no barrier and no load from shared memory, because wgmma reads R there. Nothing spills,
+    except a few registers if there are step flags."""
     kernel = compile_plan(plan, dtype, flagged=flagged)["forward_wgmma"]
     report = read(kernel)
     counts = report.time_loop.counts
@@ -135,7 +136,7 @@ def test_plan():
     assert Plan.decode(plan.encode()) == plan
     assert not plan.multiplies_input(1)
     assert "128 KiB of R in the shared memory" in str(plan) and "backward grid" in str(plan)
-    # R of fp32 at H=1024 fits all multiprocessors' shared memory, though not their registers
+    # R in fp32 at H=1024 fits the shared memory of all multiprocessors, but not their registers
     assert make_plan(16, 1024, FP32, limits=H200).kind == "wgmma"
     assert make_plan(16, 1024, FP32, limits=dataclasses.replace(H200, wgmma=False)).schedule == "streamed"
     assert make_plan(128, 1024, FP32, limits=H200, tf32=False).kind != "wgmma"

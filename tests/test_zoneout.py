@@ -26,7 +26,7 @@ RATES = (0.3, 0.2)
 
 
 def seed_of(n):
-    """The seed that the next call draws after ``torch.manual_seed(n)``, to which it also sets the generator."""
+    """The seed that a call draws after ``torch.manual_seed(n)``. Leaves the generator in this state."""
     torch.manual_seed(n)
     seed = draw_seed("cpu")
     torch.manual_seed(n)
@@ -34,15 +34,15 @@ def seed_of(n):
 
 
 def reference(problem, zoneout, **options):
-    """The equations with zoneout, as a function of the problem's inputs."""
+    """A function that computes the equations with zoneout from the problem's inputs."""
     def function(x, *rest):
         keep = zoneout_shares(zoneout, problem.T, problem.B, problem.D, problem.H, x)
-        return lstm_reference(x, *rest, **problem.masks(), keep=keep, **options)
+        return lstm_reference(x, *rest, **problem.lengths_and_reset(), keep=keep, **options)
     return function
 
 
 def check(problem, path, plan=None, rates=RATES, training=True, **options):
-    """Every result is within the budget of the equations run step by step in the same type, masks included."""
+    """The error of every result is at most BUDGET times that of the equations in the same type, with the same masks."""
     zoneout = (seed_of(3) if training else None, *rates)
     exact = problem.results(reference(problem, zoneout), torch.float64)
     if problem.tf32:
@@ -60,7 +60,7 @@ def check(problem, path, plan=None, rates=RATES, training=True, **options):
 
 
 def test_philox_is_the_published_one():
-    """The known answers of its authors' library: zeros, ones, and the digits of pi, for 7 and for 10 rounds."""
+    """Known answers from the library of its authors, for zeros, ones and the digits of pi, with 7 and 10 rounds."""
     def words(counter, key, rounds):
         seed = key[1] << 32 | key[0]
         seed = torch.tensor([seed - (seed >> 63 << 64)])
@@ -73,7 +73,8 @@ def test_philox_is_the_published_one():
 
 
 def test_rates_and_independence():
-    """Shares of ones, and of equal ones in masks that should not know of each other, within 5 standard deviations."""
+    """The share of ones in a mask, and of ones that independent masks have in common, is right within 5 standard
+    deviations."""
     T, B, D, H = 50, 20, 2, 100
     for rate in (0.1, 0.5):
         h, c = zoneout_shares((seed_of(0), rate, rate), T, B, D, H, torch.zeros(0))
@@ -91,7 +92,8 @@ def test_rates_and_independence():
 @pytest.mark.parametrize("path, schedule", [("interpreter", "resident"), ("interleaved", "grid"), ("sm_80", "resident"),
                                             ("sm_90", "resident"), ("sm_80", "grid"), ("sm_90", "grid")])
 def test_masks_of_kernels_and_torch_are_the_same_bits(path, schedule):
-    """Forward's mask of h is where y repeats; backward's masks are the last two of its coefficients, over 3 chunks."""
+    """In forward, the mask of h shows where y repeats. In backward, masks are the last two coefficients, in 3
+    chunks."""
     problem, found = Problem(7, 18, 3, 33, 2), {}
     T, B, D, H = problem.T, problem.B, problem.D, problem.H
     plan = (problem.plan(schedule=schedule, keep_every=3) if schedule == "resident" else
@@ -129,24 +131,24 @@ def test_resident(shape, dtype, training):
     check(Problem(*shape, dtype=dtype), harness.interpreter(), training=training, keep_every=2)
 
 
-@pytest.mark.parametrize("masks", [dict(), dict(ragged=True), dict(resets=True), dict(ragged=True, resets=True)],
+@pytest.mark.parametrize("flagged", [dict(), dict(ragged=True), dict(resets=True), dict(ragged=True, resets=True)],
                          ids=" ".join)
 @pytest.mark.parametrize("training", [True, False], ids=["drawn", "expected"])
-def test_lengths_and_resets(masks, training):
-    problem = Problem(6, 4, 3, 20, 2, **masks)
+def test_lengths_and_resets(flagged, training):
+    problem = Problem(6, 4, 3, 20, 2, **flagged)
     check(problem, harness.interpreter(), training=training, keep_every=3)
     plan = problem.shared_plan("grid", keep_every=3)
     check(problem, harness.interleaved(2), plan, training=training)
     assert plan.programs == 2
 
 
-@pytest.mark.parametrize("dtype, arch, training, masks", [
+@pytest.mark.parametrize("dtype, arch, training, flagged", [
     (torch.bfloat16, 90, True, dict()), (torch.float16, 80, True, dict(ragged=True, resets=True)),
     (torch.float32, 90, False, dict(ragged=True, resets=True))], ids=str)
 @pytest.mark.parametrize("schedule", ["resident", "grid", "streamed"])
-def test_emulated(schedule, dtype, training, masks, arch):
-    """The compiled kernels, in weak memory, programs in random order."""
-    problem = Problem(5, 4, 3, 20, 2, dtype=dtype, **masks)
+def test_emulated(schedule, dtype, training, flagged, arch):
+    """The compiled kernels in the emulator, with weak memory and programs in random order."""
+    problem = Problem(5, 4, 3, 20, 2, dtype=dtype, **flagged)
     plan = (problem.plan(schedule="resident", keep_every=2) if schedule == "resident" else
             problem.shared_plan(schedule, keep_every=2))
     check(problem, harness.emulator(arch, seed=1, memory="weak"), plan, training=training)
@@ -154,7 +156,7 @@ def test_emulated(schedule, dtype, training, masks, arch):
 
 @pytest.mark.parametrize("schedule", ["resident", "grid"])
 def test_tf32_keeps_what_it_keeps_exactly(schedule):
-    """What products read is rounded; what a unit keeps is not."""
+    """h is rounded to TF32 for products, but not where a unit keeps it."""
     problem = Problem(4, 3, 4, 40, D=2, tf32=True, ragged=True)
     plan = problem.plan(schedule=schedule, keep_every=2) if schedule == "resident" else problem.shared_plan(schedule)
     check(problem, harness.emulator(90), plan)
@@ -174,7 +176,8 @@ def test_several_tiles():
 
 @pytest.mark.parametrize("schedule", ["resident", "grid"])
 def test_rates_of_one_and_zero(schedule):
-    """All of h and c kept: states go through unchanged, and so do gradients; c alone kept: y is a function of c0."""
+    """With rate 1 states and their gradients pass unchanged. With rate 1 for c only, c stays c0. With rate 0 results
+    are those without zoneout."""
     problem = Problem(5, 3, 4, 20, 2)
     plan = problem.plan(schedule="resident") if schedule == "resident" else problem.shared_plan("grid")
     (_, _, _, _, h0, c0), (dy, dh_n, dc_n) = problem.tensors()
@@ -197,8 +200,9 @@ def test_rates_of_one_and_zero(schedule):
 
 
 @pytest.mark.parametrize("reset_at", [None, 2])
-def test_what_is_kept_over_marks(reset_at):
-    """Rate 1: h0 until a reset, then the zero state; y is zero past a row's end, h_n and c_n the state there."""
+def test_what_is_kept_over_step_flags(reset_at):
+    """With rate 1 the state is h0 until a reset, and then zero. After the end of a row y is zero; h_n and c_n are the
+    state at the end."""
     problem, lengths = Problem(5, 2, 3, 7), torch.tensor([5, 3])
     x, w, r, b, h0, c0 = problem.tensors()[0]
     reset = torch.zeros(5, 2, dtype=torch.bool)
@@ -213,8 +217,8 @@ def test_what_is_kept_over_marks(reset_at):
 
 
 def test_eval_is_the_expectation_of_a_step():
-    """One step from one state in 2,000 rows: a unit's mean over rows is eval's result up to 5 of its standard
-    deviations, which are (r (1 - r) / rows)^1/2 times what there is between the states kept and new."""
+    """2,000 rows take one step from the same state. The mean over rows is the result of eval mode, within 5 standard
+    deviations of the mean: (r (1 - r) / rows)^1/2 times the difference between the old and the new state."""
     rows, H = 2000, 9
     x, w, r, b, h0, c0 = Problem(1, 1, 3, H).tensors()[0]
     call = lambda rows, **options: triton_lstm.lstm(x.expand(1, rows, 3), w, r, b, tuple(
@@ -232,8 +236,8 @@ def test_eval_is_the_expectation_of_a_step():
 
 @pytest.mark.parametrize("schedule", ["resident", "grid"])
 def test_chunks_have_the_same_masks(schedule, monkeypatch):
-    """However backward cuts the steps, and forward its pre-activations: gradients are right, and h is kept, to the bit,
-    at the same places. Its own bits may differ, for the CPU's GEMM of other sizes rounds otherwise."""
+    """For any chunks of forward and backward, gradients are right, and h is kept at exactly the same places. Other bits
+    of h may differ, because the CPU's GEMM rounds differently at other sizes."""
     problem = Problem(7, 3, 3, 20, 2, ragged=True)
     results = []
     for keep_every, forward_bytes in ((1, 1 << 28), (3, 1), (64, 1)):
@@ -247,7 +251,8 @@ def test_chunks_have_the_same_masks(schedule, monkeypatch):
 
 
 def test_nothing_of_the_masks_is_kept():
-    """Eight bytes, the seed, beside what is saved anyway; backward's workspace has two coefficients more."""
+    """Besides what is saved without zoneout, the seed is saved, in eight bytes. Backward allocates two more
+    coefficients."""
     T, B, I, H, D = 40, 3, 5, 10, 2
     plan = triton_lstm.make_plan(B, H, torch.float32, D, limits=None, keep_every=8)
     for rates in (0.1, (0.1, 0.), (0., 0.1)):
@@ -265,13 +270,14 @@ def test_nothing_of_the_masks_is_kept():
     Problem(5, 3, 4, 7, 2), Problem(4, 2, 3, 5, 1, bias=False, ragged=True, resets=True),
     Problem(4, 2, 3, 5, 2, torch.bfloat16)], ids=str)
 def test_double_backward(problem, training):
-    """Second derivatives with the masks of the first, within the budget of the equations in the same type."""
+    """Second derivatives have the masks of the first ones, and at most BUDGET times the error of the equations in the
+    same type."""
     function = reference(problem, (seed_of(3) if training else None, *RATES))
     right, theirs = second(problem, function, torch.float64), second(problem, function, problem.dtype)
 
     def ours(x, w, r, b, h0, c0):
         y, (h_n, c_n) = triton_lstm.lstm(x, w, r, b, (h0, c0), keep_every=2, zoneout=RATES, training=training,
-                                         **problem.masks())
+                                         **problem.lengths_and_reset())
         return y, h_n, c_n
     torch.manual_seed(3)
     with harness.interpreter():
@@ -282,7 +288,7 @@ def test_double_backward(problem, training):
 
 
 def layers_by_equations(layer, x, hx, rates, lengths):
-    """A layer's y, h_n and c_n in float64, each layer with the seed that it draws next; x (T, B, I)."""
+    """y, h_n and c_n of an LSTM in float64, from x (T, B, I). Each of its layers draws its own seed."""
     D, (T, B, _), states = 1 + layer.bidirectional, x.shape, []
     for k in range(layer.num_layers):
         weights = [getattr(layer, name).detach().double() for name in layer._flat_weights_names]
@@ -299,7 +305,7 @@ def layers_by_equations(layer, x, hx, rates, lengths):
 @pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
 @pytest.mark.parametrize("options", [dict(), dict(num_layers=2, bidirectional=True, batch_first=True)], ids=str)
 def test_layer(options, kernels, training):
-    """Every layer draws masks of its own; devices without kernels draw the same ones."""
+    """Each layer draws its own masks. Devices without kernels draw the same ones."""
     torch.manual_seed(0)
     layer = triton_lstm.LSTM(4, 7, zoneout=RATES, **options).train(training)
     x, lengths = torch.randn(6, 3, 4), torch.tensor([2, 6, 5])
@@ -336,7 +342,8 @@ def test_packed_sequences_and_single_rows():
 
 
 def test_seeds():
-    """As dropout: one seed repeats one mask, calls go on drawing, eval draws nothing."""
+    """Random numbers are drawn as for dropout: a seed determines the masks, each call draws new ones, and eval draws
+    none."""
     layer, x = triton_lstm.LSTM(4, 9, num_layers=2, zoneout=0.5), torch.randn(5, 3, 4)
     with harness.interpreter():
         torch.manual_seed(1)
@@ -381,7 +388,7 @@ def test_gates_have_the_cells_of_eval():
 
 
 def test_interface():
-    """Names, copies, and layers that were saved before there was zoneout."""
+    """repr, copies, old pickles without zoneout, and errors."""
     layer = triton_lstm.LSTM(4, 5, zoneout=RATES)
     assert repr(layer) == "LSTM(4, 5, zoneout=(0.3, 0.2))" and repr(triton_lstm.LSTM(4, 5)) == "LSTM(4, 5)"
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -417,9 +424,9 @@ def test_conversion():
 
 
 def test_plans_are_portable():
-    """Automatic plans use no Gluon kernel, plans that do are refused, and ``explain`` says so."""
+    """With zoneout automatic plans have portable kernels only, other plans are refused, and ``explain`` says so."""
     with mock.patch.object(triton_lstm.op, "limits_of", lambda device: H200):
-        for H in (32, 128):     # larger ones where there are clusters
+        for H in (32, 128):     # one CTA holds R at these sizes, so no clusters are needed
             assert on_device(16, H, torch.bfloat16, 1, torch.device("cpu"))[0].gluon
             plan, _ = on_device(16, H, torch.bfloat16, 1, torch.device("cpu"), zoneout=True)
             assert plan == triton_lstm.make_plan(16, H, torch.bfloat16, limits=PORTABLE) and not plan.gluon
@@ -446,18 +453,19 @@ def test_plans_are_portable():
                                                        (64, 512, torch.bfloat16), (1024, 512, torch.bfloat16),
                                                        (64, 256, torch.float32)], ids=str)
 def test_loops_neither_spill_nor_lose_r(batch, hidden_size, dtype):
-    """With masks that are drawn; the expectation computes less."""
+    """Tested with masks that are drawn. In eval mode kernels compute less."""
     plan = triton_lstm.make_plan(batch, hidden_size, dtype, limits=PORTABLE)
     for name, kernel in compile_plan(plan, dtype, 90, zoneout="drawn").items():
         loop = machine_code.read(kernel).time_loop
-        # as without zoneout (see test_compiled.py), and six more for its coefficients
+        # test_compiled.py explains why this kernel spills a few registers; the coefficients of zoneout add some
         few = 13 if name == "backward_grid" and plan.programs * plan.block_b * plan.block_h >= 1 << 14 else 0
         assert loop.spills <= few
         assert name == "coefficients" or loop.held == plan.held_bytes
 
 
 def test_compile_full_graph():
-    """The seed is a tensor of the graph; masks are eager mode's, and another length or batch compiles nothing new."""
+    """The seed is a tensor in the graph. Masks are those of eager mode. Another length or batch compiles nothing
+    new."""
     torch.manual_seed(1)
     layer, graphs = triton_lstm.LSTM(6, 9, num_layers=2, bidirectional=True, zoneout=RATES), []
 
@@ -489,7 +497,8 @@ def test_operator_passes_torchs_own_checks(drawn):
 
 
 def test_functional_transforms():
-    """Gradients and Jacobians by torch.func are autograd's; ensembles need vmap's randomness named, as for dropout."""
+    """Gradients and Jacobians by torch.func are those of autograd. vmap needs its argument ``randomness``, as for
+    dropout."""
     x, w, r, b, h0, c0 = Problem(3, 2, 4, 5).tensors()[0]
     call = lambda x, w=w: triton_lstm.lstm(x, w, r, b, (h0, c0), zoneout=0.5)[0]
     with harness.interpreter():
@@ -522,7 +531,7 @@ def test_functional_transforms():
 @pytest.mark.gpu
 @pytest.mark.parametrize("H", [33, 300])
 def test_on_a_gpu(H):
-    """The GPU's masks are the equations'; a CUDA graph draws anew at each replay."""
+    """Masks on a GPU are those of the equations. A CUDA graph draws new ones in each replay."""
     layer, x = triton_lstm.LSTM(4, H, zoneout=RATES).cuda(), torch.randn(6, 5, 4, device="cuda")
     torch.manual_seed(3)
     seed = draw_seed("cuda").cpu()

@@ -129,7 +129,7 @@ def show(path):
     for name, values in (("old", before), ("new", after)):
         with trying(values):
             off = sorted(map(abs, residuals(rows, H200.multiprocessors)))
-        print(f"{name} constants: the predictions differ from the measurements by "
+        print(f"{name} constants: predictions and measurements differ by "
               f"{math.expm1(statistics.median(off)):.1%} in the median, and by at most "
               f"{math.expm1(off[int(0.9 * (len(off) - 1))]):.1%} for nine loops of ten")
     old, new = plans(before), plans(after)

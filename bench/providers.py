@@ -325,6 +325,6 @@ PROVIDERS = {
     "TorchRL": _rival(TorchRL, "torchrl.modules.tensordict_module._rnn_triton", "lstm_triton", ("padded", "resets")),
     "FlashRNN": _rival(FlashRNN, "flashrnn", "flashrnn", ("padded",)),
 }
-# Schedules and the compiled loop are left out: they help to understand a slow result, but are no one's choice.
+# Single schedules and the compiled loop are left out. They only help to understand why the automatic plan is slow.
 COMPARED = tuple(name for name in PROVIDERS if name not in {f"{OURS} {s}" for s in SCHEDULES}
                  | {"compiled loop"})

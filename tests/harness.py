@@ -70,8 +70,7 @@ def _use(sequence):
 
 
 def _reduce(element_by_element):
-    """A faster ``ReduceOps.generic_reduce``: reduces a whole block by adding its halves, instead of one element at a
-    time."""
+    """A faster ``ReduceOps.generic_reduce``: combines halves of a whole block, instead of one element at a time."""
     def reduce(self, inputs):
         if self.axis is not None or self.keep_dims or len(inputs) != 1:
             return element_by_element(self, inputs)

@@ -232,7 +232,7 @@ class Problem:
 
 
 class NotFinite(Problem):
-    """A NaN in x, and in h0, in another row, the NaN that in a slot for h means that nothing has arrived yet."""
+    """x has a NaN. h0 has, in another row, the NaN whose bits mean in a slot for h that nothing has arrived yet."""
 
     def tensors(self):
         inputs, gradients = super().tensors()

@@ -95,7 +95,7 @@ def calls(draw, options=None):
 
 
 def check(call, backward):
-    """The error of each result is at most BUDGET times that of nn.LSTM or, if larger, of four roundings of values near
+    """The error of each result is at most BUDGET times the larger of nn.LSTM's error and four roundings of values near
     1.
 
     Errors are absolute, unlike in ``Problem.check``. Tensors have few elements, and some are sums that cancel or are

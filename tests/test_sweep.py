@@ -106,7 +106,7 @@ def test_sweeps_have_each_case_once_and_every_workload():
     assert {w.case(dtype) for w in workloads.WORKLOADS for dtype in workloads.DTYPES} <= set(record) <= set(full)
     grid = {(c.hidden_size, c.batch, c.steps) for c in full if c.workload == "grid" and c.mode == "train"}
     assert grid == set(itertools.product(workloads.HIDDEN_SIZES, workloads.BATCHES, workloads.STEPS))
-    # each target has something to be measured by
+    # each target has cases that it is measured by
     measured = [Row(c, name, HERE, "ok", ms_median=1., peak_bytes=1) for c in record
                 for name in (OURS, BASELINES[c.sequences])]
     assert all(target.values for target in targets.targets(measured))

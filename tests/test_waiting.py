@@ -92,7 +92,8 @@ def test_waits_that_end_leave_nothing(kernel, records):
 
 
 def test_the_limit_is_seconds_of_the_clock():
-    """Programs wait 0.4 s for one that sleeps first. With a limit of 0.1 s they trap; with the default of 10 s not."""
+    """Programs wait 0.4 s for one that sleeps first. They trap with a limit of 0.1 s, but not with the default of 10
+    s."""
     def late(ptx):
         """Program 0 sleeps for a hundred of its turns, of 4 ms each, before it does anything else."""
         body = ptx.index("{", ptx.index(".entry"))

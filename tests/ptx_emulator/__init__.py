@@ -31,12 +31,12 @@ The model, where it matters:
 * cp.async writes its destination when it is waited for, and poison before that; st.async completes later, at random;
   wgmma reads its operands when it is issued.
 * tanh.approx.f32 is rounded to 11 significant bits, its documented error; the other approximate functions are exact.
-* A loop that polls with plain loads never lets another CTA in and hangs; `every` of `run` switches CTAs all the same.
-* Atomics on shared memory take no part in the race check; proxy fences and wgmma.wait_group have no effect, so that a
-  missing one is not noticed.
-* Time stands still while a CTA runs: `turn_ns` of `run` pass when the scheduler takes another.
-* Not modelled: .ftz, what anything takes, occupancy (but see `resident` of `run`), bulk copies (TMA), types narrower
-  than a byte.
+* A loop that polls with plain loads never lets another CTA run, so it hangs, unless `every` of `run` is set.
+* The race check ignores atomics on shared memory.  Proxy fences and wgmma.wait_group have no effect, so a missing one
+  is not noticed.
+* Time stands still while a CTA runs; it advances by `turn_ns` of `run` when the scheduler switches to another CTA.
+* Not modelled: .ftz, the duration of instructions, occupancy (except by `resident` of `run`), bulk copies (TMA), types
+  narrower than a byte.
 """
 
 from .errors import Deadlock, EmulatorError, Misaligned, OutOfBounds, SharedRace, Trap, Unsupported

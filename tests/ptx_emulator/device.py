@@ -11,7 +11,7 @@ from .stats import Stats
 
 
 class Device:
-    """Runs the CTAs of one launch.  `progress` counts whatever another thread could be waiting for, `ns` the time."""
+    """Runs the CTAs of one launch.  `progress` counts events that another thread may wait for; `ns` is the time."""
 
     def __init__(self, prog, grid, memory, params, shared_bytes, cluster, seed, checks, every, resident, patience,
                  turn_ns):

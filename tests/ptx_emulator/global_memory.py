@@ -20,7 +20,7 @@ WIDTHS = (1, 2, 4, 8)
 
 
 def zeros(n):
-    """n bytes of which only the pages that are touched cost anything; numpy's own zeros come in pages of 2 MiB."""
+    """n zero bytes.  Only pages that are accessed take memory; these are small, unlike the 2 MiB pages of np.zeros."""
     return np.frombuffer(mmap.mmap(-1, n), np.uint8)
 
 

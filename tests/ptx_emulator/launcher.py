@@ -25,11 +25,11 @@ def run(ptx, grid, threads=None, params=(), shared_bytes=0, cluster=None, seed=0
     names       of the parameters, for messages
     shared_bytes    dynamic shared memory
     cluster     CTAs per cluster, by default what the kernel requires
-    memory      "sc" or "weak", see the package's text
-    checks      look for races in shared memory
-    every       switch to another CTA also each so many instructions
-    resident    at most so many CTAs are started before others have finished
-    patience    turns per CTA without progress anywhere that count as a deadlock
+    memory      "sc" or "weak", see the docstring of the package
+    checks      whether to look for races in shared memory
+    every       if set, also switch to another CTA after this number of instructions
+    resident    the largest number of CTAs that run at once
+    patience    number of turns per CTA without any progress that count as a deadlock
     turn_ns     by how much each turn of a CTA advances %globaltimer
     entry       name of the kernel, by default the first"""
     if memory not in ("sc", "weak"):

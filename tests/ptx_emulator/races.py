@@ -26,7 +26,7 @@ class Races:
         self.reader_warp = np.zeros(n, np.int32)  # its warp, or SEVERAL
         self.far_read_time = np.full(n, -1, np.int64)  # last read by another CTA ...
         self.far_read_phase = np.full(n, -1, np.int64)  # ... and how often that CTA had arrived at the cluster barrier
-        self.unnoted = []  # reads by a CTA that is no cluster's: mostly a barrier comes before any write to their words
+        self.unnoted = []  # reads by a CTA outside any cluster: usually a barrier comes before a write to their words
 
     def words(self, offsets, nbytes):
         k = offsets // self.word_bytes
@@ -36,7 +36,7 @@ class Races:
 
     @staticmethod
     def settled(cta):
-        """Of a CTA that is no cluster's, whatever came before this time is ordered before what it does now."""
+        """For a CTA outside any cluster: all accesses before this time are ordered before what it does now."""
         return cta.cluster.cta_barrier_time[cta.rank] if len(cta.cluster.ctas) == 1 else 0
 
     def read(self, cta, offsets, nbytes, threads):
@@ -76,7 +76,7 @@ class Races:
         warp = tt >> 5
         self.reader[k] = np.where(fresh | (reader == tt), tt, SEVERAL)
         self.reader_warp[k] = np.where(fresh | (reader_warp == warp), warp, SEVERAL)
-        # of several threads that read one word in this access, the assignment has kept only the last
+        # if several threads read one word in this access, the assignment keeps only the last of them
         lost = self.reader[k] != tt
         lost &= self.reader[k] != SEVERAL
         if lost.any():

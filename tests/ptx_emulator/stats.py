@@ -1,4 +1,4 @@
-"""Counts of one launch."""
+"""Counts of what one launch does."""
 
 from collections import Counter
 

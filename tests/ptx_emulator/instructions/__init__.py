@@ -2,7 +2,7 @@
 
 A builder makes the closure fn(cta, mask) of one parsed instruction.  Its arguments are always the same: the program,
 the instruction, its opcode split at the dots (`ld.global.v4.b32` gives ["ld", "global", "v4", "b32"], and :: is
-written :), its operands, and the last part of the opcode, which mostly is the type.  To add an instruction, write a
+written :), its operands, and the last part of the opcode, which is usually the type.  To add an instruction, write a
 builder and decorate it with `builds`.
 """
 

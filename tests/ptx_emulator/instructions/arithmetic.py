@@ -21,7 +21,7 @@ def round_to_11_bits(x):
 
 
 def divide_integers(a, b, remainder):
-    """Towards zero; by zero as GPUs do, all ones, and the dividend as remainder."""
+    """Quotient (rounded towards zero) or remainder.  Division by zero gives all ones and the dividend, as on GPUs."""
     zero = b == 0
     b = np.where(zero, np.ones_like(b), b)
     if a.dtype.kind == "u":

@@ -52,7 +52,7 @@ def build_arrive_after_copies(prog, parts, args):
 
 
 def build_copy(prog, args):
-    """cp.async of 4, 8 or 16 bytes, of which the optional last operand says how many to read; the rest is zero."""
+    """cp.async of 4, 8 or 16 bytes.  The optional last operand says how many of them to read; the rest is zero."""
     dst, src, size = address(prog, args[0]), address(prog, args[1]), args[2].value
     source_size = reader(prog, args[3], "u32") if len(args) > 3 else None
     unit = min(size, 8)
@@ -73,7 +73,7 @@ def build_copy(prog, args):
         if active.any():
             start = memory.index(cta, None if active.all() else active, src(cta), size, "cp.async load")
             start = np.where(active, start, 0)
-        # what is read before the copy has been waited for must not look right
+        # poison: a read before the wait for the copy must not give the right value
         shared_memory.store(cta, mask, to, unit, [np.full(cta.n, 2**(8 * unit) - 1, uint)] * count)
         cta.device.stats.global_load += int(active.sum()) * size
 

@@ -34,7 +34,7 @@ def build_trap(prog, ins, parts, args, ty):
 
 @builds("call")
 def build_call(prog, ins, parts, args, ty):
-    """Triton calls nothing but printf, which is ignored, and the failure of an assertion."""
+    """Triton calls only two functions: printf, which is ignored, and the failure of an assertion."""
     if "__assertfail" in ins.text:
         def fail(cta, mask):
             raise Trap(f"device assertion, {cta.where()}")

@@ -80,7 +80,7 @@ def build_st(prog, ins, parts, args, ty):
     if "async" in parts:
         return build_st_async(prog, ins, parts, args, ty)
     space = space_of(parts)
-    if space == "param":  # of a device function call, of which only those to printf and assert are known
+    if space == "param":  # a parameter of a call; only calls of printf and assert are known
         return lambda cta, mask: None
     width, count = access_type(ty, vector_length(parts))
     addr, values = address(prog, args[0]), sources(prog, args[1], ty)

@@ -135,7 +135,7 @@ def build_mma(prog, ins, parts, args, ty):
 
 
 def wgmma_addresses(cta, descriptor, rows, k, size, mn_major):
-    """Shared byte of each of the (rows, k) elements, `size` bytes wide, that a wgmma matrix descriptor describes."""
+    """Shared-memory addresses of the (rows, k) elements, `size` bytes each, of a wgmma matrix descriptor."""
     d = int(descriptor)
     start, leading, stride = ((d >> at & 0x3FFF) << 4 for at in (0, 16, 32))
     swizzle = d >> 62 & 3

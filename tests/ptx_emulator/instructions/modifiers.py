@@ -1,4 +1,4 @@
-"""What the opcodes of memory instructions say: space, strength, vector length; and their data operands."""
+"""Opcodes of memory instructions (space, strength, vector length) and their data operands."""
 
 import numpy as np
 

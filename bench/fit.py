@@ -16,7 +16,8 @@ from .workloads import WORKLOADS
 
 # What is fitted: (name of a constant, key or None). A constant that is a dict has a key.
 CONSTANTS = [("RESIDENT_STEP", None), ("TILE_STEP", None), ("TILE_WORK", None), ("CLUSTER_EXCHANGE", None),
-             ("L2_EXCHANGE", None), ("L2_BYTES", None),
+             ("L2_EXCHANGE", None), ("L2_BYTES", None), ("STREAMED_STEP", None),
+             *(("STREAMED_PASS", loop) for loop in ("forward", "backward")),
              *((name, key) for name in ("GLUON_STEP", "SPLIT_STEP", "SPLIT_PRODUCTS", "WARP_GROUP_STEP",
                                         "WARP_GROUP_UNIT", "WARP_GROUP_LOOK") for key in ("native", "tf32")),
              *(("LOOP_SHARE", key) for key in model.LOOP_SHARE)]

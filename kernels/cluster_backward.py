@@ -11,6 +11,7 @@ from .layouts import (
     coalesced_layout,
     in_registers,
     load,
+    load_r,
     load_there,
     shared_layout,
     shares_layout,
@@ -57,7 +58,7 @@ def load_r_rows(r_ptr, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.
     k = start + gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
     target = gl.arange(0, UNITS, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     unit = cta * BLOCK_H + k // 4
-    r = gl.load(r_ptr + (k % 4 * H + unit) * H + target, mask=(unit < H) & (target < H), other=0.)
+    r = load_r(r_ptr + (k % 4 * H + unit) * H + target, (unit < H) & (target < H))
     return r.reshape(CTAS, WIDTH, UNITS // OWN, OWN // 2, 2).permute(0, 1, 3, 2, 4).reshape(CTAS, WIDTH, UNITS)
 
 

@@ -13,6 +13,7 @@ from .layouts import (
     in_registers,
     join_gates,
     load,
+    load_r,
     load_there,
     shared_layout,
     split_gates,
@@ -42,7 +43,7 @@ def load_r_columns(r_ptr, start, WIDTH: gl.constexpr, K: gl.constexpr, H: gl.con
     k = start + gl.arange(0, WIDTH, gl.SliceLayout(1, layout))[:, None]
     gate = n // (2 * BLOCK_H) % 2 * 2 + n % 2
     unit = n // (4 * BLOCK_H) * BLOCK_H + n // 2 % THREADS * OWN + n // (2 * THREADS) % OWN
-    return gl.load(r_ptr + (gate * H + unit) * K + k, mask=(unit < H) & (k < K), other=0.)
+    return load_r(r_ptr + (gate * H + unit) * K + k, (unit < H) & (k < K))
 
 
 @gluon.jit
@@ -72,7 +73,7 @@ def forward_cluster(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first,
                     flags_ptr=None, offsets_ptr=None, INPUTS: gl.constexpr = 0, w_ptr=None, b_ptr=None):
     """As ``portable_forward.forward_resident``, but the CTAs of a cluster together have all of R.
 
-    w   (D, 4H, INPUTS), rounded as R, only with INPUTS; x is then the layer's input, (T, B, INPUTS) or packed
+    w   (D, 4H, INPUTS), only with INPUTS; x is then the layer's input, (T, B, INPUTS) or packed
         (rows, INPUTS): where there are few features, reading them is less than reading pre-activations
     b   (D, 4H) or None, only with INPUTS
 

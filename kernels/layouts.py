@@ -18,6 +18,8 @@ a product moves between threads.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from .precision import round_tf32
+
 
 @gluon.constexpr_function
 def powers(n):
@@ -80,6 +82,16 @@ def buffers(ctas, flagged):
     (bench/NOTES.md), and in a cluster the exchange sets the order.
     """
     return 2 if ctas == 1 and not flagged else 1
+
+
+@gluon.jit
+def load_r(ptr, mask):
+    """Elements of R as products read them, in fp32 rounded to TF32; 0 outside of ``mask``."""
+    r = gl.load(ptr, mask=mask, other=0.)
+    if r.dtype == gl.float32:
+        return round_tf32(r, False)
+    else:
+        return r
 
 
 @gluon.jit

@@ -133,7 +133,7 @@ def backward_resident(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, first, s
     """Steps ``first + S`` back to ``first``. Each program has all of R and BLOCK_B batch rows.
 
     coef      (D, S, B, COUNT H) fp32 of ``coefficients``: 6, or 8 with zoneout; packed (rows, COUNT H)
-    r         (D, 4H, H), see ``precision.prepare_r``
+    r         (D, 4H, H)
     da        (D, S, B, 4H), written; packed (rows, 4H)
     dh, dc    (D, B, H) fp32: gradients after the last of these steps when the kernel begins, before the first when it
               ends
@@ -161,8 +161,7 @@ def backward_resident(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, first, s
             gates = ()
             for gate in tl.static_range(4):
                 gates += (load_operand(r_ptr, (gate * H + unit[:, None]) * H + target[None, :],
-                                 (unit[:, None] < H) & (target[None, :] < H), DIRECTIONS * 4 * H * H,
-                                 PRECISION, INTERPRET),)
+                                 (unit[:, None] < H) & (target[None, :] < H), False, PRECISION, INTERPRET),)
             row_of_r += (gates,)
         r += (row_of_r,)
     s = S - 1
@@ -216,14 +215,14 @@ def backward_resident(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, first, s
 
 
 @triton.jit
-def load_r_rows(r_ptr, unit, start, WIDTH: tl.constexpr, H: tl.constexpr, DIRECTIONS: tl.constexpr,
-              PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+def load_r_rows(r_ptr, unit, start, WIDTH: tl.constexpr, H: tl.constexpr, ROUNDED: tl.constexpr,
+                PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """The rows of R of some hidden units, each gate a tensor, for WIDTH units of the earlier h."""
     target = start + tl.arange(0, WIDTH)[None, :]
     gates = ()
     for gate in tl.static_range(4):
         gates += (load_operand(r_ptr, (gate * H + unit[:, None]) * H + target, (unit[:, None] < H) & (target < H),
-                         DIRECTIONS * 4 * H * H, PRECISION, INTERPRET),)
+                               ROUNDED, PRECISION, INTERPRET),)
     return gates
 
 
@@ -271,7 +270,7 @@ def backward_grid(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, T, S, B, f
     unit = p * BLOCK_H + tl.arange(0, BLOCK_H)
     r = ()
     for j in tl.static_range(len(R_SLICES)):
-        r += (load_r_rows(r_ptr, unit, R_SLICES[j][0], R_SLICES[j][1], H, DIRECTIONS, PRECISION, INTERPRET),)
+        r += (load_r_rows(r_ptr, unit, R_SLICES[j][0], R_SLICES[j][1], H, HELD < H, PRECISION, INTERPRET),)
     s, m = S - 1, 0
     while s >= 0:
         row = (group * tiles + m) * BLOCK_B + rows
@@ -324,7 +323,7 @@ def backward_grid(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, T, S, B, f
                               PRECISION, INTERPRET)
         if HELD < H:
             for start in range(HELD, H, BLOCK_K):
-                rows_of_r = load_r_rows(r_ptr, unit, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET)
+                rows_of_r = load_r_rows(r_ptr, unit, start, BLOCK_K, H, True, PRECISION, INTERPRET)
                 multiply_and_send(slot, da, rows_of_r, p, flag, start, BLOCK_K, PROGRAMS, BLOCK_B, BLOCK_H, PRECISION,
                                   INTERPRET)
         last = m == tiles - 1

@@ -28,7 +28,7 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first
     """Steps ``first`` to ``first + S`` of a layer. Each program has all of R and BLOCK_B batch rows.
 
     x         (D, S, B, 4H) pre-activations of the input; packed (rows, 4H), see ``chunk_shift``
-    r         (D, 4H, H), see ``precision.prepare_r``
+    r         (D, 4H, H)
     h         (B, D H) before the first step
     c         (D, B, H) fp32, before the first step when the kernel begins and after the last when it ends
     y         (T, B, D H); packed (rows, D H)
@@ -75,8 +75,7 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first
             gates = ()
             for gate in tl.static_range(4):
                 gates += (load_operand(r_ptr, (gate * H + unit[None, :]) * H + source[:, None],
-                                 (unit[None, :] < H) & (source[:, None] < H), DIRECTIONS * 4 * H * H,
-                                 PRECISION, INTERPRET),)
+                                 (unit[None, :] < H) & (source[:, None] < H), False, PRECISION, INTERPRET),)
             row_of_r += (gates,)
         r += (row_of_r,)
     s = 0
@@ -139,11 +138,11 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first
 
 
 @triton.jit
-def load_r_columns(r_ptr, at_r, n_unit, start, WIDTH: tl.constexpr, H: tl.constexpr, DIRECTIONS: tl.constexpr,
-                 PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+def load_r_columns(r_ptr, at_r, n_unit, start, WIDTH: tl.constexpr, H: tl.constexpr, ROUNDED: tl.constexpr,
+                   PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
     """A slice of R, (WIDTH units that feed, columns). ``at_r``: where the row of R of each column begins."""
     source = start + tl.arange(0, WIDTH)[:, None]
-    return load_operand(r_ptr, at_r + source, (n_unit < H) & (source < H), DIRECTIONS * 4 * H * H, PRECISION, INTERPRET)
+    return load_operand(r_ptr, at_r + source, (n_unit < H) & (source < H), ROUNDED, PRECISION, INTERPRET)
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles", "rate_h", "rate_c", "limit"])
@@ -163,7 +162,7 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B,
     grid (programs, groups, D). A group takes ``tiles`` batch tiles through each step: while h of one tile is on its
     way, the others are computed. c stays in memory, so that a program needs registers for one tile only. R_SLICES cut
     the first HELD units that feed, whose part of R stays on chip; R of the others is read each step, BLOCK_K units at a
-    time.
+    time, and for TF32 r is rounded then.
     """
     p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
@@ -185,7 +184,7 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B,
         seed = tl.load(seed_ptr)
     r = ()
     for k in tl.static_range(len(R_SLICES)):
-        r += (load_r_columns(r_ptr, at_r, n_unit, R_SLICES[k][0], R_SLICES[k][1], H, DIRECTIONS, PRECISION, INTERPRET),)
+        r += (load_r_columns(r_ptr, at_r, n_unit, R_SLICES[k][0], R_SLICES[k][1], H, HELD < H, PRECISION, INTERPRET),)
     row = group * tiles * BLOCK_B + rows
     time = tl.where(d == 0, first, T - 1 - first)
     base, count = rows_at(offsets_ptr, time, B)
@@ -231,7 +230,7 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B,
             for start in range(HELD, H, BLOCK_K):
                 h_part = tl.load(tile + rows * UNITS + start + tl.arange(0, BLOCK_K)[None, :], cache_modifier=".cg")
                 a = product(received_operand(h_part, PRECISION, INTERPRET),
-                            load_r_columns(r_ptr, at_r, n_unit, start, BLOCK_K, H, DIRECTIONS, PRECISION, INTERPRET), a,
+                            load_r_columns(r_ptr, at_r, n_unit, start, BLOCK_K, H, True, PRECISION, INTERPRET), a,
                             PRECISION)
         low, high = a.reshape(BLOCK_B, 2, BLOCK_H, 2).permute(0, 2, 3, 1).split()
         i, f = low.split()

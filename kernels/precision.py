@@ -42,7 +42,7 @@ def round_tf32(v, INTERPRET: tl.constexpr):
 
 @triton.jit
 def operand(v, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """``v`` as the first operand of ``product``: a tuple of one tensor, or of two for tf32x3.
+    """``v`` as an operand of ``product``: a tuple of one tensor, or of two for tf32x3.
 
     Triton's interpreter multiplies the raw bits of bf16, so there the same values are passed as fp32.
     """
@@ -60,7 +60,7 @@ def operand(v, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def received_operand(h, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """``operand`` of h that another program has sent, which has rounded it to TF32 already."""
+    """``operand`` of what is rounded to TF32 already, such as h that another program has sent."""
     if PRECISION == "tf32":
         return (h,)
     else:
@@ -68,16 +68,13 @@ def received_operand(h, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def load_operand(r_ptr, at, mask, plane, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
-    """A block of R, as ``prepare_r`` has it, as the second operand of ``product``. plane: elements between the two
-    planes of tf32x3."""
-    high = tl.load(r_ptr + at, mask=mask, other=0.)
-    if PRECISION == "tf32x3":
-        return (high, tl.load(r_ptr + plane + at, mask=mask, other=0.))
-    elif INTERPRET:
-        return (high.to(tl.float32),)
+def load_operand(r_ptr, at, mask, ROUNDED: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """A block of R as the second operand of ``product``. ROUNDED: R is rounded to TF32 already."""
+    r = tl.load(r_ptr + at, mask=mask, other=0.)
+    if ROUNDED:
+        return received_operand(r, PRECISION, INTERPRET)
     else:
-        return (high,)
+        return operand(r, PRECISION, INTERPRET)
 
 
 @triton.jit
@@ -95,19 +92,6 @@ def rounded_to_tf32(v):
     """``round_tf32`` of a tensor."""
     bits = (v.view(torch.int32) + 0x1000) & -0x2000
     return torch.where(v == v, bits.view(torch.float32), v)
-
-
-def prepare_r(r, precision):
-    """R (D, 4H, H) as the kernels read it: rounded to TF32, or for tf32x3 two such planes whose sum it is,
-    (2, D, 4H, H). Done once a call, and not in every program of every launch."""
-    r = r.contiguous()
-    if precision == "native":
-        return r
-    high = rounded_to_tf32(r)
-    if precision == "tf32":
-        return high
-    low = torch.where(r.isfinite(), r - high, torch.zeros_like(r))
-    return torch.stack((high, rounded_to_tf32(low)))
 
 
 # Held while products are queued, by every thread that cares how they are computed. It is the process's switch: a thread

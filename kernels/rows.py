@@ -78,21 +78,26 @@ def step_flags(T, B, D, lengths, reset, device):
     from a zero state at such a time. The reverse direction does so at the time before, which is the last of the piece
     that ends there.
     """
-    time = torch.arange(T, device=device)[:, None]
-    live = torch.ones(T, B, dtype=torch.bool, device=device) if lengths is None else time < lengths
-    fresh = torch.zeros_like(live) if reset is None else reset
-    found = []
-    for d in range(D):
-        begins = fresh if d == 0 else torch.cat([fresh[1:] & live[1:], torch.zeros_like(fresh[:1])])
-        step = lambda t, d=d: t.flip(0) if d else t
-        now, begins = step(live), step(begins & live)
-        no = torch.zeros_like(now[:1])
-        later = lambda t, no=no: torch.cat([no, t[:-1]])
-        earlier = lambda t, no=no: torch.cat([t[1:], no])
-        bits = ((LIVE, now), (FRESH, begins), (START, now & later(~now)), (END, now & earlier(~now)),
-                (BEFORE, ~now & earlier(now)), (CUT, earlier(begins)))
-        found.append(step(sum(bit.value * where.to(torch.uint8) for bit, where in bits)))
-    return torch.stack(found)
+    if lengths is None:
+        flags = torch.full((D, T, B), LIVE.value, dtype=torch.uint8, device=device)
+    else:
+        # By the distance from the end: live, the last live time, the first that is not, all others. A row that is live
+        # at all times or at none has neither of the two in the middle.
+        table = torch.tensor([[LIVE.value, LIVE.value | END.value, 0, 0],
+                              [LIVE.value, LIVE.value | START.value, BEFORE.value, 0]][:D], dtype=torch.uint8)
+        ends = lengths.masked_fill(lengths >= T, T + 2).masked_fill_(lengths < 1, -2)
+        place = torch.arange(T, device=device)[:, None] - ends
+        flags = table.to(device, non_blocking=True)[:, place.clamp_(-2, 1).add_(2)]
+    if reset is not None:
+        fresh = reset.to(torch.uint8)
+        if lengths is not None:
+            fresh *= flags[0] & LIVE.value
+        begins = [fresh] if D == 1 else [fresh, torch.cat([fresh[1:], torch.zeros_like(fresh[:1])])]
+        for d, of_direction in enumerate(begins):
+            flags[d].add_(of_direction, alpha=FRESH.value)
+            before, after = (flags[0, :-1], of_direction[1:]) if d == 0 else (flags[1, 1:], of_direction[:-1])
+            before.add_(after, alpha=CUT.value)
+    return flags
 
 
 def lengths_and_reset(flags):

@@ -4,7 +4,7 @@ import triton
 
 from . import exchange, launch, waiting
 from .cell import zoneout_arguments
-from .precision import INTERPRET, prepare_r, products_in
+from .precision import INTERPRET, products_in, rounded_to_tf32
 from .rows import FRESH, LIVE, START, Rows, has, times_of
 
 
@@ -55,12 +55,12 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
         yield y
         return y, h0.clone(), c0.clone(), kept
     loop, more = launch.LOOPS[plan.kind, "forward"], zoneout_arguments(zoneout)
-    r = prepare_r(r, plan.precision)
+    r = _as_read(r, plan)
     h = h0.transpose(0, 1).reshape(B, D * H).contiguous()      # of H = 1, reshape alone makes a transposed view
     keep_every = plan.keep_every if save else T
     if plan.multiplies_input(x.shape[-1]):
         steps, buffer = steps or T, x.contiguous()
-        more = dict(INPUTS=x.shape[-1], w_ptr=prepare_r(w, plan.precision), b_ptr=None if b is None else b.contiguous())
+        more = dict(INPUTS=x.shape[-1], w_ptr=w.contiguous(), b_ptr=None if b is None else b.contiguous())
     else:
         steps = steps or plan.forward_steps(T, x.element_size())
         buffer = x.new_empty(rows.most(D, min(steps, T)), 4 * H)
@@ -70,22 +70,24 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
             more["h0_ptr"] = h0.contiguous()
         if not INTERPRET:
             more.update(waiting.arguments(x.device))
+    grid, tiles = launch.grid_of(plan), (plan.tiles,) if plan.exchanges else ()
+    constants = {**loop.constants(plan), **more}
     yield y
     for first in range(0, T, steps):
         S = min(steps, T - first)
-        spans = [times_of(d, first, S, T) for d in range(D)]
-        with products_in(plan.precision):
-            for d, a in enumerate([] if "INPUTS" in more else rows.split(buffer, spans)):
-                _input_product(rows.of(x, *spans[d]), w, b, d, a)
+        if "INPUTS" not in more:
+            spans = [times_of(d, first, S, T) for d in range(D)]
+            with products_in(plan.precision):
+                for d, a in enumerate(rows.split(buffer, spans)):
+                    _input_product(rows.of(x, *spans[d]), w, b, d, a)
         if first:
             h = _state(y, h0, flags, rows, first)
         sent = ()
         if plan.exchanges:
             exchange.fill_from(h.view(B, D, H).transpose(0, 1), slots[:S], flags, first, T, plan)
             sent = slots,
-        run(loop.kernel, plan, launch.grid_of(plan), buffer, r, h, c, y, kept, *sent, T, S, B, first,
-            keep_every, *([plan.tiles] if plan.exchanges else []), waits=plan.exchanges, flags_ptr=flags,
-            offsets_ptr=rows.offsets, **loop.constants(plan), **more)
+        run(loop.kernel, plan, grid, buffer, r, h, c, y, kept, *sent, T, S, B, first, keep_every, *tiles,
+            waits=plan.exchanges, flags_ptr=flags, offsets_ptr=rows.offsets, **constants)
         yield
     if batch_sizes is not None:
         last = y[:, :H].index_select(0, rows.begins[1])
@@ -113,6 +115,13 @@ def _state(y, h0, flags, rows, first):
             h = torch.where(has(flags[1, time], LIVE), h, h0[1])      # or has not begun yet
         states.append(h)
     return torch.cat(states, 1)
+
+
+def _as_read(r, plan):
+    """R (D, 4H, H) as the kernels read it. They round what they hold as they load it. What a streamed plan reads at
+    every step is rounded once."""
+    r = r.contiguous()
+    return rounded_to_tf32(r) if plan.kind == "streamed" and plan.precision == "tf32" else r
 
 
 def _input_product(rows, w, b, d, out):
@@ -184,7 +193,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, plan, ne
     dw, dr, db = total(needs[1], *w.shape), total(needs[2], D, 4 * H, H), total(needs[3], D, 4 * H)
     dx = (x.new_zeros if D == 2 else x.new_empty)(x.shape) if needs[0] else None
     if T and B:
-        prepared, c0, h0 = prepare_r(r, plan.precision), c0.float().contiguous(), h0.contiguous()
+        r_as_read, c0, h0 = _as_read(r, plan), c0.float().contiguous(), h0.contiguous()
         # packed, the first two are one
         strides = [0, 0, 1] if dy is None else [dy.stride(0), dy.stride(-2), dy.stride(-1)]
         dy_unit = D * H if dy is not None and all(n % (D * H) == 0 for n in strides[:2]) else 1
@@ -199,39 +208,42 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, plan, ne
             shares = exchange.new_shares(dh, plan),
             if not INTERPRET:
                 more.update(waiting.arguments(x.device))
+        grid, tiles = launch.grid_of(plan), (plan.tiles,) if plan.exchanges else ()
+        constants, of_coefficients = {**loop.constants(plan), **more}, zoneout_arguments(zoneout)
     yield dx
     if T and B:
         for first in reversed(range(0, T, K)):
             S = min(K, T - first)
             spans = [times_of(d, first, S, T) for d in range(D)]
             a = rows.split(buffer, spans)
+            previous = [_previous(y, h0, flags, rows, d, spans[d]) for d in range(D)]
+            of_x = [rows.of(x, *span) for span in spans]
             with products_in(plan.precision):
                 for d in range(D):
-                    _input_product(rows.of(x, *spans[d]), w, b, d, a[d])
-                    for chosen, h in _previous(y, h0, flags, rows, d, spans[d]):
+                    _input_product(of_x[d], w, b, d, a[d])
+                    for chosen, h in previous[d]:
                         a[d][chosen].addmm_(h, r[d].t())
             run(launch.COEFFICIENTS, plan, (triton.cdiv(B * H, 256), D), buffer, c0, kept, coef, T, S, B, first, K,
-                waits=False, flags_ptr=flags, offsets_ptr=rows.offsets, BLOCK=256, **zoneout_arguments(zoneout))
+                waits=False, flags_ptr=flags, offsets_ptr=rows.offsets, BLOCK=256, **of_coefficients)
             # from here on a and its buffer hold da
-            run(loop.kernel, plan, launch.grid_of(plan), coef, prepared, buffer, dh, dc, *shares, T, S, B, first,
-                *([plan.tiles] if plan.exchanges else []), *strides, waits=plan.exchanges, flags_ptr=flags,
-                offsets_ptr=rows.offsets, **loop.constants(plan), **more)
+            run(loop.kernel, plan, grid, coef, r_as_read, buffer, dh, dc, *shares, T, S, B, first, *tiles, *strides,
+                waits=plan.exchanges, flags_ptr=flags, offsets_ptr=rows.offsets, **constants)
             with products_in(plan.precision):
                 for d in range(D):
                     if dw is not None:
-                        of_x = rows.of(x, *spans[d])
                         if flags is not None and batch_sizes is None:
                             # past a row's end da is zero, but x may be anything
-                            of_x = of_x.masked_fill(~has(flags[d, slice(*spans[d])], LIVE).view(-1, 1), 0)
-                        _add_product(dw[d], a[d], of_x)
+                            of_x[d] = of_x[d].masked_fill(~has(flags[d, slice(*spans[d])], LIVE).view(-1, 1), 0)
+                        _add_product(dw[d], a[d], of_x[d])
                     if dr is not None:
-                        for chosen, h in _previous(y, h0, flags, rows, d, spans[d]):
+                        for chosen, h in previous[d]:
                             _add_product(dr[d], a[d][chosen], h)
                     if db is not None:
-                        db[d] += a[d].sum(0, dtype=torch.float32)
+                        db[d].add_(a[d].sum(0, dtype=torch.float32))
                     if dx is not None:
                         out = rows.of(dx, *spans[d])
                         out.addmm_(a[d], w[d]) if D == 2 else torch.mm(a[d], w[d], out=out)
+            del previous, of_x          # which may be copies, before the next chunk makes its own
             yield
     cast = lambda g, need: g.to(x.dtype) if need else None
     return dx, cast(dw, needs[1]), cast(dr, needs[2]), cast(db, needs[3]), cast(dh, needs[4]), cast(dc, needs[5])

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .exchange import flag_of, flagged, look_at_words, unflagged, wait_for_shares
-from .layouts import load_there, powers, shared_layout, split_unit_layout
+from .layouts import load_r, load_there, powers, shared_layout, split_unit_layout
 from .precision import round_tf32
 from .rows import BEFORE, CUT, END, FRESH, LIVE, chunk_shift, load_flags, padded_or_packed, rows_at
 from .waiting import BACKWARD_SPLIT
@@ -36,7 +36,7 @@ def load_r_targets(r_ptr, p, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_
     k = gl.arange(0, 4 * BLOCK_H, gl.SliceLayout(1, LAYOUT))[:, None]
     target = start + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
     unit = p * BLOCK_H + k // 4
-    r = gl.load(r_ptr + (k % 4 * H + unit) * H + target, mask=(unit < H) & (target < H), other=0.)
+    r = load_r(r_ptr + (k % 4 * H + unit) * H + target, (unit < H) & (target < H))
     r = r.reshape(4 * BLOCK_H, WIDTH // (16 * W), W, 4, 2, 2).permute(0, 1, 4, 2, 3, 5)
     return gl.convert_layout(r.reshape(4 * BLOCK_H, WIDTH), R)
 

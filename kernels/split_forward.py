@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .cell import cell_for
 from .exchange import bits_of, send, wait_for_words
-from .layouts import load_gates, powers, split_unit_layout, unit_of
+from .layouts import load_gates, load_r, powers, split_unit_layout, unit_of
 from .precision import round_tf32
 from .rows import FRESH, LIVE, chunk_shift, load_flags, rows_at
 from .waiting import FORWARD_SPLIT
@@ -61,7 +61,7 @@ def load_r_by_warp(r_ptr, p, start, WIDTH: gl.constexpr, UNITS_PER_WARP: gl.cons
     n = gl.arange(0, 4 * BLOCK_H, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
     source = warp * UNITS_PER_WARP + start + unit_of(k, r_ptr.dtype.element_ty.primitive_bitwidth)
     unit = p * BLOCK_H + n // 4
-    return gl.load(r_ptr + (n % 4 * H + unit) * H + source, mask=(unit < H) & (source < H), other=0.)
+    return load_r(r_ptr + (n % 4 * H + unit) * H + source, (unit < H) & (source < H))
 
 
 @gluon.jit

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .cell import cell_for
 from .exchange import bits_of, send, wait_for_words
-from .layouts import join_gates, load_gates, powers, split_gates, unit_of
+from .layouts import join_gates, load_gates, load_r, powers, split_gates, unit_of
 from .precision import round_tf32
 from .rows import FRESH, LIVE, chunk_shift, load_flags, rows_at
 from .waiting import FORWARD_WGMMA
@@ -74,7 +74,7 @@ def load_r_slice(r_ptr, first_unit, start, WIDTH: gl.constexpr, H: gl.constexpr,
     gate = n // (2 * BLOCK_H) * 2 + n % 2
     unit = first_unit + n // 2 % 4 * (BLOCK_H // 4) + n // 8 % (BLOCK_H // 4)
     source = unit_of(k, r_ptr.dtype.element_ty.primitive_bitwidth)
-    return gl.load(r_ptr + (gate * H + unit) * H + source, mask=(unit < H) & (source < H), other=0.)
+    return load_r(r_ptr + (gate * H + unit) * H + source, (unit < H) & (source < H))
 
 
 @gluon.jit

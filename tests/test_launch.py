@@ -1,15 +1,23 @@
 """Everything that a launch on a GPU does before the kernel is launched."""
 import contextlib
+import inspect
+import os
+import pathlib
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
 import torch
 import triton
 
+import harness
 import triton_lstm
 from problems import PORTABLE
-from triton_lstm.kernels import offline, sequence
+from triton_lstm.kernels import launch, offline, sequence
 from triton_lstm.plan import H200
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 @contextlib.contextmanager
@@ -71,3 +79,74 @@ def test_compiled_apart():
     (error,) = errors.values()
     assert isinstance(error, TypeError) and "nonsense" in str(error)
     assert list(offline.compile_apart(jobs, 90, seconds=0.1)) == []
+
+
+class Compiled:
+    """Stands for what Triton returns of a launch; writes down how its own launcher is called."""
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, calls):
+        self.run = lambda *args: calls.append(args)
+
+
+@pytest.mark.parametrize("H, limits", [(64, PORTABLE), (160, PORTABLE), (64, H200), (640, H200)], ids=str)
+def test_later_launches_pass_what_the_first_one_passes(H, limits):
+    """To the launcher of the compiled kernel, each argument in the order of the kernel's parameters. Another type,
+    alignment or class of integers goes through Triton again."""
+    plan = triton_lstm.make_plan(16, H, torch.float16, limits=limits)
+    loop = launch.LOOPS[plan.kind, "forward"]
+    first, later = [], []
+
+    def getitem(self, grid):
+        def run(*args, **kwargs):
+            bound = inspect.signature(self.fn).bind(*args, **{
+                name: value for name, value in kwargs.items() if name in self.arg_names})
+            bound.apply_defaults()
+            first.append([*bound.arguments.values()])
+            return Compiled(later)
+        return run
+
+    def call(tensors, T=5, **more):
+        sizes = T, T, 16, 0, 64, *[plan.tiles] * plan.exchanges
+        launch.launch_kernel(loop.kernel, plan, launch.grid_of(plan), *tensors, *sizes, waits=plan.exchanges,
+                             flags_ptr=None, offsets_ptr=None, **loop.constants(plan), **more)
+
+    driver = mock.Mock(get_current_device=lambda: 3, get_current_stream=lambda device: 10 * device)
+    tensors = [torch.zeros(32, dtype=torch.float16) for _ in range(6 + plan.exchanges)]
+    with mock.patch.object(triton.runtime.jit.KernelInterface, "__getitem__", getitem), \
+            mock.patch.object(launch, "CompiledKernel", Compiled), mock.patch.object(launch, "_compiled", {}), \
+            mock.patch.object(launch, "driver", mock.Mock(active=driver)):
+        call(tensors)
+        call(tensors)
+        assert len(first) == len(later) == 1
+        grid, (stream, function, metadata, *hooks), args = later[0][:3], later[0][3:9], later[0][9:]
+        assert grid == (*launch.grid_of(plan), 1)[:3] and (stream, function, metadata) == (30, "function", "metadata")
+        assert hooks == [None, None, None]
+        assert len(args) == len(first[0]) and all(
+            a is b or not isinstance(a, torch.Tensor) and a == b for a, b in zip(args, first[0]))
+        others = [torch.zeros(32, dtype=torch.float16) for _ in tensors]
+        call(others, T=7)
+        assert len(first) == 1 and later[1][9] is others[0] and 7 in [a for a in later[1][9:] if isinstance(a, int)]
+        for change in (others[0].bfloat16(), torch.zeros(33, dtype=torch.float16)[1:]):
+            call([change, *others[1:]])
+        call(others, T=16)
+        call(others, T=1)
+        assert len(first) == 5 and len(later) == 2
+        with mock.patch.object(triton.knobs.runtime.launch_enter_hook, "calls", [lambda metadata: None]):
+            call(others)
+        assert len(first) == 6 and len(later) == 2
+
+
+def test_eager_calls_import_no_compiler():
+    """Forward and backward of plain tensors do without the custom operator, whose first call imports torch._dynamo."""
+    program = """
+import sys, torch, triton_lstm
+layer, x = triton_lstm.LSTM(4, 5, 2, bidirectional=True), torch.randn(3, 2, 4, requires_grad=True)
+layer(x, reset=torch.ones(3, 2, dtype=torch.bool))[0].sum().backward()
+print(x.grad.shape, "torch._dynamo" in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                            env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)})
+    if harness.TRITON < (3, 7):
+        pytest.skip("the interpreter of Triton 3.6 needs numpy < 2.4")
+    assert result.stdout.strip() == "torch.Size([3, 2, 4]) False", result.stderr

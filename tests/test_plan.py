@@ -8,7 +8,7 @@ from problems import PORTABLE
 from triton_lstm import Plan, PlanError, make_plan
 from triton_lstm.plan import A100, H200, RTX_4090, Limits, check_plan, keep_every_for
 from triton_lstm.plan.plan import HELD_BYTES
-from triton_lstm.plan.search import BACKWARD_ELEMENTS
+from triton_lstm.plan.search import BACKWARD_ELEMENTS, KEEP_EVERY
 
 # Limits with clusters, whether the installed Triton can compile them or not.
 CLUSTERS = dataclasses.replace(H200, cluster=16, wgmma=False)
@@ -118,7 +118,7 @@ def test_keep_every_bounds_the_workspace():
     for batch in (1, 16, 1024, 4096):
         for hidden_size in (32, 512, 2048):
             steps = keep_every_for(batch, hidden_size, 1)
-            assert 16 <= steps <= 256 and (steps == 16 or steps * batch * hidden_size <= BACKWARD_ELEMENTS)
+            assert 16 <= steps <= KEEP_EVERY and (steps == 16 or steps * batch * hidden_size <= BACKWARD_ELEMENTS)
     assert make_plan(16, 64, torch.float32, keep_every=7).keep_every == 7
 
 

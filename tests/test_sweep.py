@@ -243,7 +243,7 @@ def test_ours_runs_by_the_schedule_that_its_name_has():
         for schedule in ("resident", "grid"):
             layer = providers.PROVIDERS[f"{OURS} {schedule}"](providers.Problem.of(CASES[0], "cpu"))
             assert isinstance(layer, triton_lstm.LSTM) and layer.plan.schedule == schedule
-        with pytest.raises(providers.Unavailable, match="would be grid"):
+        with pytest.raises(providers.Unavailable, match="all of R fits on the chip"):
             providers.PROVIDERS[f"{OURS} streamed"](providers.Problem.of(CASES[0], "cpu"))
 
 

@@ -173,7 +173,7 @@ def test_autocast():
         with torch.autocast("cpu", torch.bfloat16):
             return step(layer, x)
     layer, x = make(6, 9, 2, dropout=0.2), torch.randn(7, 3, 6)
-    layer.plan = None
+    layer.plan = triton_lstm.make_plan(3, 9, torch.bfloat16, limits=None, keep_every=3)
     got, want = both(layer, 3, function)
     assert_equal(got, want)
     assert got["y"].dtype == torch.bfloat16 and got["weight_hh_l0"].dtype == torch.float32
@@ -364,8 +364,8 @@ def test_explained():
     x = torch.empty(1000, 16, 64, dtype=torch.bfloat16, device="meta")
     text = lambda x=x, num_layers=2, **options: triton_lstm.explain(
         triton_lstm.LSTM(64, 256, num_layers, **options), x, H200)
-    assert ("\n  layers run as a wavefront, side by side, 128 steps at a time forward and 256 backward, unless there "
-            "are lengths, resets or torch.compile\n  launches of the time loop a layer: 8 forward, 4 backward\n"
+    assert ("\n  layers run as a wavefront, side by side, 128 steps at a time forward and 128 backward, unless there "
+            "are lengths, resets or torch.compile\n  launches of the time loop a layer: 8 forward, 8 backward\n"
             ) in text()
     assert "\n  layers run one after the other: 100 steps are fewer than two chunks of 64\n" in text(x[:100])
     assert "\n  layers run one after the other: the reverse direction" in text(bidirectional=True)

@@ -1,10 +1,12 @@
-"""Sums, stacks and concatenations, whose gradients have memory of their own.
+"""Sums, stacks and concatenations whose gradients each have memory of their own.
 
-Of a + b autograd gives both the same gradient, of a stack views of one, of a part of a concatenation a view with holes.
-Whatever then works on gradients in place, as accumulation, clipping and unscaling do, would work on them twice; and
-nn.LSTM's gradients are apart and contiguous.
+Autograd gives both terms of a + b the same gradient tensor, the parts of a stack views of one tensor, and the parts of
+a concatenation views with holes. What then changes one gradient in place, as accumulation, clipping and unscaling do,
+would change the other too. The gradients that nn.LSTM gives are separate and contiguous.
 """
 import torch
+
+from .op import eager_style, plain
 
 
 def _own(g):
@@ -62,16 +64,27 @@ class _Cat(torch.autograd.Function):
         return _own(a), _own(b), None
 
 
+_EAGER = {function: eager_style(function) for function in (_Sum, _Stack, _Cat)}
+
+
+def _apply(function, a, b, *options):
+    if not plain(a, b):
+        return function.apply(a, b, *options)
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return _EAGER[function].apply(a, b, *options)
+    return function.forward(a, b, *options)
+
+
 def add(a, b):
     """a + b."""
-    return _Sum.apply(a, b)
+    return _apply(_Sum, a, b)
 
 
 def stack(tensors):
     """``torch.stack`` of one tensor, which gives a view of it, or of two."""
-    return _Stack.apply(*tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+    return _apply(_Stack, *tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
 def cat(a, b, dim):
     """``torch.cat`` of two."""
-    return _Cat.apply(a, b, dim)
+    return _apply(_Cat, a, b, dim)

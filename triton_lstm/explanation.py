@@ -54,8 +54,9 @@ def explain(layer, x, limits=None):
             return f"{title}\nlayer.plan cannot run: {error}"
         plan = own
     else:
-        decide = lambda B: plan_or_reason(B, H, dtype, D, limits, tf32_allowed(), None, zoned,
-                                          avoided(x.device) if x.is_cuda else frozenset())
+        avoid = avoided(x.device) if x.is_cuda else frozenset()
+        decide = lambda B, keep_every=None: plan_or_reason(B, H, dtype, D, limits, tf32_allowed(), keep_every, zoned,
+                                                           avoid)
         plan, reason = decide(B)
         if plan is not None and layer.proj_size:
             reason = too_large_together(decide(1)[0])
@@ -67,7 +68,9 @@ def explain(layer, x, limits=None):
         reason = ("there is proj_size" if layer.proj_size else "there is zoneout" if zoned else
                   wavefront.why_not(plan, T, layer.num_layers, limits))
         if reason is None:
-            steps = min(steps, wavefront.chunk_steps(T))
+            if not own:
+                plan, _ = decide(B, wavefront.keep_every(T, B, H))
+            steps = min(plan.forward_steps(T, dtype.itemsize), wavefront.chunk_steps(T))
         order = [f"  layers run one after the other: {reason}" if reason else "  layers run as a wavefront, side by "
                  f"side, {steps} steps at a time forward and {plan.keep_every} backward, unless there are lengths, "
                  "resets or torch.compile"]
@@ -110,8 +113,9 @@ def _why_not(schedule, taken, dtype, limits, zoned):
     cycles = lambda plan: f"{step_cycles(plan, limits.multiprocessors):.0f}"
     if schedule == "resident":
         return "possible, and chosen where no plan is given: its programs wait for nobody"
-    text = (f"possible, with {other.programs} programs for an R, {other.tiles} tile(s) of rows each and "
-            f"{_size(other.streamed_bytes)} of R read from L2 by a program at every step")
+    text = f"possible, with {other.programs} programs for an R and {other.tiles} tile(s) of rows each"
+    if other.streamed_bytes:
+        text += f", {_size(other.streamed_bytes)} of R read from L2 by a program at every step"
     if taken.schedule == "resident":
         return f"{text}; resident is taken wherever it fits"
     return f"{text}: {cycles(other)} cycles predicted, {cycles(taken)} as planned"

@@ -6,7 +6,7 @@ from . import op
 from .kernels.rows import step_flags
 from .op import differentiable, lstm_op, transformed
 from .plan import Plan, keep_every_for
-from .plan.search import BACKWARD_ELEMENTS
+from .plan.search import BACKWARD_ELEMENTS, KEEP_EVERY
 from .projection import combine, product, project, with_state
 from .reference import lstm_reference, packed_reference, zoneout_shares
 
@@ -14,8 +14,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def runs_kernels(x, dtype):
-    """Whether the kernels compute on the device of ``x`` in ``dtype``; torch's own LSTM does the rest."""
-    return dtype in DTYPES and (x.is_cuda or op.interpreted() and x.device.type == "cpu")
+    """Whether the kernels compute on the device of ``x`` in ``dtype``; torch's own LSTM does the rest. AMD GPUs, which
+    torch calls "cuda" too, are other devices: the kernels contain PTX."""
+    return dtype in DTYPES and (x.is_cuda and torch.version.hip is None or op.interpreted() and x.device.type == "cpu")
 
 
 def zoneout_rates(zoneout):
@@ -56,8 +57,8 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, weight_hr=None, lengths
                  call; backward draws the same masks again and keeps none
     training     False: m_h and m_c are the rates, their expectation, and nothing is drawn
     plan         a ``Plan`` to use instead of the automatic one
-    keep_every   c is kept for backward every so many steps, and so many steps are recomputed at a time: memory against
-                 launches; chosen from B and H if None
+    keep_every   c is kept for backward every so many steps, and so many steps are recomputed at a time: fewer need less
+                 workspace in backward and more launches. None: up to 2048, as long as the workspace stays under 512 MiB
 
     Returns ``y, (h_n, c_n)`` as nn.LSTM: y (T, B, D H) or (N, D H), h_n and c_n (D, B, H). All tensors have one dtype,
     float16, bfloat16 or float32, and one device; c and sums are kept in fp32. fp32 products follow
@@ -147,7 +148,7 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, weight_hr=None, lengths
     # vmap hides whether what it wraps requires grad
     save = torch.is_grad_enabled() and (transformed() or any(t is not None and t.requires_grad for t in inputs))
     plan = plan.encode() if plan else ""
-    y, h_n, c_n, _ = differentiable(lstm_op)(*inputs, flags, batch_sizes, plan, keep_every, save, seed,
+    y, h_n, c_n, _ = differentiable(lstm_op, *inputs, flags, batch_sizes, plan, keep_every, save, seed,
                                              *map(float, rates))
     return y, (h_n, c_n)
 
@@ -172,7 +173,8 @@ def check(x, sizes, weight_ih, weight_hh, bias, h0, c0, weight_hr=None):
 
 def _symbolic_keep_every(B, H, D):
     """``keep_every_for`` rounded to 16 steps: an expression, so that no graph is tied to a range of batch sizes."""
-    return 16 * torch.sym_max(1, torch.sym_min(16, BACKWARD_ELEMENTS // (16 * H * D * torch.sym_max(B, 1))))
+    steps = BACKWARD_ELEMENTS // (16 * H * D * torch.sym_max(B, 1))
+    return 16 * torch.sym_max(1, torch.sym_min(KEEP_EVERY // 16, steps))
 
 
 def _checked(mask, shape, name, device):

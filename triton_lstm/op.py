@@ -29,12 +29,14 @@ def limits_of(device):
     return None if interpreted() else Limits.of(device)
 
 
+_RNN = getattr(torch.backends.cudnn, "rnn", None)       # since torch 2.9
+
+
 def tf32_allowed():
     """Whether torch lets nn.LSTM multiply fp32 in TF32 on CUDA (its default). The interpreter stands for a CPU: no."""
     if interpreted():
         return False
-    cudnn = torch.backends.cudnn
-    return cudnn.rnn.fp32_precision == "tf32" if hasattr(cudnn, "rnn") else cudnn.allow_tf32
+    return _RNN.fp32_precision == "tf32" if _RNN is not None else torch.backends.cudnn.allow_tf32
 
 
 def avoided(device):
@@ -142,7 +144,7 @@ def _backward(ctx, dy, dh_n, dc_n, _):
     if dy is None and dh_n is None and dc_n is None:
         return ()
     *saved, seed = ctx.saved_tensors
-    gradients = differentiable(lstm_backward_op)(dy, dh_n, dc_n, *saved, ctx.plan, ctx.keep_every, needs, seed,
+    gradients = differentiable(lstm_backward_op, dy, dh_n, dc_n, *saved, ctx.plan, ctx.keep_every, needs, seed,
                                                  *ctx.rates)
     return tuple(g if need else None for g, need in zip(gradients, needs))
 
@@ -210,7 +212,18 @@ def _for_each(op):
     return rule
 
 
-_functions = {}
+def eager_style(function):
+    """An autograd.Function like ``function``, but with a forward that takes ctx. With a setup_context, which torch.func
+    needs, torch binds the arguments to their names at each call, which takes longer than some kernels."""
+    def forward(ctx, *args):
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+    return type(function.__name__, (torch.autograd.Function,), dict(
+        forward=staticmethod(forward), backward=staticmethod(function.backward)))
+
+
+_functions, _eager = {}, {}
 
 
 def register(op, function, name, setup, formula, vmap):
@@ -224,9 +237,9 @@ def register(op, function, name, setup, formula, vmap):
 
     op.register_autograd(gradients, setup_context=setup)
     op.register_vmap(vmap)
-    _functions[op] = type(name, (torch.autograd.Function,), dict(
-        forward=staticmethod(op), setup_context=staticmethod(setup), backward=staticmethod(gradients),
-        generate_vmap_rule=True))
+    rules = dict(setup_context=staticmethod(setup), backward=staticmethod(gradients), generate_vmap_rule=True)
+    made = lambda forward: type(name, (torch.autograd.Function,), dict(rules, forward=staticmethod(forward)))
+    _functions[op], _eager[op] = made(op), (function, eager_style(made(function)))
 
 
 register(lstm_op, _lstm, "LSTM", _setup_context, _backward, _for_each(lstm_op))
@@ -239,6 +252,25 @@ def transformed():
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def differentiable(op):
-    """``op`` to call. What custom operators register for autograd, torch.func refuses; it takes autograd.Functions."""
-    return _functions[op].apply if transformed() else op
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+
+
+def plain(*tensors):
+    """Whether autograd alone sees what is done to ``tensors``: they are torch's own, and no compiler, tracer, transform
+    or dispatch mode is at work."""
+    return (all(type(t) in _PLAIN for t in tensors) and not torch.compiler.is_compiling() and not transformed()
+            and not torch._C._len_torch_dispatch_stack() and torch._C._get_tracing_state() is None)
+
+
+def differentiable(op, *args):
+    """``op`` of ``args``, with gradients to any order.
+
+    Plain tensors need no operator, whose dispatch takes longer than some layers. torch.func takes autograd.Functions
+    and refuses what custom operators register for autograd. Everything else sees the operator.
+    """
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    if plain(*tensors) and not any(map(torch._C._functorch.is_legacy_batchedtensor, tensors)):
+        function, differentiated = _eager[op]
+        needed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return differentiated.apply(*args) if needed else function(*args)
+    return (_functions[op].apply if transformed() else op)(*args)

@@ -57,7 +57,7 @@ register(product_op, _product, "Product", _setup_context, _backward, _vmap)
 
 def product(a, b, exact=False):
     """``product_op``, differentiable any number of times."""
-    return differentiable(product_op)(a, b, exact)
+    return differentiable(product_op, a, b, exact)
 
 
 def combine(weight_hh, weight_hr):

@@ -6,7 +6,7 @@ from . import op
 from .functional import check, lstm
 from .kernels.streams import run_diagonals
 from .kernels.waiting import explained
-from .plan import Plan
+from .plan import Plan, keep_every_for
 
 CHUNK, CHUNKS = 64, 8       # steps of a chunk at least, and how many chunks there are of a long input
 
@@ -14,6 +14,11 @@ CHUNK, CHUNKS = 64, 8       # steps of a chunk at least, and how many chunks the
 def chunk_steps(T):
     """Steps of a chunk of the forward pass, in sixteens: numbers for which the kernels are compiled anyway."""
     return max(-(-T // (16 * CHUNKS)) * 16, CHUNK)
+
+
+def keep_every(T, B, H):
+    """``Plan.keep_every`` of a wavefront, whose backward pass too must go over chunks for its layers to overlap."""
+    return min(chunk_steps(T), keep_every_for(B, H, 1))
 
 
 def why_not(plan, T, layers, limits):
@@ -39,7 +44,7 @@ def plan_of_all(x, hx, weights, layers, hidden_size, plan):
         return None
     T, B = x.shape[:2]
     if plan is None:
-        plan, _ = op.on_device(B, hidden_size, x.dtype, 1, x.device)
+        plan, _ = op.on_device(B, hidden_size, x.dtype, 1, x.device, keep_every(T, B, hidden_size))
     return None if plan is None or why_not(plan, T, layers, op.limits_of(x.device)) else plan
 
 

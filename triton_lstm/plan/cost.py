@@ -21,9 +21,12 @@ WARP_GROUP_LOOK, WARP_GROUP_PRODUCT = {"native": 170, "tf32": 130}, 28
 WARP_GROUP_MULTIPLY_ADDS = {"native": 2048, "tf32": 1024}
 # A step of a split tile: cycles beyond its products, and which part of those is not hidden.
 SPLIT_STEP, SPLIT_PRODUCTS = {"native": 730, "tf32": 900}, {"native": 1., "tf32": 0.6}
+# A pass of a streamed tile over ``block_k`` units whose part of R is read from L2, and what its backward loop takes
+# beside passes. Backward passes over fewer than 64 units take longer, and more so with more rows.
+STREAMED_PASS, STREAMED_STEP = {"forward": 250, "backward": 475}, 1400
 # What to multiply the mean of both loops by to get one of them, where the two differ much.
 LOOP_SHARE = {("split", "forward"): 0.9, ("split", "backward"): 1.1, ("grid", "forward"): 1.15,
-              ("grid", "backward"): 0.85, ("streamed", "forward"): 1.15, ("streamed", "backward"): 0.85}
+              ("grid", "backward"): 0.85}
 
 
 def step_cycles(plan, multiprocessors, loop=None):
@@ -33,19 +36,48 @@ def step_cycles(plan, multiprocessors, loop=None):
     Programs that wait for none outside their cluster run in waves. Those that exchange h through L2 run all at once and
     take their tiles in turn: while h of one travels, the others are computed.
     """
+    if plan.kind in ("streamed", "resident", "cluster"):
+        cycles = _streamed_cycles if plan.kind == "streamed" else _wave_cycles
+        loops = [loop] if loop else ["forward", "backward"]
+        return sum(cycles(plan, multiprocessors, loop) for loop in loops) / len(loops)
     return _mean_cycles(plan, multiprocessors) * LOOP_SHARE.get((plan.kind, loop), 1)
 
 
+def _waves(plan, multiprocessors):
+    return -(-plan.groups * plan.directions // max(multiprocessors // plan.programs, 1))
+
+
+def _wave_cycles(plan, multiprocessors, loop):
+    """Of resident and cluster plans. Forward multiplies by the units that there are, backward by padding too."""
+    units = plan.hidden_size if plan.programs == 1 else plan.block_h
+    feeding = plan.programs * plan.block_h if loop == "backward" and plan.programs > 1 else plan.hidden_size
+    products = 4 * plan.block_b * units * feeding / MULTIPLY_ADDS[plan.precision]
+    work = 4 * plan.block_b * units * plan.hidden_size / MULTIPLY_ADDS[plan.precision]
+    work += plan.block_b * units * CELL_CYCLES
+    step = max(GLUON_STEP[plan.precision] + work / 4, products)
+    return _waves(plan, multiprocessors) * (step + (CLUSTER_EXCHANGE if plan.programs > 1 else 0))
+
+
+def _streamed_cycles(plan, multiprocessors, loop):
+    passes, block_k = -(-(plan.hidden_size - plan.held) // plan.block_k), plan.block_k
+    if loop == "forward":
+        products = 4 * plan.block_b * plan.block_h * plan.hidden_size / MULTIPLY_ADDS[plan.precision]
+        work = products + plan.block_b * plan.block_h * CELL_CYCLES
+        h = plan.block_b * plan.hidden_size * (2 if plan.precision == "native" else 4)
+        tile = TILE_STEP + plan.hidden_size + TILE_WORK * (work + h / L2_BYTES) + STREAMED_PASS[loop] * passes
+    else:
+        longer = (64 / block_k * plan.block_b / 16) ** 0.5 if block_k < 64 else 1
+        tile = STREAMED_STEP + STREAMED_PASS[loop] * longer * passes
+    tile = max(tile, plan.streamed_bytes / L2_BYTES)
+    return plan.tiles * tile + max(L2_EXCHANGE - (plan.tiles - 1) * tile, 0)
+
+
 def _mean_cycles(plan, multiprocessors):
-    units = plan.hidden_size if plan.schedule == "resident" else plan.block_h
+    units = plan.hidden_size if plan.kind == "portable resident" else plan.block_h
     products = 4 * plan.block_b * units * plan.hidden_size / MULTIPLY_ADDS[plan.precision]
     work = products + plan.block_b * units * CELL_CYCLES
-    if not plan.exchanges:
-        waves = -(-plan.groups * plan.directions // max(multiprocessors // plan.programs, 1))
-        if plan.kind == "portable resident":
-            return waves * (RESIDENT_STEP + work / 2)
-        step = max(GLUON_STEP[plan.precision] + work / 4, products)
-        return waves * (step + (CLUSTER_EXCHANGE if plan.programs > 1 else 0))
+    if plan.kind == "portable resident":
+        return _waves(plan, multiprocessors) * (RESIDENT_STEP + work / 2)
     h = plan.block_b * plan.hidden_size * (2 if plan.precision == "native" else 4)
     if plan.kind == "wgmma":
         products = 4 * plan.block_b * plan.block_h * plan.held / WARP_GROUP_MULTIPLY_ADDS[plan.precision]
@@ -60,5 +92,5 @@ def _mean_cycles(plan, multiprocessors):
     if plan.gluon:
         tile = max(own, products, h / L2_BYTES * max(plan.launched / multiprocessors, 0.5))
     else:
-        tile = TILE_STEP + plan.hidden_size + TILE_WORK * (work + h / L2_BYTES) + plan.streamed_bytes / L2_BYTES
+        tile = TILE_STEP + plan.hidden_size + TILE_WORK * (work + h / L2_BYTES)
     return plan.tiles * tile + max(L2_EXCHANGE - (plan.tiles - 1) * tile, 0)

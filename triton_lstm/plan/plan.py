@@ -213,14 +213,14 @@ class Plan:
         return work + self.directions * (self.r_bytes * 2 + weights * (4 + element)) + states
 
     def forward_steps(self, T, element):
-        """Steps whose pre-activations, and h on its way through L2, forward holds at a time: all of them or a multiple
-        of keep_every."""
+        """Steps whose pre-activations, and slots for h, forward has at a time: all of them or a multiple of 16, or of
+        keep_every where that is less."""
         step = 4 * self.hidden_size * self.batch * self.directions * element
         if self.exchanges:
             rows = self.directions * self.groups * self.tiles * self.block_b
             step = max(step, rows * self.padded_programs * self.block_h * element)
-        steps = max(FORWARD_BYTES // max(step, 1) // self.keep_every, 1) * self.keep_every
-        return min(steps, T)
+        unit = min(self.keep_every, 16)
+        return min(max(FORWARD_BYTES // max(step, 1) // unit, 1) * unit, T)
 
     @functools.lru_cache        # noqa: B019 - few plans, which are small
     def encode(self):
@@ -234,7 +234,6 @@ class Plan:
 
     def __str__(self):
         kib = lambda n: f"{n / 1024:.0f} KiB"
-        chip = "shared memory" if self.kind == "wgmma" else "registers"
         chip = "shared memory" if self.kind == "wgmma" else "registers"
         where = f"{kib(self.held_bytes)} of R in the {chip} of each program"
         if self.schedule == "cluster" and self.held_bytes > HELD_BYTES:

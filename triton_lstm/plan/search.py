@@ -23,12 +23,14 @@ from .plan import (
 
 BLOCK_BYTES = 1 << 14                   # of R that a streamed plan reads at a time
 GLUON_BYTES = 128                       # along a row of R, of one product of the Gluon kernels of a CTA or cluster
-BACKWARD_ELEMENTS = 1 << 21             # units x rows x steps that backward recomputes at a time, if it can choose
+BACKWARD_ELEMENTS = 1 << 24             # units x rows x steps that backward recomputes at a time, if it can choose
+KEEP_EVERY = 2048                       # at most
 
 
 def keep_every_for(batch, hidden_size, directions):
-    """The default of ``keep_every``: a power of two from 16 to 256 that keeps backward's workspace moderate."""
-    steps = 256
+    """The default of ``keep_every``: a power of two from 16 to 2048, the largest for which backward's workspace stays
+    under 512 MiB in 16-bit types, of 32 bytes for each unit, row and step (40 in fp32)."""
+    steps = KEEP_EVERY
     while steps > 16 and steps * batch * hidden_size * directions > BACKWARD_ELEMENTS:
         steps //= 2
     return steps
@@ -104,7 +106,8 @@ def _candidates(batch, hidden_size, dtype, directions, limits, tf32, schedule, k
                                 _split(layer, limits) if gluon else ()):
         if schedule not in (None, plan.schedule):
             if plan.exchanges and schedule in ("grid", "streamed"):
-                reasons.append(f"{schedule}: with {plan.block_h} units a program the plan would be {plan.kind}")
+                reasons.append(f"{schedule}: " + ("R does not fit on the chip" if plan.kind == "streamed" else
+                                                  "all of R fits on the chip"))
             continue
         plans += _fitting([plan], limits, zoneout, reasons)
     return plans, list(dict.fromkeys(reasons))

@@ -60,6 +60,10 @@ report.md first.""",
     loops="""\
 Times the forward and the backward time loop of every candidate plan of the workloads, each by itself, and writes them
 into a CSV file. A candidate that hangs is killed.""",
+    host="""\
+Measures how long the host works for a call of each workload: Python, torch's dispatch and allocation, and Triton's
+launcher. A stub stands for the GPU, so none is needed, but a C and a C++ compiler are. Prints microseconds as a Markdown
+table.""",
     fit="""\
 Fits the constants of the cost model, which chooses plans, to the CSV file of `loops`. Prints the old and new constants,
 how far the predictions of both are off, and which plans would change. Needs no GPU and writes nothing.""")
@@ -99,7 +103,7 @@ def parser():
 
     def command(name, summary, epilog=None):
         p = commands.add_parser(name, help=summary, description=TEXTS[name], **options)
-        if name not in ("residency", "compare", "loops", "fit"):
+        if name not in ("residency", "compare", "loops", "fit", "host"):
             p.add_argument("--out", default=argparse.SUPPRESS, help="where results go (default: results)", **out)
         return p
 
@@ -129,6 +133,10 @@ def parser():
     p.add_argument("--csv", type=pathlib.Path, default=pathlib.Path("results/loops.csv"), metavar="FILE",
                    help="the file to write (default: results/loops.csv)")
     p.add_argument("--list", action="store_true", help="list the candidates of an H200 and time none")
+    p = command("host", "how long the host works for a call of each workload, without a GPU")
+    p.add_argument("--calls", type=positive, default=100, metavar="N", help="calls of each workload (default: 100)")
+    p.add_argument("--workload", nargs="+", metavar="NAME", default=names[:-1], choices=names[:-1], dest="only",
+                   help="only these workloads, as for `residency`")
     p = command("fit", "fit the constants of the cost model to a CSV file of `loops`")
     p.add_argument("files", nargs=1, type=pathlib.Path, metavar="CSV", help="a file that `loops` has written")
     p = command("verify", "verify the package on a GPU, in two calls of five minutes")
@@ -262,6 +270,11 @@ def main(arguments=None):
     if args.command == "fit":
         from . import fit
         return fit.show(args.files[0])
+    if args.command == "host":
+        from . import host
+        host.show([w for w in WORKLOADS if w.name in args.only], args.calls)
+        sys.stdout.flush()
+        os._exit(0)     # at an orderly end Triton complains that functions of the stubs are still there
     if args.command == "loops":
         from . import loops
         return time_loops(loops, args)

@@ -1,0 +1,122 @@
+"""Host time of a layer's calls, without a GPU: Python, torch's dispatch and allocation, and Triton's launcher.
+
+CPU tensors stand for CUDA tensors of an H100. Triton compiles the kernels and launches them by its own launcher, over a
+libcuda that launches nothing (``host_stubs/libcuda.c``). The operators of torch that a layer calls allocate their
+results and compute nothing (``host_stubs/operators.cpp``). So results are garbage, and only the time counts. The host
+works while a GPU does: in a long run a call takes the longer of the two times, and not their sum.
+
+``pretend`` changes the whole process, which should do nothing else.
+"""
+import ctypes
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sysconfig
+import time
+
+import torch
+
+import triton_lstm
+from triton_lstm import functional, layer, op
+from triton_lstm.kernels import sequence
+from triton_lstm.plan import H100
+
+from .correctness import dtype_of
+
+STUBS = pathlib.Path(__file__).parent / "host_stubs"
+WARM_UP = 5             # calls that are not counted
+
+
+def build(folder):
+    """Compile the stubs into ``folder`` unless they are there; returns the path of the operators. CalledProcessError or
+    FileNotFoundError without a C and a C++ compiler."""
+    folder.mkdir(parents=True, exist_ok=True)
+    include = pathlib.Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "include"
+    root = pathlib.Path(torch.__file__).parent
+    driver, operators = folder / "libcuda.so.1", folder / f"operators-{torch.__version__}.so"
+    if not driver.exists():
+        subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", "-I", include,
+                        STUBS / "libcuda.c", "-o", driver], check=True)
+        (folder / "libcuda.so").unlink(missing_ok=True)
+        (folder / "libcuda.so").symlink_to("libcuda.so.1")
+    if not operators.exists():
+        subprocess.run(["g++", "-shared", "-fPIC", "-O1", "-std=c++20",
+                        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+                        "-I", sysconfig.get_paths()["include"], "-I", root / "include",
+                        "-I", root / "include/torch/csrc/api/include", STUBS / "operators.cpp", "-o", operators,
+                        "-L", root / "lib", "-ltorch", "-ltorch_cpu", "-lc10"], check=True)
+    return operators
+
+
+def pretend(folder):
+    """Put the stubs and the limits of an H100 in place, for the rest of the process."""
+    operators = build(folder)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    torch.set_num_threads(1)
+    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+    from triton.runtime import driver
+
+    class Driver(CudaDriver):
+        def __init__(self):
+            self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+            self.get_current_device = lambda: 0
+            self.get_current_stream = lambda device: 0
+            self.get_device_capability = lambda device: (9, 0)
+            self.set_current_device = lambda device: None
+
+    ctypes.CDLL(str(folder / "libcuda.so.1"), ctypes.RTLD_GLOBAL)      # found by its name from here on
+    driver.set_active(Driver())
+    functional.runs_kernels = layer.runs_kernels = lambda x, dtype: dtype in functional.DTYPES
+    op.limits_of = lambda device: H100
+
+    def add_product(total, a, b):       # as on CUDA: one product, or one and a sum
+        total.addmm_(a.t(), b) if a.dtype == torch.float32 else total.add_(torch.mm(a.t(), b))
+    sequence._add_product = add_product
+    torch.zeros(1)                      # torch registers its own operators first
+    spec = importlib.util.spec_from_file_location("noop", operators)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def measure(workload, calls):
+    """{"forward": microseconds of each of ``calls`` calls, "backward": ...}; no "backward" of inference."""
+    w, dtype = workload, dtype_of(workload.dtype)
+    lstm = triton_lstm.LSTM(w.input_size, w.hidden_size, w.layers, bidirectional=w.directions == 2, dropout=w.dropout,
+                            dtype=dtype)
+    T = 1 if w.mode == "stream" else w.steps
+    x = torch.empty(T, w.batch, w.input_size, dtype=dtype)
+    resets = dict(reset=torch.empty(T, w.batch, dtype=torch.bool)) if w.sequences == "resets" else {}
+    state = torch.empty(2, w.layers * w.directions, w.batch, w.hidden_size, dtype=dtype)
+    hx = tuple(state) if w.mode == "stream" else None
+    training = w.mode == "train"
+    found = {"forward": [], "backward": []} if training else {"forward": []}
+    x.requires_grad_(training)
+    with torch.set_grad_enabled(training):
+        dy = torch.empty(T, w.batch, w.directions * w.hidden_size, dtype=dtype)
+        for n in range(-WARM_UP, calls):
+            lstm.zero_grad()
+            x.grad = None
+            times = [time.perf_counter()]
+            y, _ = lstm(x, hx, **resets)
+            times.append(time.perf_counter())
+            if training:
+                y.backward(dy)
+                times.append(time.perf_counter())
+            if n >= 0:
+                for kind, before, after in zip(found, times, times[1:]):
+                    found[kind].append(1e6 * (after - before))
+    return found
+
+
+def show(workloads, calls):
+    """Print the least and the median of ``calls`` calls of each workload, in microseconds, as Markdown. The least is
+    what to compare between versions, since other processes only add to it."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+    pretend(cache / "triton_lstm" / "host_stubs")
+    print("| workload | forward, least | median | backward, least | median |\n| --- | ---: | ---: | ---: | ---: |")
+    for w in workloads:
+        found, cells = measure(w, calls), []
+        for kind in ("forward", "backward"):
+            times = sorted(found.get(kind, []))
+            cells += [f"{times[0]:.0f}", f"{times[len(times) // 2]:.0f}"] if times else ["", ""]
+        print(f"| {w.name} | {' | '.join(cells)} |", flush=True)

@@ -62,7 +62,7 @@ Times the forward and the backward time loop of every candidate plan of the work
 into a CSV file. A candidate that hangs is killed.""",
     host="""\
 Measures how long the host works for a call of each workload: Python, torch's dispatch and allocation, and Triton's
-launcher. A stub stands for the GPU, so none is needed, but a C and a C++ compiler are. Prints microseconds as a Markdown
+launcher. Needs a C and a C++ compiler and no GPU, for which a stub stands. Prints microseconds as a Markdown
 table.""",
     fit="""\
 Fits the constants of the cost model, which chooses plans, to the CSV file of `loops`. Prints the old and new constants,

@@ -78,7 +78,7 @@ def buffers(ctas, flagged):
     With one buffer a step has two barriers: one before it is read, one before the next operand is stored. With two,
     slow warps may still read one while the other is written, and only the first barrier remains. The compiler places
     the barriers. Triton 3.9 tells buffers n % 2 and (n + 1) % 2 apart within a pass of the loop, but not between
-    passes, so a pass reads one and then stores into the other. Where there are step flags two buffers were slower
+    passes, so a pass reads one and then stores into the other. Where there are step flags two buffers gained nothing
     (bench/NOTES.md), and in a cluster the exchange sets the order.
     """
     return 2 if ctas == 1 and not flagged else 1

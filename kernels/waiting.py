@@ -81,7 +81,7 @@ def _seconds(value):
 _limit_s = _seconds(os.environ.get(VARIABLE, DEFAULT_S))
 
 
-def set_wait_limit(seconds):
+def set_wait_limit(seconds: float) -> float:
     """Set how long the programs of a kernel may wait for each other, in seconds of the GPU's clock.
 
     The limit is 10 s at first, or what the environment variable TRITON_LSTM_WAIT_LIMIT says. ``float("inf")`` means no
@@ -141,7 +141,7 @@ def describe(records):
     return "\n".join(lines) or None
 
 
-def wait_report():
+def wait_report() -> str | None:
     """Which programs waited for what when a kernel gave up; None if none has.
 
     For use after the CUDA error of such a kernel ("unspecified launch failure"), which a process gets at the next thing

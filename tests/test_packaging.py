@@ -28,12 +28,13 @@ def test_wheel(built):
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"triton_lstm"}
     for module in (ROOT / "kernels").glob("*.py"):
         assert f"triton_lstm/kernels/{module.name}" in names
+    assert {"triton_lstm/py.typed", "triton_lstm/plan/plan.py"} <= set(names)
 
 
 def test_sdist(built):
     names = {name.split("/", 1)[-1] for name in tarfile.open(built[1]).getnames()}
     for path in ("kernels/sequence.py", "tests/conftest.py", "tests/ptx_emulator/__init__.py", "bench/__main__.py",
-                 "README.md", "LICENSE"):
+                 "bench/host_stubs/libcuda.c", "README.md", "CONTRIBUTING.md", "LICENSE"):
         assert path in names
 
 

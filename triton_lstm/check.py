@@ -10,6 +10,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import torch
 
@@ -69,7 +70,7 @@ class Case:
 
 def plan_of(variant, batch, hidden_size, dtype, directions, limits):
     """A plan of ``variant`` for such a layer. PlanError with the reason where there is none."""
-    options = dict(tf32=dtype == "tf32", keep_every=KEEP_EVERY)
+    options: dict[str, Any] = dict(tf32=dtype == "tf32", keep_every=KEEP_EVERY)
     if limits is None:
         if variant != "portable resident":
             raise PlanError("the interpreter runs programs one by one")
@@ -92,7 +93,8 @@ def cases(limits):
     found = []
 
     def add(variant, dtype, what, steps, batch, inputs, hidden_size, directions=1):
-        sizes = dict(steps=steps, batch=batch, inputs=inputs, hidden_size=hidden_size, directions=directions)
+        sizes: dict[str, Any] = dict(steps=steps, batch=batch, inputs=inputs, hidden_size=hidden_size,
+                                     directions=directions)
         try:
             plan = plan_of(variant, batch, hidden_size, dtype, directions, limits)
             found.append(Case(variant, dtype, what, plan=plan.encode(), **sizes))
@@ -136,7 +138,7 @@ def _problem(case, seed):
     inputs = dict(x=normal(T, B, I), w=uniform(D, 4 * H, I), r=uniform(D, 4 * H, H), b=uniform(D, 4 * H),
                   h0=normal(D, B, H), c0=normal(D, B, H))
     gradients = [normal(T, B, D * H), normal(D, B, H), normal(D, B, H)]
-    options = {}
+    options: dict[str, Any] = {}
     if case.what in ("lengths", "packed"):
         lengths = torch.randint(1, T + 1, (B,), generator=generator).sort(descending=True).values
         lengths[0] = T
@@ -163,12 +165,12 @@ def exact(case, seed=0):
     inputs, gradients, options = _problem(case, seed)
     T, (D, B, H) = case.steps, inputs["h0"].shape
     if "batch_sizes" in options:
-        function = lambda *given: packed_reference(*given, options["batch_sizes"])
+        function = lambda *given: packed_reference(*given, batch_sizes=options["batch_sizes"])
     elif case.what == "zoneout":
         keep = zoneout_shares((None, *options["zoneout"]), T, B, D, H, inputs["x"])
         function = lambda *given: lstm_reference(*given, keep=keep)
     else:
-        function = lambda *given: lstm_reference(*given, options.get("lengths"), options.get("reset"))
+        function = lambda *given: lstm_reference(*given, lengths=options.get("lengths"), reset=options.get("reset"))
     return _results(function, inputs, gradients)
 
 
@@ -180,7 +182,7 @@ def ours(case, device, seed=0):
     plan = Plan.decode(case.plan)
 
     def function(*given):
-        y, (h_n, c_n) = lstm(*given[:4], given[4:], plan=plan, **options)
+        y, (h_n, c_n) = lstm(*given[:4], hx=given[4:], plan=plan, **options)
         return y, h_n, c_n
     inputs = {name: put(t).to(DTYPES[case.dtype]) for name, t in inputs.items()}
     return _results(function, inputs, [put(g) for g in gradients])
@@ -226,7 +228,7 @@ def _graph(case, device):
     plan = Plan.decode(case.plan)
     put = lambda given: {name: t.to(device, DTYPES[case.dtype]) for name, t in given.items()}
     inputs, others = put(inputs), put(others)
-    call = lambda given: lstm(*list(given.values())[:4], (given["h0"], given["c0"]), plan=plan)
+    call = lambda given: lstm(*list(given.values())[:4], hx=(given["h0"], given["c0"]), plan=plan)
     with torch.no_grad():
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -273,7 +275,7 @@ def _microseconds(case, device):
     for _ in range(5):
         events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         events[0].record()
-        y, _ = lstm(*given[:4], given[4:], plan=plan)
+        y, _ = lstm(*given[:4], hx=given[4:], plan=plan)
         events[1].record()
         torch.autograd.grad(y.sum(), given)
         events[2].record()
@@ -303,6 +305,7 @@ def measure(case, device):
             command, environment = child("worker")
             other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
             try:
+                assert other.stdin and other.stdout
                 other.stdin.write(alone.encode() + "\n")
                 other.stdin.flush()
                 other.stdout.readline()             # it is ready, and begins
@@ -344,15 +347,17 @@ def run(case, device):
     return told(compute)
 
 
-def facts():
+def facts() -> dict[str, Any]:
     """The GPU and its limits, for JSON; {"gpu": None} where there is none or the interpreter is on."""
     from . import faults
     if op.interpreted() or not torch.cuda.is_available():
         return dict(gpu=None)
     device = torch.device("cuda", 0)
     major, minor = torch.cuda.get_device_capability(device)
+    limits = op.limits_of(device)
+    assert limits is not None           # which only the interpreter has
     return dict(gpu=torch.cuda.get_device_name(device), capability=[major, minor], driver=faults.driver(),
-                place=faults.place(device), limits=dataclasses.asdict(op.limits_of(device)))
+                place=faults.place(device), limits=dataclasses.asdict(limits))
 
 
 def child(*command):
@@ -361,7 +366,7 @@ def child(*command):
     return [sys.executable, "-m", "triton_lstm", *command], {**os.environ, "PYTHONPATH": path}
 
 
-def ask_facts():
+def ask_facts() -> dict[str, Any]:
     """``facts`` of a child, for a process that never touches the GPU; with "error" where the child does not answer."""
     command, environment = child("facts")
     try:

@@ -13,11 +13,11 @@ class Conversion(typing.NamedTuple):
     swapped    names of the layers that changed class
     left       {name: reason} of the layers that look alike but were left
     """
-    swapped: list
-    left: dict
+    swapped: list[str]
+    left: dict[str, str]
 
 
-def convert(model):
+def convert(model: torch.nn.Module) -> Conversion:
     """Make every ``torch.nn.LSTM`` inside ``model`` (or ``model`` itself) a ``triton_lstm.LSTM``, in place.
 
     A layer's class is changed and nothing else: it stays the same object with the same Parameters, buffers, hooks,
@@ -32,7 +32,7 @@ def convert(model):
     return _swap(model, _TorchLSTM, LSTM)
 
 
-def to_torch(model):
+def to_torch(model: torch.nn.Module) -> Conversion:
     """Make every ``triton_lstm.LSTM`` inside ``model`` a ``torch.nn.LSTM``: undoes ``convert``, returns as it does.
 
     A layer's ``plan`` is dropped. Subclasses of triton_lstm.LSTM are left, and layers with zoneout, which nn.LSTM has
@@ -41,6 +41,7 @@ def to_torch(model):
     result = _swap(model, LSTM, _TorchLSTM)
     for name in result.swapped:
         module = model.get_submodule(name)
+        assert isinstance(module, torch.nn.RNNBase)
         for name in ("plan", "zoneout"):
             module.__dict__.pop(name, None)
         module._init_flat_weights()         # which ours does without

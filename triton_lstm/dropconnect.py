@@ -4,7 +4,7 @@ import torch
 from .layer import LSTM, _TorchLSTM
 
 
-def drop_connect(layer, p=0.5):
+def drop_connect(layer: torch.nn.RNNBase, p: float = 0.5) -> "DropConnect":
     """From now on ``layer``, a triton_lstm.LSTM or torch.nn.LSTM, drops weights of R in training.
 
     At each forward of a layer in training mode every element of each weight_hh is zero with probability ``p``, the rest

@@ -11,7 +11,7 @@ from .plan import H200, SCHEDULES, Limits, PlanError, check_plan, make_plan, ste
 from .projection import too_large_together
 
 
-def explain(layer, x, limits=None):
+def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = None) -> str:
     """The text that tells by which plan ``layer`` runs on ``x``, what that costs, and why by no other schedule.
 
     layer     a triton_lstm.LSTM, its ``plan`` respected; or a torch.nn.LSTM, as if it were converted
@@ -63,13 +63,14 @@ def explain(layer, x, limits=None):
         if reason is not None:
             instead = "no plan for the kernels with zoneout" if zoned else "torch's own LSTM computes"
             return f"{title}\n{instead}: {reason}"
+    assert plan is not None
     steps, order = plan.forward_steps(T, dtype.itemsize), []
     if layer.num_layers > 1:
         reason = ("there is proj_size" if layer.proj_size else "there is zoneout" if zoned else
                   wavefront.why_not(plan, T, layer.num_layers, limits))
         if reason is None:
             if not own:
-                plan, _ = decide(B, wavefront.keep_every(T, B, H))
+                plan = decide(B, wavefront.keep_every(T, B, H))[0] or plan
             steps = min(plan.forward_steps(T, dtype.itemsize), wavefront.chunk_steps(T))
         order = [f"  layers run one after the other: {reason}" if reason else "  layers run as a wavefront, side by "
                  f"side, {steps} steps at a time forward and {plan.keep_every} backward, unless there are lengths, "

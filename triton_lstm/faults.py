@@ -37,7 +37,7 @@ def version():
 def driver():
     """The version of CUDA that the GPU's driver has, as 13000; 0 where torch tells none."""
     with contextlib.suppress(AttributeError):
-        return torch._C._cuda_getDriverVersion()
+        return torch._C._cuda_getDriverVersion()         # pyright: ignore[reportAttributeAccessIssue]
     return 0
 
 

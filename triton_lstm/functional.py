@@ -1,5 +1,8 @@
 """``lstm``: one layer as a function."""
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import op
@@ -32,8 +35,11 @@ def draw_seed(device):
     return torch.randint(-2 ** 63, 2 ** 63 - 1, (1,), device=device)
 
 
-def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, weight_hr=None, lengths=None, reset=None, batch_sizes=None,
-         zoneout=0., training=True, plan=None, keep_every=None):
+def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = None,
+         hx: Sequence[Tensor] | None = None, *, weight_hr: Tensor | None = None, lengths: Tensor | None = None,
+         reset: Tensor | None = None, batch_sizes: Tensor | None = None, zoneout: float | tuple[float, float] = 0.,
+         training: bool = True, plan: Plan | None = None, keep_every: int | None = None
+         ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One LSTM layer over a padded or packed batch, in one direction or both.
 
     x            (T, B, I), any strides; with ``batch_sizes`` (N, I), the rows of all times one time after another
@@ -141,15 +147,13 @@ def lstm(x, weight_ih, weight_hh, bias=None, hx=None, *, weight_hr=None, lengths
         sizes = batch_sizes.to(x.device, non_blocking=True)
         lengths = (torch.arange(B, device=x.device) < sizes[:, None]).sum(0)
     flags = None if lengths is None and reset is None else step_flags(T, B, D, lengths, reset, x.device)
-    if plan is not None:
-        keep_every = plan.keep_every
-    elif keep_every is None:
-        keep_every = _symbolic_keep_every(B, H, D) if torch.compiler.is_compiling() else keep_every_for(B, H, D)
+    steps = keep_every if plan is None else plan.keep_every
+    if steps is None:
+        steps = _symbolic_keep_every(B, H, D) if torch.compiler.is_compiling() else keep_every_for(B, H, D)
     # vmap hides whether what it wraps requires grad
     save = torch.is_grad_enabled() and (transformed() or any(t is not None and t.requires_grad for t in inputs))
-    plan = plan.encode() if plan else ""
-    y, h_n, c_n, _ = differentiable(lstm_op, *inputs, flags, batch_sizes, plan, keep_every, save, seed,
-                                             *map(float, rates))
+    y, h_n, c_n, _ = differentiable(lstm_op, *inputs, flags, batch_sizes, plan.encode() if plan else "", steps, save,
+                                    seed, *map(float, rates))
     return y, (h_n, c_n)
 
 
@@ -161,7 +165,7 @@ def check(x, sizes, weight_ih, weight_hh, bias, h0, c0, weight_hr=None):
     if D not in (1, 2):
         raise ValueError(f"weights must be of 1 or 2 directions, got {D}")
     for name, (tensor, shape) in tensors.items():
-        if tensor is None and name in ("bias", "weight_hr"):
+        if tensor is None:          # the weights and states are there
             continue
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}")

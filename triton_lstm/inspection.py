@@ -1,5 +1,6 @@
 """``gates``: what the gates of a trained layer do over time; ``plot_gates`` draws it."""
 import typing
+from collections.abc import Sequence
 
 import torch
 
@@ -22,7 +23,8 @@ class Gates(typing.NamedTuple):
 
 
 @torch.no_grad()
-def gates(layer, x, hx=None):
+def gates(layer: torch.nn.RNNBase, x: torch.Tensor, hx: Sequence[torch.Tensor] | None = None
+          ) -> tuple[Gates, ...]:
     """The gates and cell states of every step and unit of ``layer``, a triton_lstm.LSTM or torch.nn.LSTM.
 
     x     (T, B, I), (B, T, I) with ``batch_first``, or (T, I), in the layer's dtype and on its device
@@ -50,14 +52,14 @@ def gates(layer, x, hx=None):
     with torch.autocast(x.device.type, enabled=False):
         for k in range(layer.num_layers):
             weights = [getattr(layer, name) for name in layer._flat_weights_names]
-            *weights, weight_hr = LSTM._stacked(layer, weights, k, layer.weight_hh_l0.dtype)
+            w, r, b, weight_hr = LSTM._stacked(layer, weights, k, layer.weight_hh_l0.dtype)  # pyright: ignore[reportArgumentType]
             state = hx and tuple(s[k * D:(k + 1) * D] for s in hx)
-            y, _ = lstm(x, *weights, state, weight_hr=weight_hr, plan=getattr(layer, "plan", None),
+            y, _ = lstm(x, w, r, b, state, weight_hr=weight_hr, plan=getattr(layer, "plan", None),
                         zoneout=zoneout, training=False)
             h0, c0 = state or (x.new_zeros(D, x.shape[1], n) for n in (y.shape[2] // D, layer.hidden_size))
             for d, h in enumerate(y.chunk(D, -1)):
-                of_direction = (None if weight is None else weight[d] for weight in weights)
-                results.append(_recompute(x, h, *of_direction, h0[d], c0[d], zoneout[1], reverse=d == 1))
+                results.append(_recompute(x, h, w[d], r[d], None if b is None else b[d], h0[d], c0[d], zoneout[1],
+                                          reverse=d == 1))
             x = y
     return tuple(results)
 
@@ -77,7 +79,7 @@ def _recompute(x, h, w, r, b, h0, c0, rate_c, reverse):
     return Gates(i, f, g, o, cells)
 
 
-def plot_gates(gates, row=0, title=None):
+def plot_gates(gates: Gates, row: int = 0, title: str | None = None):
     """A matplotlib Figure of one ``Gates`` for a batch row: heat maps of i, f, g, o and c, units over time.
 
     One scale for i, f and o, 0 to 1; g from -1 to 1; c symmetric about 0. ``figure.savefig(path)`` writes it; pyplot is

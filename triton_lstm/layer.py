@@ -1,13 +1,17 @@
 """``LSTM``: torch.nn.LSTM with the time loop in Triton."""
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.modules.rnn import LSTM as _TorchLSTM  # stays torch's where a program puts ours in torch.nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import apart, wavefront
 from .functional import DTYPES, lstm, runs_kernels, zoneout_rates
 from .op import on_device
+from .plan import Plan
 from .projection import too_large_together
 
 _told = set()
@@ -39,8 +43,8 @@ class LSTM(torch.nn.RNNBase):
     [0, 1] and with ``proj_size``. The attribute may be changed.
     """
 
-    plan = None
-    zoneout = 0.
+    plan: Plan | None = None
+    zoneout: float | tuple[float, float] = 0.
 
     def __init__(self, *args, zoneout=0., **kwargs):
         if "mode" in kwargs:
@@ -69,11 +73,13 @@ class LSTM(torch.nn.RNNBase):
     def _flat_weights(self, weights):
         pass
 
-    check_forward_args = _TorchLSTM.check_forward_args
+    # nn.LSTM's own differ in their types from nn.RNNBase's: states are pairs
+    check_forward_args = _TorchLSTM.check_forward_args              # pyright: ignore[reportAssignmentType]
     get_expected_cell_size = _TorchLSTM.get_expected_cell_size
-    permute_hidden = _TorchLSTM.permute_hidden
+    permute_hidden = _TorchLSTM.permute_hidden                      # pyright: ignore[reportAssignmentType]
 
-    def forward(self, input, hx=None, *, lengths=None, reset=None):
+    def forward(self, input: Tensor | PackedSequence, hx: Sequence[Tensor] | None = None, *,
+                lengths: Tensor | None = None, reset: Tensor | None = None) -> tuple[Any, Any]:
         """As ``torch.nn.LSTM.forward``: input (T, B, I), (B, T, I) with ``batch_first``, or (T, I); hx (h_0, c_0).
 
         lengths (B,) and reset (T, B), with ``batch_first`` (B, T), or (T,) for (T, I): as in ``triton_lstm.lstm``, for
@@ -84,7 +90,7 @@ class LSTM(torch.nn.RNNBase):
             raise ValueError(f"lengths and reset are for padded input, got {type(input).__name__}")
         weights = [getattr(self, name) for name in self._flat_weights_names]    # once: they may be parametrized
         if not self._natively(input, hx, weights, masked) and not masked and not self._zoned():
-            return _TorchLSTM.forward(self, input, hx)
+            return _TorchLSTM.forward(self, input, hx)  # pyright: ignore[reportCallIssue, reportArgumentType]
         if isinstance(input, PackedSequence):
             return self._packed(input, hx, weights)
         batch_dim = 0 if self.batch_first else 1
@@ -103,7 +109,8 @@ class LSTM(torch.nn.RNNBase):
             y, h_n, c_n = y.squeeze(batch_dim), h_n.squeeze(1), c_n.squeeze(1)
         return y, (h_n, c_n)
 
-    def step(self, x, state=None, *, inplace=False):
+    def step(self, x: Tensor, state: Sequence[Tensor] | None = None, *, inplace: bool = False
+             ) -> tuple[Tensor, Sequence[Tensor]]:
         """One timestep of an LSTM in one direction: what the layer computes for T = 1.
 
         x        (B, I), whatever ``batch_first``
@@ -130,6 +137,7 @@ class LSTM(torch.nn.RNNBase):
         y, new = self(x.unsqueeze(time), state)
         if not inplace:
             return y.squeeze(time), new
+        assert state is not None
         if any(s.requires_grad for s in new):
             raise ValueError("inplace is for inference, call it under torch.no_grad(): backward needs the state before")
         for old, s in zip(state, new):
@@ -141,7 +149,8 @@ class LSTM(torch.nn.RNNBase):
         data, sizes, order, original_order = input
         hx = None if hx is None else self.permute_hidden(hx, order)
         y, state = self._layers(data, hx, weights, batch_sizes=sizes)
-        return PackedSequence(y, sizes, order, original_order), self.permute_hidden(state, original_order)
+        state = self.permute_hidden(state, original_order)      # pyright: ignore[reportArgumentType]
+        return PackedSequence(y, sizes, order, original_order), state
 
     def _layers(self, x, hx, weights, batch_sizes=None, **masks):
         """All layers over x (T, B, I), packed (N, I); hx (layers D, B, H) each or None."""

@@ -1,4 +1,6 @@
 """``LSTMCell``: torch.nn.LSTMCell, one step of one layer as one call of ``lstm``."""
+from collections.abc import Sequence
+
 import torch
 
 from . import apart
@@ -20,9 +22,10 @@ class LSTMCell(torch.nn.LSTMCell):
             raise NotImplementedError("LSTMCell has no zoneout: use LSTM(..., zoneout=...) and its method step")
         super().__init__(*args, **kwargs)
 
-    def forward(self, input, hx=None):
+    def forward(self, input: torch.Tensor, hx: Sequence[torch.Tensor] | None = None
+                ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._natively(input, hx):
-            return super().forward(input, hx)
+            return super().forward(input, hx)       # pyright: ignore[reportArgumentType] - a list will do too
         dtype = LSTM._compute_dtype(input)
         x = input.to(dtype).reshape(1, -1, self.input_size)
         if hx is not None:

@@ -10,6 +10,7 @@ import functools
 import inspect
 
 import torch
+from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
 
 from . import faults
 from .kernels import sequence
@@ -91,8 +92,8 @@ def _lstm(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | N
           ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.autocast(x.device.type, enabled=False):      # the types are chosen already
         zoneout = _zoneout(seed, rate_h, rate_c)
-        plan = plan_for(x, h0, plan, keep_every, zoneout is not None)
-        return sequence.forward(x, w, r, b, h0, c0, flags, plan, save, batch_sizes, zoneout)
+        chosen = plan_for(x, h0, plan, keep_every, zoneout is not None)
+        return sequence.forward(x, w, r, b, h0, c0, flags, chosen, save, batch_sizes, zoneout)
 
 
 lstm_op = torch.library.custom_op("triton_lstm::lstm", _lstm, mutates_args=())
@@ -114,11 +115,12 @@ def _lstm_backward(dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: tor
                    rate_h: float = 0., rate_c: float = 0.
                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     zoneout = _zoneout(seed, rate_h, rate_c)
-    plan = plan_for(x, h0, plan, keep_every, zoneout is not None)
+    chosen = plan_for(x, h0, plan, keep_every, zoneout is not None)
     with torch.autocast(x.device.type, enabled=False):
-        gradients = sequence.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, plan, needs, batch_sizes,
+        gradients = sequence.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, chosen, needs, batch_sizes,
                                       zoneout)
-    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+    dx, dw, dr, db, dh0, dc0 = (x.new_empty(0) if g is None else g for g in gradients)
+    return dx, dw, dr, db, dh0, dc0
 
 
 lstm_backward_op = torch.library.custom_op("triton_lstm::lstm_backward", _lstm_backward, mutates_args=())
@@ -157,7 +159,7 @@ def reference_backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags=None, batch_siz
     else:
         lengths, reset = (None, None) if flags is None else lengths_and_reset(flags)
         reference = functools.partial(lstm_reference, lengths=lengths, reset=reset, keep=keep)
-    _, vjp = torch.func.vjp(lambda x, w, r, h0, c0, b=None: reference(x, w, r, b, h0, c0), *inputs)
+    _, vjp, *_ = torch.func.vjp(lambda x, w, r, h0, c0, b=None: reference(x, w, r, b, h0, c0), *inputs)
     dx, dw, dr, dh0, dc0, *db = vjp((dy, dh_n, dc_n))
     return dx, dw, dr, *(db or [None]), dh0, dc0
 
@@ -178,11 +180,12 @@ def reference_double_backward(cotangents, inputs, flags=None, batch_sizes=None, 
 
     def backward(*tensors):
         given = dict(zip(present, tensors))
-        gradients = reference_backward(*(given.get(i, missing.get(i)) for i in range(9)), flags, batch_sizes, keep)
+        gradients = reference_backward(*(given.get(i, missing.get(i)) for i in range(9)), flags=flags,
+                                       batch_sizes=batch_sizes, keep=keep)
         return tuple(g for g, v in zip(gradients, cotangents) if v is not None)
 
     with torch.autocast(x.device.type, enabled=False):
-        _, vjp = torch.func.vjp(backward, *(inputs[i].to(dtype) for i in present))
+        _, vjp, *_ = torch.func.vjp(backward, *(inputs[i].to(dtype) for i in present))
         results = dict(zip(present, vjp(tuple(v.to(dtype) for v in cotangents if v is not None))))
         return tuple(results[i].to(x.dtype) if i in results else None for i in range(9))
 
@@ -269,7 +272,7 @@ def differentiable(op, *args):
     and refuses what custom operators register for autograd. Everything else sees the operator.
     """
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    if plain(*tensors) and not any(map(torch._C._functorch.is_legacy_batchedtensor, tensors)):
+    if plain(*tensors) and not any(map(is_legacy_batchedtensor, tensors)):
         function, differentiated = _eager[op]
         needed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         return differentiated.apply(*args) if needed else function(*args)

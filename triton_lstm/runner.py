@@ -31,8 +31,10 @@ class Worker:
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
                                          env=environment, start_new_session=True)
+        assert self._process.stdin and self._process.stdout
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self._selector, self._buffer = selectors.DefaultSelector(), b""
-        self._selector.register(self._process.stdout, selectors.EVENT_READ)
+        self._selector.register(self._stdout, selectors.EVENT_READ)
 
     def answer(self, seconds):
         """The next line of JSON; None if none comes in time. EOFError with what it said last if it ends."""
@@ -41,7 +43,7 @@ class Worker:
             left = end - time.monotonic()
             if left <= 0 or not self._selector.select(left):
                 return None
-            data = os.read(self._process.stdout.fileno(), 1 << 16)
+            data = os.read(self._stdout.fileno(), 1 << 16)
             if not data:
                 raise EOFError(self._last_words())
             self._buffer += data
@@ -50,8 +52,8 @@ class Worker:
 
     def ask(self, line):
         try:
-            self._process.stdin.write(line.encode() + b"\n")
-            self._process.stdin.flush()
+            self._stdin.write(line.encode() + b"\n")
+            self._stdin.flush()
         except BrokenPipeError:         # ``answer`` tells why
             pass
 
@@ -69,7 +71,7 @@ class Worker:
         except ProcessLookupError:
             pass
         self._process.wait()
-        for file in (self._process.stdin, self._process.stdout, self._selector, self._errors):
+        for file in (self._stdin, self._stdout, self._selector, self._errors):
             try:
                 file.close()
             except BrokenPipeError:
@@ -109,7 +111,8 @@ def run(cases, command, seconds, share, environment=None, start=60., clock=time.
                     worker = None
             except EOFError as error:
                 found = dict(outcome="died", message=str(error))
-                worker.kill()
+                if worker:
+                    worker.kill()
                 worker = None
             if found.pop("fatal", False) and worker:
                 worker.kill()

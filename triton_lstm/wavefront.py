@@ -37,10 +37,8 @@ def why_not(plan, T, layers, limits):
 def plan_of_all(x, hx, weights, layers, hidden_size, plan):
     """The plan by which ``layers`` layers without masks run over x (T, B, I) as a wavefront, or None where they cannot
     or had better not. ``plan`` is the layer's own or None."""
-    # tensors of other classes and dispatch modes need to see operators
-    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, *(hx or ()), *weights))
-    if (not plain or x.numel() == 0 or op.transformed() or forward_ad._current_level >= 0 or torch.jit.is_tracing()
-            or torch._C._len_torch_dispatch_stack() or not isinstance(plan, (Plan, type(None)))):
+    if (not op.plain(x, *(hx or ()), *weights) or x.numel() == 0 or forward_ad._current_level >= 0
+            or not isinstance(plan, (Plan, type(None)))):
         return None
     T, B = x.shape[:2]
     if plan is None:
@@ -178,7 +176,7 @@ class _Wavefront(torch.autograd.Function):
         inputs, rest = tensors[:len(needs)], tensors[len(needs):]
         layers = len(rest) // 4
         saved = [rest[n:n + layers] for n in range(0, len(rest), layers)]
-        mapped = any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+        mapped = any(g is not None and op.is_legacy_batchedtensor(g) for g in gradients)
         if torch.is_grad_enabled() or op.transformed() or mapped:
             return None, None, *_differentiably(ctx.plan, saved[3], ctx.scale, needs, gradients, inputs)
         return None, None, *_backward(ctx.plan, ctx.scale, needs, gradients, inputs, saved)

@@ -1,4 +1,5 @@
 """Whether a plan can run on a device."""
+from .limits import Limits
 from .plan import (
     HELD_BYTES,
     KINDS,
@@ -6,13 +7,14 @@ from .plan import (
     PRECISIONS,
     WARP_GROUP_BYTES,
     WARP_GROUP_ROWS,
+    Plan,
     PlanError,
     element_bytes,
     wgmma_slices,
 )
 
 
-def check_plan(plan, limits, zoneout=False):
+def check_plan(plan: Plan, limits: Limits | None, zoneout: bool = False) -> None:
     """Raise PlanError unless the kernels can run ``plan`` within ``limits``, with zoneout if asked for. Programs that
     wait for others must all run at the same time. limits None: Triton's interpreter, which has none."""
     if plan.kind not in KINDS or plan.precision not in PRECISIONS:

@@ -3,7 +3,7 @@
 Its constants are fitted to bounds that ``bench.residency`` reads from machine code, not to measurements. ``python -m
 bench fit`` fits them to measured loops.
 """
-from .plan import WARP_GROUP_ROWS, element_bytes
+from .plan import WARP_GROUP_ROWS, Plan, element_bytes
 
 # Cycles of a step beyond its work: of resident and cluster plans, and of portable resident ones; of each tile of grid
 # and streamed plans, plus one for each hidden unit. Then which part of its work such a tile does not hide.
@@ -29,7 +29,7 @@ LOOP_SHARE = {("split", "forward"): 0.9, ("split", "backward"): 1.1, ("grid", "f
               ("grid", "backward"): 0.85}
 
 
-def step_cycles(plan, multiprocessors, loop=None):
+def step_cycles(plan: Plan, multiprocessors: int, loop: str | None = None) -> float:
     """Cycles that a time loop of ``plan`` is predicted to take for a step of all rows: ``loop`` "forward" or
     "backward", or None for the mean of the two.
 
@@ -40,7 +40,7 @@ def step_cycles(plan, multiprocessors, loop=None):
         cycles = _streamed_cycles if plan.kind == "streamed" else _wave_cycles
         loops = [loop] if loop else ["forward", "backward"]
         return sum(cycles(plan, multiprocessors, loop) for loop in loops) / len(loops)
-    return _mean_cycles(plan, multiprocessors) * LOOP_SHARE.get((plan.kind, loop), 1)
+    return _mean_cycles(plan, multiprocessors) * (LOOP_SHARE.get((plan.kind, loop), 1) if loop else 1)
 
 
 def _waves(plan, multiprocessors):

@@ -6,7 +6,7 @@ import torch
 
 from .check import check_plan
 from .cost import step_cycles
-from .limits import H200
+from .limits import H200, Limits
 from .plan import (
     BLOCK_B,
     HELD_BYTES,
@@ -27,7 +27,7 @@ BACKWARD_ELEMENTS = 1 << 24             # units x rows x steps that backward rec
 KEEP_EVERY = 2048                       # at most
 
 
-def keep_every_for(batch, hidden_size, directions):
+def keep_every_for(batch: int, hidden_size: int, directions: int) -> int:
     """The default of ``keep_every``: a power of two from 16 to 2048, the largest for which backward's workspace stays
     under 512 MiB in 16-bit types, of 32 bytes for each unit, row and step (40 in fp32)."""
     steps = KEEP_EVERY
@@ -36,7 +36,7 @@ def keep_every_for(batch, hidden_size, directions):
     return steps
 
 
-def precision_for(dtype, tf32):
+def precision_for(dtype: torch.dtype, tf32: bool) -> str:
     """How products of ``dtype`` are computed; ``tf32`` tells whether fp32 may use TF32."""
     if dtype in (torch.float16, torch.bfloat16):
         return "native"
@@ -45,8 +45,9 @@ def precision_for(dtype, tf32):
     raise PlanError(f"no kernel computes in {dtype}")
 
 
-def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True, schedule=None, keep_every=None,
-              zoneout=False, avoid=frozenset()):
+def make_plan(batch: int, hidden_size: int, dtype: torch.dtype, directions: int = 1, *, limits: Limits | None = H200,
+              tf32: bool = True, schedule: str | None = None, keep_every: int | None = None, zoneout: bool = False,
+              avoid: frozenset = frozenset()) -> Plan:
     """The plan for ``batch`` rows of a layer of ``hidden_size`` units.
 
     dtype        torch.float16, bfloat16 or float32
@@ -81,7 +82,8 @@ def make_plan(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True
     return dataclasses.replace(forward, backward_plan=backward)
 
 
-def candidates(batch, hidden_size, dtype, directions=1, *, limits=H200, tf32=True, keep_every=None):
+def candidates(batch: int, hidden_size: int, dtype: torch.dtype, directions: int = 1, *, limits: Limits | None = H200,
+               tf32: bool = True, keep_every: int | None = None) -> list[Plan]:
     """A list of all plans that ``make_plan`` chooses from; empty where none fits. Each is for both loops, except those
     of kind "wgmma", which are for the forward loop only."""
     plans, _ = _candidates(batch, hidden_size, dtype, directions, limits, tf32, None, keep_every, False)

@@ -373,6 +373,6 @@ def wait_for_shares(words, at, flag, watch, COUNT: tl.constexpr, STRIDE: tl.cons
 
 
 def new_shares(dh, plan):
-    """Memory for the shares of a backward pass, none of which has arrived."""
+    """Memory for the shares of a backward pass. No share has arrived yet."""
     tiles = 2 * plan.directions * plan.groups * plan.tiles
     return dh.new_zeros(tiles * plan.padded_programs * plan.programs * plan.block_b * plan.block_h)

@@ -43,9 +43,9 @@ def load_r_targets(r_ptr, p, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_
 
 @gluon.constexpr_function
 def stores(count, groups, row, group):
-    """Assembly that stores the ``count`` words of a thread, and the constraints of its operands: words, then addresses,
-    of which it reads the first. Eight words, four adjacent ones in each of two rows ``row`` bytes apart, make a group;
-    groups are ``group`` bytes apart."""
+    """Assembly that stores the ``count`` words of a thread, and the constraints of its operands, words and then
+    addresses. It uses the first address only. Eight words, four adjacent ones in each of two rows ``row`` bytes apart,
+    make a group; groups are ``group`` bytes apart."""
     lines = []
     for n in range(0, count, 4):
         words = ", ".join(f"${count + n + i}" for i in range(4))

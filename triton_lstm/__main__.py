@@ -51,7 +51,7 @@ def about(facts):
 
 
 def _line(case, found, seconds):
-    """A case and what came of it, for JSON."""
+    """A case and its outcome, as one line of JSON."""
     sizes = dict(T=case.steps, B=case.batch, I=case.inputs, H=case.hidden_size, D=case.directions)
     backward = Plan.decode(case.plan).backward.variant if case.plan else case.kind
     return dict(kind=case.kind, backward_kind=backward, dtype=case.dtype, what=case.what, **sizes, **{
@@ -59,7 +59,8 @@ def _line(case, found, seconds):
 
 
 def loops_of(line):
-    """The loops that a line tells to be wrong: of results by name, of a record by kernel, of all else both."""
+    """The loops that a line says are wrong. A wrong result tells by its name, a record by its kernel; otherwise
+    both."""
     if line["outcome"] == "wrong":
         names = set(line["where"])
         return ("forward",) if names & {"y", "h_n", "c_n"} else ("backward",)
@@ -70,7 +71,7 @@ def loops_of(line):
 
 
 def remember(where, lines):
-    """What the lines of a check on a GPU say goes into the cache folder."""
+    """Write into the cache folder what the lines of a check on a GPU say."""
     precision = lambda line: {"fp16": "native", "bf16": "native", "tf32": "tf32", "fp32": "tf32x3"}[line["dtype"]]
     found, right = {}, set()
     for line in lines:
@@ -85,7 +86,7 @@ def remember(where, lines):
 
 
 def table(lines):
-    """Kinds by types: how many cases are right, or what the first other one is."""
+    """A table of kinds and types: how many cases are right, or the outcome of the first that is not."""
     kinds, dtypes = list(dict.fromkeys(line["kind"] for line in lines)), list(check.DTYPES)
     rows = [["", *dtypes, "us a step, forward / backward call"]]
     for kind in kinds:

@@ -1,7 +1,7 @@
-"""What ``python -m triton_lstm check`` runs: every kernel at small sizes against float64, a case at a time.
+"""The cases of ``python -m triton_lstm check``: every kernel, at small sizes, is compared with float64.
 
-A case is a ``Case``, which travels as JSON: ``cases`` lists those of a device, ``run`` computes one in this process and
-says what came of it. ``runner`` has the processes.
+``cases`` lists the cases of a device. ``run`` computes one of them in this process and says how it ended. Between
+processes a ``Case`` travels as JSON. ``runner`` starts and stops the processes.
 """
 import contextlib
 import dataclasses
@@ -35,8 +35,13 @@ REUSES = 50
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is checked: ``plan`` is encoded, "" where there is none, for ``reason``. ``what``: "layer", "lengths",
-    "packed", "zoneout", "one step", or "layers", "wavefront", "graph", "stream", "reuse", "two processes"."""
+    """What is checked.
+
+    kind    the variant of the plan
+    what    "layer", "lengths", "packed", "zoneout", "one step", "layers", "wavefront", "graph", "stream", "reuse" or
+            "two processes"
+    plan    encoded; "" if there is none here, and then ``reason`` says why
+    """
     kind: str
     dtype: str
     what: str
@@ -60,7 +65,8 @@ class Case:
         return f"{self.kind}, {self.dtype}, {self.what}"
 
     def compiled(self):
-        """(plan, dtype, options of ``compile_plan``) that its launches compile; None where nothing does."""
+        """(plan, dtype, options of ``compile_plan``) for the kernels that the case launches; None where it has no
+        plan."""
         if not self.plan:
             return None
         return Plan.decode(self.plan), DTYPES[self.dtype], dict(
@@ -89,7 +95,7 @@ def plan_of(variant, batch, hidden_size, dtype, directions, limits):
 
 
 def cases(limits):
-    """All cases of a device with ``limits``, None for the interpreter: the smallest and safest first."""
+    """All cases of a device with ``limits`` (None: the interpreter). The smallest and safest come first."""
     found = []
 
     def add(variant, dtype, what, steps, batch, inputs, hidden_size, directions=1):
@@ -121,7 +127,7 @@ def cases(limits):
         add("grid", "fp16", "stream", 9, 17, 20, 100)
         add("split", "fp16", "wavefront", 256, 3, 20, 100)
         add("grid", "fp16", "two processes", 9, 17, 20, 100)
-    missing = {}        # one line for a variant and type that the device has not
+    missing = {}        # one line for each variant and type that the device does not have
     for case in found:
         if not case.plan:
             missing.setdefault((case.kind, case.dtype), case)
@@ -129,7 +135,7 @@ def cases(limits):
 
 
 def _problem(case, seed):
-    """Inputs of ``case`` in float64 on the CPU, as rounded to its type, and options of ``lstm``."""
+    """Inputs and gradients of ``case`` in float64 on the CPU, rounded to its type, and options of ``lstm``."""
     T, B, I, H, D = case.steps, case.batch, case.inputs, case.hidden_size, case.directions
     generator = torch.Generator().manual_seed(seed)
     rounded = lambda t: t.to(DTYPES[case.dtype]).double()
@@ -194,7 +200,7 @@ def relative_error(found, exactly):
 
 
 def compare(case, got, right):
-    """What to say of results ``got`` where ``right`` is exact: outcome, error, and of a wrong one where."""
+    """The outcome for results ``got`` whose exact values are ``right``: "outcome", "error" and, if wrong, "where"."""
     allowed, worst, wrong = TOLERANCE[case.dtype], 0., {}
     for name, exactly in right.items():
         error = relative_error(got[name], exactly)
@@ -210,7 +216,7 @@ def compare(case, got, right):
 
 @contextlib.contextmanager
 def _precision(case):
-    """torch's switch for fp32 in LSTMs as the case has it, where there is one."""
+    """torch's switch for fp32 in LSTMs is set as the case needs it."""
     if case.dtype not in ("tf32", "fp32"):
         yield
         return
@@ -247,7 +253,7 @@ def _graph(case, device):
 
 
 def _layers(case, device):
-    """Several layers, and the same by nn.LSTM in float64: three that a wavefront takes, or two in both directions."""
+    """Results of several layers, and of nn.LSTM in float64: three layers as a wavefront, or two in both directions."""
     torch.manual_seed(0)
     options = dict(num_layers=3 if case.what == "wavefront" else 2, bidirectional=case.directions == 2,
                    batch_first=case.what == "layers")
@@ -267,7 +273,7 @@ def _layers(case, device):
 
 
 def _microseconds(case, device):
-    """Microseconds a step of a forward call, and of a backward one, of 64 steps; the best of five."""
+    """Microseconds per step of a forward and of a backward call over 64 steps; the best of five."""
     T = 64
     inputs, _, _ = _problem(dataclasses.replace(case, steps=T), 0)
     given = [t.to(device, DTYPES[case.dtype]).requires_grad_() for t in inputs.values()]
@@ -285,7 +291,7 @@ def _microseconds(case, device):
 
 
 def measure(case, device):
-    """What comes of ``case`` on ``device``, in this process."""
+    """The outcome of ``case`` on ``device``, computed in this process."""
     with _precision(case):
         if case.what in ("layers", "wavefront"):
             return compare(case, *_layers(case, device))
@@ -323,7 +329,8 @@ def measure(case, device):
 
 
 def told(compute):
-    """What ``compute()`` returns, or its exception as an outcome; "fatal" where the process can do no more."""
+    """What ``compute()`` returns, or its exception as an outcome, with "fatal" if the process cannot use the GPU any
+    more."""
     try:
         return compute()
     except Exception as error:
@@ -338,7 +345,7 @@ def told(compute):
 
 
 def run(case, device):
-    """What comes of ``case`` on ``device``, exceptions included."""
+    """The outcome of ``case`` on ``device``; an exception is an outcome too."""
     def compute():
         found = measure(case, device)
         if device.type == "cuda":

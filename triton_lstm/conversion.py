@@ -35,8 +35,8 @@ def convert(model: torch.nn.Module) -> Conversion:
 def to_torch(model: torch.nn.Module) -> Conversion:
     """Make every ``triton_lstm.LSTM`` inside ``model`` a ``torch.nn.LSTM``: undoes ``convert``, returns as it does.
 
-    A layer's ``plan`` is dropped. Subclasses of triton_lstm.LSTM are left, and layers with zoneout, which nn.LSTM has
-    not.
+    A layer's ``plan`` is dropped. Subclasses of triton_lstm.LSTM are left, and layers with zoneout, which nn.LSTM does
+    not have.
     """
     result = _swap(model, LSTM, _TorchLSTM)
     for name in result.swapped:

@@ -1,4 +1,4 @@
-"""``explain``: in words, how a layer will run on an input and why so."""
+"""``explain``: says in words how a layer will run on an input, and why."""
 import dataclasses
 
 import torch
@@ -12,11 +12,11 @@ from .projection import too_large_together
 
 
 def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = None) -> str:
-    """The text that tells by which plan ``layer`` runs on ``x``, what that costs, and why by no other schedule.
+    """A text that says by which plan ``layer`` runs on ``x``, what that costs, and why no other schedule is taken.
 
-    layer     a triton_lstm.LSTM, its ``plan`` respected; or a torch.nn.LSTM, as if it were converted
-    x         the input or one like it, of which only shape, dtype and device count: (T, B, I), (B, T, I) with
-              ``batch_first``, or (T, I); ``torch.empty(..., device="meta")`` will do
+    layer     a triton_lstm.LSTM, whose ``plan`` is respected; or a torch.nn.LSTM, as if it were converted
+    x         the input, (T, B, I), (B, T, I) with ``batch_first``, or (T, I). Only its shape, dtype and device are
+              used, so ``torch.empty(..., device="meta")`` will do
     limits    of the device: those of x's CUDA device, or ``triton_lstm.plan.H200``, if None
 
     Nothing is launched. Bytes saved for backward are ``Plan.saved_bytes``, beside the least that an LSTM keeps which
@@ -103,7 +103,7 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
 
 
 def _why_not(schedule, taken, dtype, limits, zoned):
-    """Why the plan taken is none of ``schedule``: there is none, or what it costs."""
+    """The reason why ``taken`` has another schedule: no plan of ``schedule`` fits, or what it would cost."""
     try:
         other = make_plan(taken.batch, taken.hidden_size, dtype, taken.directions, limits=limits, tf32=tf32_allowed(),
                           schedule=schedule, zoneout=zoned)

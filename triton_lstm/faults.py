@@ -1,4 +1,4 @@
-"""What ``python -m triton_lstm check`` found wrong on a GPU, remembered in the user's cache folder.
+"""Remembers in the user's cache folder what ``python -m triton_lstm check`` found wrong on a GPU.
 
 A JSON file: {where: {"variant loop precision": what was found}}, where "where" names the GPU, its driver and the
 versions of Triton and this package. Folder: $TRITON_LSTM_CACHE, else $XDG_CACHE_HOME/triton_lstm, else
@@ -63,8 +63,8 @@ def _read():
 
 
 def remember(where, found, right):
-    """Put ``found``, {(variant, loop, precision): what}, among the entries of ``where``, and take out those of
-    ``right``, a set of such keys. Another process's file at the same time wins or loses as a whole."""
+    """Add ``found``, {(variant, loop, precision): what}, to the entries of ``where``, and remove those of ``right``, a
+    set of such keys. If two processes write at the same time, the file of one of them remains."""
     entries = _read()
     left = {key: what for key, what in entries.get(where, {}).items() if tuple(key.rsplit(" ", 2)) not in right}
     entries[where] = {**left, **{" ".join(key): what for key, what in found.items()}}
@@ -75,13 +75,13 @@ def remember(where, found, right):
 
 
 def of(where):
-    """{(variant, loop, precision): what} of a ``place``."""
+    """The entries of a ``place``: {(variant, loop, precision): what}."""
     return {tuple(key.rsplit(" ", 2)): what for key, what in _read().get(where, {}).items()}
 
 
 @functools.lru_cache
 def known(device):
-    """The keys that automatic plans keep away from on a CUDA device, looked up once a process; a warning tells them."""
+    """The keys that automatic plans avoid on a CUDA device. They are looked up once a process, with a warning."""
     found = of(place(device))
     if found:
         warnings.warn("triton_lstm keeps away from kernels that its check found wrong on this GPU: "

@@ -31,7 +31,8 @@ def zoneout_rates(zoneout):
 
 
 def draw_seed(device):
-    """The seed of one call's masks, from torch's generator of the device, where it stays: CUDA graphs draw it anew."""
+    """The seed of the masks of one call, drawn from torch's generator of the device. It stays on the device, so a
+    replay of a CUDA graph draws a new one."""
     return torch.randint(-2 ** 63, 2 ** 63 - 1, (1,), device=device)
 
 
@@ -158,7 +159,8 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
 
 
 def check(x, sizes, weight_ih, weight_hh, bias, h0, c0, weight_hr=None):
-    """Raise as ``lstm`` unless the tensors have shapes of ``sizes`` (D, B, I, H, P), and the dtype and device of x."""
+    """Raise what ``lstm`` documents unless all tensors have the shapes of ``sizes`` (D, B, I, H, P) and the dtype and
+    device of x."""
     D, B, I, H, P = sizes
     tensors = dict(weight_ih=(weight_ih, (D, 4 * H, I)), weight_hh=(weight_hh, (D, 4 * H, P)), bias=(bias, (D, 4 * H)),
                    weight_hr=(weight_hr, (D, P, H)), h0=(h0, (D, B, P)), c0=(c0, (D, B, H)))
@@ -176,13 +178,14 @@ def check(x, sizes, weight_ih, weight_hh, bias, h0, c0, weight_hr=None):
 
 
 def _symbolic_keep_every(B, H, D):
-    """``keep_every_for`` rounded to 16 steps: an expression, so that no graph is tied to a range of batch sizes."""
+    """``keep_every_for``, rounded to 16 steps, as an expression of symbolic sizes: a loop would tie the graph to a
+    range of batch sizes."""
     steps = BACKWARD_ELEMENTS // (16 * H * D * torch.sym_max(B, 1))
     return 16 * torch.sym_max(1, torch.sym_min(KEEP_EVERY // 16, steps))
 
 
 def _checked(mask, shape, name, device):
-    """``lengths`` or ``reset`` on the device, if they have their shape and type."""
+    """``lengths`` or ``reset``, moved to the device. Raises unless the shape and type are right."""
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor):

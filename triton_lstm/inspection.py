@@ -83,7 +83,7 @@ def plot_gates(gates: Gates, row: int = 0, title: str | None = None):
     """A matplotlib Figure of one ``Gates`` for a batch row: heat maps of i, f, g, o and c, units over time.
 
     One scale for i, f and o, 0 to 1; g from -1 to 1; c symmetric about 0. ``figure.savefig(path)`` writes it; pyplot is
-    not touched. Raises ImportError without matplotlib, IndexError for a row that the batch has not.
+    not touched. Raises ImportError without matplotlib, IndexError for a row outside of the batch.
     """
     try:
         from matplotlib.figure import Figure  # without pyplot: draws with Agg, keeps no state

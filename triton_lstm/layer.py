@@ -37,7 +37,7 @@ class LSTM(torch.nn.RNNBase):
     It is an ``nn.RNNBase`` but not an ``nn.LSTM``: torch.compile refuses full graphs with instances of that one.
     The attribute ``plan`` (None: automatic) may hold a ``Plan`` to use for every layer.
 
-    ``zoneout``, a rate or a pair (rate_h, rate_c), is what torch's has not: every layer in training mode keeps earlier
+    ``zoneout``, a rate or a pair (rate_h, rate_c), is not in torch's LSTM: every layer in training mode keeps earlier
     h and c at random, with masks of its own, and in eval mode takes their expectation, as ``triton_lstm.lstm`` says.
     Where the kernels do not compute, such a layer goes step by step in torch operators. ValueError for a rate outside
     [0, 1] and with ``proj_size``. The attribute may be changed.
@@ -55,7 +55,7 @@ class LSTM(torch.nn.RNNBase):
             self._zoned()
 
     def _zoned(self):
-        """Whether there is zoneout, by rates that are valid."""
+        """Whether the layer has zoneout. ValueError where its rates are not valid."""
         zoned = any(zoneout_rates(self.zoneout))
         if zoned and self.proj_size:
             raise ValueError(f"zoneout with proj_size={self.proj_size} is not implemented")
@@ -66,7 +66,7 @@ class LSTM(torch.nn.RNNBase):
 
     @property
     def _flat_weights(self):
-        """nn.LSTM keeps a list and looks for changes; read anew, nothing that replaces a weight can make it stale."""
+        """The weights, read at each access. nn.LSTM keeps a list, which is stale after a weight is replaced."""
         return [getattr(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter
@@ -145,7 +145,7 @@ class LSTM(torch.nn.RNNBase):
         return y.squeeze(time), state
 
     def _packed(self, input, hx, weights):
-        """A packed sequence as it is; states come and go in the caller's order."""
+        """``forward`` of a packed sequence. States are in the caller's order of rows."""
         data, sizes, order, original_order = input
         hx = None if hx is None else self.permute_hidden(hx, order)
         y, state = self._layers(data, hx, weights, batch_sizes=sizes)
@@ -176,7 +176,7 @@ class LSTM(torch.nn.RNNBase):
         return x, (h_n, c_n)
 
     def _may_overlap(self):
-        """Whether ``wavefront`` has code for such layers."""
+        """Whether ``wavefront`` can run such layers."""
         return (self.num_layers > 1 and not torch.compiler.is_compiling()
                 and not (self.bidirectional or self.proj_size or self._zoned()))
 
@@ -190,7 +190,8 @@ class LSTM(torch.nn.RNNBase):
 
     @staticmethod
     def _autocast(input):
-        """Whether autocast decides the type; like all of torch, it leaves float64 and integers as they are."""
+        """Whether autocast decides the type of this call. It does not for float64 and integers, as everywhere in
+        torch."""
         return (torch.is_autocast_enabled(input.device.type) and input.is_floating_point()
                 and input.dtype != torch.float64)
 
@@ -199,7 +200,8 @@ class LSTM(torch.nn.RNNBase):
         return torch.get_autocast_dtype(input.device.type) if LSTM._autocast(input) else input.dtype
 
     def _natively(self, input, hx, weights, masked=False):
-        """Whether the kernels compute this call. What nn.LSTM would refuse is left to nn.LSTM to refuse."""
+        """Whether the kernels compute this call. False also for wrong input, for which nn.LSTM then raises its
+        error."""
         packed = isinstance(input, PackedSequence)
         x = input.data if packed else input
         if not isinstance(x, torch.Tensor) or x.dim() not in ((2,) if packed else (2, 3)) or (

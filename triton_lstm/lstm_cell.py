@@ -36,7 +36,8 @@ class LSTMCell(torch.nn.LSTMCell):
         return h.reshape(shape), c.reshape(shape)
 
     def _natively(self, input, hx):
-        """Whether the kernels compute this call. What nn.LSTMCell would refuse is left to it to refuse."""
+        """Whether the kernels compute this call. False also for wrong input, for which nn.LSTMCell then raises its
+        error."""
         if not isinstance(input, torch.Tensor) or input.dim() not in (1, 2) or input.shape[-1] != self.input_size:
             return False
         if self.weight_hh.device != input.device:

@@ -1,10 +1,10 @@
 """The custom operators ``triton_lstm::lstm`` and its backward: fake implementations, autograd and vmap.
 
-torch.compile and torch.export see opaque operators. Tensors only go in and out; the plan travels as a string, empty
-for the automatic one, which is then chosen when the shapes are known.
+torch.compile and torch.export see opaque operators, with tensors for inputs and outputs. The plan is passed as a
+string. An empty one asks for the automatic plan, which is chosen when the shapes are known.
 
-First derivatives are kernels. The derivatives of those are computed by differentiating the equations in
-``reference.py`` twice: right to any order, but step by step and with every activation kept.
+First derivatives are kernels. Higher ones differentiate the equations in ``reference.py`` twice. That is right to any
+order, but it goes step by step and keeps every activation.
 """
 import functools
 import inspect
@@ -41,15 +41,15 @@ def tf32_allowed():
 
 
 def avoided(device):
-    """What automatic plans on ``device`` keep away from, see ``make_plan``."""
+    """The kernels that automatic plans on ``device`` avoid, as ``make_plan`` takes them."""
     return faults.known(device) if device.type == "cuda" else frozenset()
 
 
 @functools.lru_cache
 def plan_or_reason(batch, hidden_size, dtype, directions, limits, tf32, keep_every=None, zoneout=False,
                    avoid=frozenset()):
-    """(plan, None) of a call that names no plan, or (None, reason) where the kernels cannot run it. Whether they do is
-    decided here and nowhere else."""
+    """(plan, None) of a call that names no plan, or (None, reason) where the kernels cannot run it. This is decided
+    here and nowhere else."""
     try:
         return make_plan(batch, hidden_size, dtype, directions, limits=limits, tf32=tf32, keep_every=keep_every,
                          zoneout=zoneout, avoid=avoid), None
@@ -207,7 +207,7 @@ def _double_backward(ctx, *cotangents):
 
 
 def _for_each(op):
-    """vmap of ``op``: a call for each member, as a program holds the weights of one."""
+    """The rule for vmap of ``op``: one call for each member, because a program holds the weights of one."""
     def rule(info, in_dims, *args):
         members = [op(*(a if dim is None or not isinstance(a, torch.Tensor) else a.select(dim, n)
                         for a, dim in zip(args, in_dims))) for n in range(info.batch_size)]

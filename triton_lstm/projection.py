@@ -1,9 +1,9 @@
-"""LSTMs with projection (``proj_size``; Sak et al. 2014) as plain ones: the kernels run them as they are.
+"""LSTMs with projection (``proj_size``; Sak et al. 2014), written as LSTMs without, so that the kernels run them.
 
-With h_t = W_hr m_t and m_t = o tanh(c_t) the recurrent product is R h_{t-1} = (R W_hr) m_{t-1}: an LSTM over m whose
-recurrent matrix is R W_hr, (4H, H), computed once a call. y is one product after the time loop. h0 has no m that it
-came from: R h0 goes into the input product, as columns of x that hold h0 at a direction's first step and of W that
-hold R.
+With h_t = W_hr m_t and m_t = o tanh(c_t) the recurrent product is R h_{t-1} = (R W_hr) m_{t-1}. This is an LSTM over m
+with the recurrent matrix R W_hr, (4H, H), which is computed once a call. y is one product after the time loop. There is
+no m that belongs to h0. R h0 is therefore added by the input product: x gets columns that contain h0 at the first step
+of a direction, and W gets columns that contain R.
 """
 import torch
 
@@ -14,8 +14,8 @@ from .plan import precision_for
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, exact: bool) -> torch.Tensor:
-    """a @ b for a (D, N, K) and b (D, K, M), of which each direction has one; products as the layer's or, if ``exact``,
-    rounded to a's type once and to nothing else before."""
+    """a @ b for each direction, a (D, N, K) and b (D, K, M). It is computed in the precision of the layer's products;
+    or, with ``exact``, in a higher one and then rounded to a's type once."""
     precision, dtype = precision_for(a.dtype, tf32_allowed()), a.dtype
     if exact:
         # TF32 holds 16-bit numbers as they are; fp32 is exact enough for an R W_hr that is rounded to TF32 afterwards
@@ -56,7 +56,7 @@ register(product_op, _product, "Product", _setup_context, _backward, _vmap)
 
 
 def product(a, b, exact=False):
-    """``product_op``, differentiable any number of times."""
+    """``product_op`` that can be differentiated any number of times."""
     return differentiable(product_op, a, b, exact)
 
 
@@ -73,7 +73,7 @@ def project(m, weight_hr):
 
 
 def with_state(x, weight_ih, weight_hh, h0, lengths, reset, batch_sizes):
-    """x and W with columns whose product is R h0 at the first step of each row and direction that counts.
+    """x and W with further columns, whose product is R h0 at the first live step of each row and direction.
 
     x (T, B, I + D P), packed (N, I + D P), zero in these columns at all other steps; W (D, 4H, I + D P), zero where x
     has the h0 of the other direction.
@@ -103,9 +103,9 @@ def with_state(x, weight_ih, weight_hh, h0, lengths, reset, batch_sizes):
 
 
 def too_large_together(plan):
-    """Why R W_hr is no good in the place of R, of which it has H / P times the elements; None where it fits on chip.
+    """The reason why R W_hr should not replace R, which has H / P times fewer elements; None where R W_hr fits on chip.
 
-    ``plan`` is the one of a batch of one row, so that no layer changes between implementations with the batch.
+    ``plan`` is that of a batch of one row, so that the batch does not decide which implementation a layer has.
     """
     if plan.backward.schedule == "streamed":
         return (f"proj_size: the product of weight_hh and weight_hr, {4 * plan.hidden_size} x {plan.hidden_size}, does "

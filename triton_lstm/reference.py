@@ -1,4 +1,5 @@
-"""The LSTM as its equations say: what every kernel is judged by. Slow, differentiable, any dtype and device."""
+"""The equations of the LSTM in torch operators, with which every kernel is compared. Slow, differentiable, for any
+dtype and device."""
 import torch
 
 
@@ -11,7 +12,7 @@ def lstm_reference(x, w, r, b, h0, c0, lengths=None, reset=None, multiply=torch.
 
     Hochreiter and Schmidhuber 1997 with the forget gate of Gers et al. 2000 and the projection of Sak et al. 2014, as
     torch.nn.LSTM computes it; zoneout as Krueger et al. 2017 write it for the LSTM: h is made of the new f c + i g even
-    where c keeps the earlier one.
+    where c keeps its earlier value.
     """
     outputs, h_n, c_n = [], [], []
     for d in range(r.shape[0]):
@@ -45,10 +46,11 @@ def lstm_reference(x, w, r, b, h0, c0, lengths=None, reset=None, multiply=torch.
 
 
 def zoneout_shares(zoneout, T, B, D, H, like):
-    """What share of their earlier h and c units keep at each step: two tensors (D, T, B, H) of the type of ``like``.
+    """The shares of their earlier h and c that units keep at each step: two tensors (D, T, B, H) of the type of
+    ``like``.
 
-    zoneout (seed, rate_h, rate_c), seed an int64 tensor of one element: 0 or 1, of the same bits as in the kernels, see
-    ``cell.zoneout``. The seed None: the rates, their expectation.
+    zoneout is (seed, rate_h, rate_c). With a seed, an int64 tensor of one element, shares are 0 or 1, from the same
+    random bits as in the kernels (see ``cell.zoneout``). With None they are the rates, which is their expectation.
     """
     seed, *rates = zoneout
     if seed is None:
@@ -76,7 +78,7 @@ def philox(seed, n0, n1, n2, n3, rounds=7):
 
 
 def packed_reference(x, w, r, b, h0, c0, batch_sizes, **options):
-    """``lstm_reference`` of packed x (rows, I), padded for it; y is packed too."""
+    """``lstm_reference`` of packed x (rows, I), which is padded for it. y is packed again."""
     B = h0.shape[1]
     live = torch.arange(B, device="cpu") < batch_sizes[:, None]
     places, lengths = (t.to(x.device, non_blocking=True) for t in (live.flatten().nonzero()[:, 0], live.sum(0)))

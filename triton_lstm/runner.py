@@ -1,7 +1,8 @@
-"""Runs cases in worker processes that are killed when one takes too long; knows neither torch nor what a case is.
+"""Runs cases in worker processes, and kills a process whose case takes too long. Knows neither torch nor what a case
+is.
 
-A worker says {"ready": true}, then reads a case a line and answers each with a line of JSON. One that has died, was
-killed or says "fatal" is followed by a new one.
+A worker writes {"ready": true}, then reads one case per line and answers each with a line of JSON. After a worker that
+died, was killed or answered "fatal", a new one starts.
 """
 import json
 import os
@@ -14,8 +15,8 @@ import time
 
 
 def serve(answer):
-    """Be a worker: ``answer`` makes of each line of standard input what is sent back as JSON. Whatever else is printed
-    goes to stderr."""
+    """Be a worker: send back ``answer`` of each line of standard input, as JSON. Everything else that is printed goes
+    to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     say = lambda found: print(json.dumps(found), file=answers, flush=True)
@@ -37,7 +38,7 @@ class Worker:
         self._selector.register(self._stdout, selectors.EVENT_READ)
 
     def answer(self, seconds):
-        """The next line of JSON; None if none comes in time. EOFError with what it said last if it ends."""
+        """The next line of JSON; None if none comes in time. EOFError with its last words if the worker has ended."""
         end = time.monotonic() + seconds
         while b"\n" not in self._buffer:
             left = end - time.monotonic()
@@ -65,7 +66,7 @@ class Worker:
         return f"{how}: {lines[-1][:500]}" if lines else how
 
     def kill(self):
-        """End it and what it has started."""
+        """End the process and those that it has started."""
         try:
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -79,10 +80,13 @@ class Worker:
 
 
 def run(cases, command, seconds, share, environment=None, start=60., clock=time.monotonic):
-    """Yield (case, what came of it, seconds it took) of each of ``cases``, (any object, line) pairs, in order.
+    """Yield (case, outcome, seconds) of each of ``cases``, which are pairs (any object, line), in order.
 
-    seconds: for all; what is then left is "not reached". share: of one case. start: that a worker may take to be ready.
-    What comes of a case is what the worker answers, or {"outcome": "hung"} or "died" with a message.
+    seconds  for all cases; those that are then left are "not reached"
+    share    seconds for one case
+    start    seconds that a worker may take to be ready
+
+    The outcome is what the worker answers, or a dict with "outcome" "hung" or "died" and a message.
     """
     end, worker = clock() + seconds, None
     try:

@@ -12,17 +12,18 @@ CHUNK, CHUNKS = 64, 8       # steps of a chunk at least, and how many chunks the
 
 
 def chunk_steps(T):
-    """Steps of a chunk of the forward pass, in sixteens: numbers for which the kernels are compiled anyway."""
+    """Steps of a chunk of the forward pass. They are a multiple of 16, as most chunks of other calls, so that Triton
+    compiles nothing new."""
     return max(-(-T // (16 * CHUNKS)) * 16, CHUNK)
 
 
 def keep_every(T, B, H):
-    """``Plan.keep_every`` of a wavefront, whose backward pass too must go over chunks for its layers to overlap."""
+    """``Plan.keep_every`` of a wavefront. In backward layers overlap only if each goes over several chunks."""
     return min(chunk_steps(T), keep_every_for(B, H, 1))
 
 
 def why_not(plan, T, layers, limits):
-    """Why so many layers of ``plan`` run one after the other all the same; None if they run as a wavefront."""
+    """The reason why ``layers`` layers of ``plan`` run one after the other; None if they run as a wavefront."""
     if limits is None:
         return "the interpreter runs one program at a time"
     if plan.directions == 2:
@@ -35,8 +36,10 @@ def why_not(plan, T, layers, limits):
 
 
 def plan_of_all(x, hx, weights, layers, hidden_size, plan):
-    """The plan by which ``layers`` layers without masks run over x (T, B, I) as a wavefront, or None where they cannot
-    or had better not. ``plan`` is the layer's own or None."""
+    """The plan by which ``layers`` layers run over x (T, B, I) as a wavefront; None where they run one after the other.
+
+    There are no lengths, resets or packed rows. ``plan`` is the layer's own or None.
+    """
     if (not op.plain(x, *(hx or ()), *weights) or x.numel() == 0 or forward_ad._current_level >= 0
             or not isinstance(plan, (Plan, type(None)))):
         return None
@@ -49,8 +52,8 @@ def plan_of_all(x, hx, weights, layers, hidden_size, plan):
 def lstm_layers(x, hx, layers, plan, dropout):
     """All of ``layers``, (w (1, 4H, I), r (1, 4H, H), b (1, 4H) or None) each, over x (T, B, I), by one plan.
 
-    hx: (h0, c0), (layers, B, H) each, or None for zeros. dropout: the rate between layers, 0 for none. Random numbers
-    are those that torch.nn.functional.dropout draws between one layer and the next. Returns ``y, (h_n, c_n)``.
+    hx: (h0, c0), (layers, B, H) each, or None for zeros. dropout: the rate between layers, 0 for none. It draws the
+    same random numbers as torch.nn.functional.dropout between one layer and the next. Returns ``y, (h_n, c_n)``.
     """
     B, H = x.shape[1], layers[0][1].shape[-1]
     h0, c0 = hx or (x.new_zeros(len(layers), B, H), x.new_zeros(len(layers), B, H))
@@ -70,15 +73,15 @@ def _by_layer(flat):
 
 
 def _scale(x, dropout):
-    """What dropout multiplies by where it keeps. On CPUs torch rounds it to the type of x."""
+    """The factor of the elements that dropout keeps. On CPUs torch rounds it to the type of x."""
     if dropout == 1:
         return 0.
     return 1 / (1 - dropout) if x.is_cuda else x.new_ones(()).div(1 - dropout).item()
 
 
 def _forward(plan, dropout, save, x, h0, c0, *weights):
-    """(y, h_n, c_n), then what backward needs of each layer: x where dropout made it of the y before, else None; y; c;
-    and what dropout keeps of x."""
+    """((y, h_n, c_n), what backward needs of each layer): x if dropout made it from the y before, else None; y; the c
+    that are kept; and the mask of dropout."""
     layers, T = _by_layer(weights), x.shape[0]
     steps, scale = min(chunk_steps(T), plan.forward_steps(T, x.element_size())), _scale(x, dropout)
     chunks, dropped, ys, keep = [], [], [], []
@@ -136,7 +139,8 @@ def _backward(plan, scale, needs, gradients, inputs, saved):
 
 
 def _differentiably(plan, keep, scale, needs, gradients, inputs):
-    """``_backward`` in operators that can be differentiated and mapped over: layer by layer, from the inputs anew."""
+    """``_backward`` in operators that can be differentiated and mapped over. It runs layer by layer, and computes
+    forward again from the inputs."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # aliases: one input may have been computed from another
@@ -157,7 +161,7 @@ def _differentiably(plan, keep, scale, needs, gradients, inputs):
 
 
 class _Wavefront(torch.autograd.Function):
-    """``_forward`` with its gradients; the arguments are its, without ``save``."""
+    """``_forward`` with gradients. Takes the arguments of ``_forward`` except ``save``."""
 
     @staticmethod
     def forward(ctx, plan, dropout, *inputs):

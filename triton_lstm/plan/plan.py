@@ -258,7 +258,7 @@ class Plan:
 
 
 def _plan(fields):
-    """The plan of which ``fields`` are what JSON makes of it."""
+    """The plan with these ``fields``, as JSON has them."""
     r_slices, backward = tuple(map(tuple, fields["r_slices"])), fields["backward_plan"]
     return Plan(**{**fields, "r_slices": r_slices, "backward_plan": backward and _plan(backward)})
 

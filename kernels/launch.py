@@ -1,5 +1,7 @@
 """From a plan to a launch: which kernel runs a loop, with which constants, and how it is compiled and launched."""
 import dataclasses
+import logging
+import time
 from collections.abc import Callable
 
 import torch
@@ -15,6 +17,9 @@ from .precision import INTERPRET
 from .split_backward import backward_split
 from .split_forward import forward_split
 from .wgmma_forward import forward_wgmma
+
+log = logging.getLogger("triton_lstm")
+LOGGED_S = 0.5          # a launch that takes longer has compiled its kernel
 
 # Triton's interpreter runs a launch's programs one after the other, so one that waits for another waits for ever.
 # Tests that interleave them set this.
@@ -126,8 +131,12 @@ def _launch(kernel, plan, grid, args, waits, constants):
     found = _compiled.get(key)
     hooks = triton.knobs.runtime        # such as those of Triton's profiler: only Triton's own launch calls them
     if found is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+        began = time.monotonic()
         compiled = kernel[grid](*args, H=plan.hidden_size, DIRECTIONS=plan.directions, **constants,
                                 **options(kernel, plan, waits, constants))
+        if (seconds := time.monotonic() - began) > LOGGED_S:
+            log.info("compiled %s for H=%d in %.1f s; Triton keeps it in its cache for later processes",
+                     kernel.__name__, plan.hidden_size, seconds)
         if isinstance(compiled, CompiledKernel):
             # the kernel too, so that no other gets its id
             _compiled[key] = kernel, compiled, [(p.name, p.default) for p in kernel.params[len(args):]]

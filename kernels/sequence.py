@@ -56,7 +56,8 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
         return y, h0.clone(), c0.clone(), kept
     loop, more = launch.LOOPS[plan.kind, "forward"], zoneout_arguments(zoneout)
     r = _as_read(r, plan)
-    h = h0.transpose(0, 1).reshape(B, D * H).contiguous()      # of H = 1, reshape alone makes a transposed view
+    # of H = 1, reshape alone makes a transposed view
+    h = (h0[0] if D == 1 else h0.transpose(0, 1).reshape(B, D * H)).contiguous()
     keep_every = plan.keep_every if save else T
     if plan.multiplies_input(x.shape[-1]):
         steps, buffer = steps or T, x.contiguous()

@@ -6,6 +6,7 @@ string. An empty one asks for the automatic plan, which is chosen when the shape
 First derivatives are kernels. Higher ones differentiate the equations in ``reference.py`` twice. That is right to any
 order, but it goes step by step and keeps every activation.
 """
+import contextlib
 import functools
 import inspect
 
@@ -86,11 +87,17 @@ def _zoneout(seed, rate_h, rate_c):
     return (seed, rate_h, rate_c) if rate_h or rate_c else None
 
 
+def _without_autocast(x):
+    """The types are chosen already. Entering torch's context takes several microseconds, also where autocast is off."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
 def _lstm(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor,
           c0: torch.Tensor, flags: torch.Tensor | None, batch_sizes: torch.Tensor | None, plan: str, keep_every: int,
           save: bool, seed: torch.Tensor | None = None, rate_h: float = 0., rate_c: float = 0.
           ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    with torch.autocast(x.device.type, enabled=False):      # the types are chosen already
+    with _without_autocast(x):
         zoneout = _zoneout(seed, rate_h, rate_c)
         chosen = plan_for(x, h0, plan, keep_every, zoneout is not None)
         return sequence.forward(x, w, r, b, h0, c0, flags, chosen, save, batch_sizes, zoneout)
@@ -116,7 +123,7 @@ def _lstm_backward(dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: tor
                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     zoneout = _zoneout(seed, rate_h, rate_c)
     chosen = plan_for(x, h0, plan, keep_every, zoneout is not None)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         gradients = sequence.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, chosen, needs, batch_sizes,
                                       zoneout)
     dx, dw, dr, db, dh0, dc0 = (x.new_empty(0) if g is None else g for g in gradients)

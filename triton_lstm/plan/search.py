@@ -65,13 +65,15 @@ def make_plan(batch: int, hidden_size: int, dtype: torch.dtype, directions: int 
     plans, reasons = _candidates(batch, hidden_size, dtype, directions, limits, tf32, schedule, keep_every, zoneout)
     good = lambda plans, loop: [plan for plan in plans if (plan.variant, loop, plan.precision) not in avoid]
     cost = lambda plan, loop: 0 if limits is None else step_cycles(plan, limits.multiprocessors, loop)
-    # where every program can have all of R, nothing is faster
+    # Where every program can have all of R, nothing is faster. Where R fits on the chip, it is not read from L2.
     alone = [plan for plan in plans if plan.schedule == "resident"]
-    backwards = good(alone, "backward") or good(plans, "backward")
+    on_chip = [plan for plan in plans if plan.kind != "streamed"]
+    backwards = good(alone, "backward") or good(on_chip, "backward") or good(plans, "backward")
     backward = min(backwards, key=lambda plan: cost(plan, "backward"), default=None)
-    forwards = good(alone, "forward") or good(plans, "forward")
+    forwards = good(alone, "forward") or good(on_chip, "forward")
     if backward and schedule in (None, "grid") and not alone:
         forwards += good(_fitting(_wgmma(backward, limits), limits, zoneout), "forward")
+    forwards = forwards or good(plans, "forward")
     forward = min(forwards, key=lambda plan: cost(plan, "forward"), default=None)
     if forward is None or backward is None:
         loops = [loop for loop, plan in (("forward", forward), ("backward", backward)) if plan is None]

@@ -14,8 +14,9 @@ from harness import TRITON
 from problems import BUDGET, PORTABLE, Problem, assert_apart, error, floor
 from triton_lstm import wavefront
 from triton_lstm.kernels import streams as order
-from triton_lstm.plan import H200, Plan, make_plan
+from triton_lstm.plan import H200, Plan, make_plan, step_cycles
 
+SLOW = dataclasses.replace(PORTABLE, mhz=1000)         # 64 steps take 100 us
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -24,7 +25,7 @@ def overlapping(steps):
     """Inside, all layers that can run as a wavefront do so, in chunks of ``steps`` steps. Yields the mock of
     run_diagonals, which shows whether they did."""
     with mock.patch.object(wavefront, "why_not", lambda *args: None), \
-            mock.patch.object(wavefront, "chunk_steps", lambda T: steps), \
+            mock.patch.object(wavefront, "chunk_steps", lambda T, plan, limits: steps), \
             mock.patch.object(wavefront, "run_diagonals", wraps=order.run_diagonals) as runs:
         yield runs
 
@@ -115,7 +116,7 @@ def test_within_the_budget(dtype):
         other.load_state_dict(theirs.state_dict())
     x = torch.randn(40, 2, 6).to(dtype)
     with mock.patch.object(wavefront, "CHUNK", 16):
-        steps = wavefront.chunk_steps(40)
+        steps = wavefront.chunk_steps(40, None, None)
     with harness.interpreter(), overlapping(steps) as runs:
         got = step(layer, x)
     assert runs.call_args_list[0].args[1] == 3
@@ -347,12 +348,18 @@ def test_rule():
     """A wavefront needs at least two chunks of 64 steps, and all programs must run at once."""
     plan = make_plan(16, 256, torch.bfloat16, limits=PORTABLE, schedule="grid")
     layers = 132 // plan.launched
-    assert layers > 1 and wavefront.why_not(plan, 128, layers, PORTABLE) is None
-    assert "127 steps are fewer" in wavefront.why_not(plan, 127, layers, PORTABLE)
-    assert "do not run side by side on 132" in wavefront.why_not(plan, 128, layers + 1, PORTABLE)
-    assert "reverse direction" in wavefront.why_not(dataclasses.replace(plan, directions=2), 128, 2, PORTABLE)
+    assert layers > 1 and wavefront.why_not(plan, 128, layers, SLOW) is None
+    assert "127 steps are fewer than two chunks of 64" in wavefront.why_not(plan, 127, layers, SLOW)
+    assert "do not run side by side on 132" in wavefront.why_not(plan, 128, layers + 1, SLOW)
+    assert "reverse direction" in wavefront.why_not(dataclasses.replace(plan, directions=2), 128, 2, SLOW)
     assert "interpreter" in wavefront.why_not(plan, 128, 2, None)
-    assert [wavefront.chunk_steps(T) for T in (128, 500, 512, 513, 600, 1024, 1025)] == [64, 64, 64, 80, 80, 128, 144]
+    assert [wavefront.chunk_steps(T, plan, SLOW) for T in (128, 500, 512, 513, 600, 1024, 1025)] == [
+        64, 64, 64, 80, 80, 128, 144]
+    # a chunk takes 100 us at least
+    short = make_plan(16, 64, torch.bfloat16, limits=H200)
+    cycles, steps = step_cycles(short, 132, "forward"), wavefront.chunk_steps(128, short, H200)
+    assert steps % 16 == 0 and steps * cycles / H200.mhz >= 100 > (steps - 16) * cycles / H200.mhz
+    assert f"two chunks of {steps}" in wavefront.why_not(short, 2 * steps - 1, 2, H200)
 
 
 def test_not_in_the_interpreter():
@@ -364,10 +371,10 @@ def test_explained():
     x = torch.empty(1000, 16, 64, dtype=torch.bfloat16, device="meta")
     text = lambda x=x, num_layers=2, **options: triton_lstm.explain(
         triton_lstm.LSTM(64, 256, num_layers, **options), x, H200)
-    assert ("\n  layers run as a wavefront, side by side, 128 steps at a time forward and 128 backward, unless there "
-            "are lengths, resets or torch.compile\n  launches of the time loop a layer: 8 forward, 8 backward\n"
+    assert ("\n  layers run as a wavefront, side by side, 224 steps at a time forward and 224 backward, unless there "
+            "are lengths, resets or torch.compile\n  launches of the time loop a layer: 5 forward, 5 backward\n"
             ) in text()
-    assert "\n  layers run one after the other: 100 steps are fewer than two chunks of 64\n" in text(x[:100])
+    assert "\n  layers run one after the other: 100 steps are fewer than two chunks of 224\n" in text(x[:100])
     assert "\n  layers run one after the other: the reverse direction" in text(bidirectional=True)
     assert "\n  layers run one after the other: there is zoneout\n" in text(zoneout=0.1)
     assert "\n  layers run one after the other: there is proj_size\n" in text(proj_size=8)

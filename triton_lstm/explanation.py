@@ -69,9 +69,10 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
         reason = ("there is proj_size" if layer.proj_size else "there is zoneout" if zoned else
                   wavefront.why_not(plan, T, layer.num_layers, limits))
         if reason is None:
+            steps = wavefront.chunk_steps(T, plan, limits)
             if not own:
-                plan = decide(B, wavefront.keep_every(T, B, H))[0] or plan
-            steps = min(plan.forward_steps(T, dtype.itemsize), wavefront.chunk_steps(T))
+                plan = decide(B, min(plan.keep_every, steps))[0] or plan
+            steps = min(plan.forward_steps(T, dtype.itemsize), steps)
         order = [f"  layers run one after the other: {reason}" if reason else "  layers run as a wavefront, side by "
                  f"side, {steps} steps at a time forward and {plan.keep_every} backward, unless there are lengths, "
                  "resets or torch.compile"]

@@ -1,4 +1,6 @@
 """Layers as a wavefront: a layer runs over a chunk of steps as soon as the layer before it has."""
+import math
+
 import torch
 from torch.autograd import forward_ad
 
@@ -6,20 +8,20 @@ from . import op
 from .functional import check, lstm
 from .kernels.streams import run_diagonals
 from .kernels.waiting import explained
-from .plan import Plan, keep_every_for
+from .plan import Plan, step_cycles
 
 CHUNK, CHUNKS = 64, 8       # steps of a chunk at least, and how many chunks there are of a long input
+CHUNK_US = 100              # that a chunk takes on the GPU at least, by prediction: the host needs as long to queue it
 
 
-def chunk_steps(T):
+def chunk_steps(T, plan, limits):
     """Steps of a chunk of the forward pass. They are a multiple of 16, as most chunks of other calls, so that Triton
     compiles nothing new."""
-    return max(-(-T // (16 * CHUNKS)) * 16, CHUNK)
-
-
-def keep_every(T, B, H):
-    """``Plan.keep_every`` of a wavefront. In backward layers overlap only if each goes over several chunks."""
-    return min(chunk_steps(T), keep_every_for(B, H, 1))
+    least = CHUNK
+    if limits is not None:
+        step_us = step_cycles(plan, limits.multiprocessors, "forward") / limits.mhz
+        least = max(least, math.ceil(CHUNK_US / step_us / 16) * 16)
+    return max(-(-T // (16 * CHUNKS)) * 16, least)
 
 
 def why_not(plan, T, layers, limits):
@@ -28,8 +30,8 @@ def why_not(plan, T, layers, limits):
         return "the interpreter runs one program at a time"
     if plan.directions == 2:
         return "the reverse direction begins where the layer before ends"
-    if T < 2 * CHUNK:
-        return f"{T} steps are fewer than two chunks of {CHUNK}"
+    if T < 2 * (steps := chunk_steps(T, plan, limits)):
+        return f"{T} steps are fewer than two chunks of {steps}"
     programs = max(plan.launched, plan.backward.launched) * layers
     if programs > limits.multiprocessors:
         return f"{programs} programs of all layers do not run side by side on {limits.multiprocessors} multiprocessors"
@@ -43,10 +45,17 @@ def plan_of_all(x, hx, weights, layers, hidden_size, plan):
     if (not op.plain(x, *(hx or ()), *weights) or x.numel() == 0 or forward_ad._current_level >= 0
             or not isinstance(plan, (Plan, type(None)))):
         return None
-    T, B = x.shape[:2]
+    (T, B), own = x.shape[:2], True
     if plan is None:
-        plan, _ = op.on_device(B, hidden_size, x.dtype, 1, x.device, keep_every(T, B, hidden_size))
-    return None if plan is None or why_not(plan, T, layers, op.limits_of(x.device)) else plan
+        plan, _ = op.on_device(B, hidden_size, x.dtype, 1, x.device)
+        own = False
+    limits = op.limits_of(x.device)
+    if plan is None or why_not(plan, T, layers, limits):
+        return None
+    if not own:         # in backward layers overlap only if each goes over several chunks
+        plan, _ = op.on_device(B, hidden_size, x.dtype, 1, x.device,
+                               min(plan.keep_every, chunk_steps(T, plan, limits)))
+    return plan
 
 
 def lstm_layers(x, hx, layers, plan, dropout):
@@ -83,8 +92,8 @@ def _forward(plan, dropout, save, x, h0, c0, *weights):
     """((y, h_n, c_n), what backward needs of each layer): x if dropout made it from the y before, else None; y; the c
     that are kept; and the mask of dropout."""
     layers, T = _by_layer(weights), x.shape[0]
-    steps, scale = min(chunk_steps(T), plan.forward_steps(T, x.element_size())), _scale(x, dropout)
-    chunks, dropped, ys, keep = [], [], [], []
+    steps = min(chunk_steps(T, plan, op.limits_of(x.device)), plan.forward_steps(T, x.element_size()))
+    scale, chunks, dropped, ys, keep = _scale(x, dropout), [], [], [], []
     for n, (w, r, b) in enumerate(layers):
         keep.append(torch.nn.functional.dropout(torch.ones_like(x), dropout) != 0 if n and dropout else None)
         dropped.append(x.new_empty(x.shape) if n and dropout else None)

@@ -12,6 +12,7 @@ from .correctness import dtype_of
 from .machine_code import Report, read
 
 LIMITS = {80: A100, 90: H200, 100: dataclasses.replace(H200, cluster=0)}     # by architecture
+OTHER_INPUTS = 64                   # features of x, where their number changes nothing in the kernels
 L2_BYTES_PER_CYCLE = 64             # the most that one multiprocessor reads from L2
 
 LEGEND = """\
@@ -29,7 +30,10 @@ R from L2          KiB of R that a program reads from L2 for each batch tile of 
 registers, shared  registers of a thread, and KiB of shared memory of a program
 spills, barriers   instructions of these kinds in the time loop
 cycles a step      lower bound for all batch tiles of a program, with assumed latencies. It includes one exchange for
-                   each tile. It leaves out waiting for other programs, and waves of clusters if not all fit at once"""
+                   each tile. It leaves out waiting for other programs, and waves of clusters if not all fit at once
+
+Loops of workloads with resets have step flags. Those of resident and cluster plans with few input features multiply
+them by W, where the plan says so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,21 +62,22 @@ def step_cycles(plan, report):
 def read_plans(workloads, arch=90):
     """The ``Residency`` of each workload on a GPU of architecture ``arch``. A plan that several workloads have is
     compiled once."""
-    plans, reasons = {}, {}
+    keys, reasons = {}, {}
     for w in workloads:
         try:
-            plans[w.name] = make_plan(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions,
-                                      limits=LIMITS[arch])
+            plan = make_plan(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions, limits=LIMITS[arch])
+            inputs = w.input_size if plan.multiplies_input(w.input_size) else OTHER_INPUTS
+            keys[w.name] = plan, w.dtype, w.sequences == "resets", inputs
         except PlanError as error:
             reasons[w.name] = str(error)
-    dtypes = {w.name: w.dtype for w in workloads}
-    distinct = dict.fromkeys((plan, dtypes[name]) for name, plan in plans.items())
-    for plan, dtype in progress(distinct, lambda key: f"compiling {key[0].kind} H={key[0].hidden_size} "
-                                                      f"B={key[0].batch} {key[1]} for sm_{arch}"):
-        kernels = compile_plan(plan, dtype_of(dtype), arch)
-        distinct[plan, dtype] = [next(read(kernel) for name, kernel in kernels.items() if name.startswith(which))
-                                 for which in ("forward", "backward")]
-    return [Residency(w.name, w.dtype, plans[w.name], *distinct[plans[w.name], w.dtype]) if w.name in plans else
+    loops = dict.fromkeys(keys.values())
+    for key in progress(loops, lambda key: f"compiling {key[0].kind} H={key[0].hidden_size} B={key[0].batch} {key[1]} "
+                                           f"for sm_{arch}"):
+        plan, dtype, flagged, inputs = key
+        kernels = compile_plan(plan, dtype_of(dtype), arch, flagged=flagged, inputs=inputs)
+        loops[key] = [next(read(kernel) for name, kernel in kernels.items() if name.startswith(which))
+                      for which in ("forward", "backward")]
+    return [Residency(w.name, w.dtype, keys[w.name][0], *loops[keys[w.name]]) if w.name in keys else
             Residency(w.name, w.dtype, reason=reasons[w.name]) for w in workloads]
 
 

@@ -8,7 +8,8 @@ from .kernels.waiting import set_wait_limit, wait_report
 from .layer import LSTM
 from .lstm_cell import LSTMCell
 from .plan import Plan, PlanError, make_plan
+from .warming import warm
 
 __all__ = ["Conversion", "Gates", "LSTM", "LSTMCell", "Plan", "PlanError", "convert", "drop_connect", "explain",
-           "gates", "lstm", "make_plan", "plot_gates", "set_wait_limit", "to_torch", "wait_report"]
+           "gates", "lstm", "make_plan", "plot_gates", "set_wait_limit", "to_torch", "wait_report", "warm"]
 __version__ = "0.1.0"

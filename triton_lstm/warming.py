@@ -1,0 +1,64 @@
+"""``warm``: compiles the kernels that a model's layers will launch, on all cores, before the first call."""
+import warnings
+
+import torch
+
+from . import op
+from .functional import DTYPES, zoneout_rates
+from .kernels.offline import compile_apart
+from .layer import LSTM
+from .plan import Plan
+
+
+def warm(model: torch.nn.Module, batch: int, dtype: torch.dtype | None = None, *, lengths: bool = False,
+         seconds: float | None = None) -> list[Plan]:
+    """Compile what the ``triton_lstm.LSTM`` layers inside ``model`` (or ``model`` itself) launch for ``batch`` rows.
+
+    dtype     of the input, or the one of autocast; None: that of the weights
+    lengths   whether calls will have lengths or resets, whose kernels are others
+    seconds   how long it may take; what is not compiled by then is compiled by the first call
+
+    Kernels depend on the batch and the type, and not on the number of steps. They are compiled in processes of their
+    own, one for each plan and on all cores, into Triton's cache on disk, where this process and later ones find them.
+    Without it the first call compiles them one after the other. Returns the plans. Layers that torch's own LSTM
+    computes are left out.
+
+    Raises ValueError where there is no such layer, or one is not on a CUDA device. Warns of a plan that fails to
+    compile.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LSTM)]
+    if not layers:
+        raise ValueError(f"there is no triton_lstm.LSTM in {type(model).__name__}: convert makes one of each nn.LSTM")
+    devices = {layer.weight_hh_l0.device for layer in layers}
+    if any(device.type != "cuda" for device in devices):
+        raise ValueError(f"warm compiles for CUDA devices, the layers are on {', '.join(map(str, devices))}")
+    plans = []
+    for device in devices:
+        of_device = [layer for layer in layers if layer.weight_hh_l0.device == device]
+        major, minor = torch.cuda.get_device_capability(device)
+        jobs = jobs_of(of_device, batch, dtype, device, lengths)
+        plans += [plan for plan, _, _ in jobs]
+        for (plan, _, _), error in compile_apart(jobs, 10 * major + minor, seconds):
+            if error is not None:
+                warnings.warn(f"triton_lstm could not compile {plan}: {error}", stacklevel=2)
+    return plans
+
+
+def jobs_of(layers, batch, dtype, device, lengths):
+    """What ``compile_apart`` takes for such layers: (plan, dtype, options of ``compile_plan``), each once."""
+    jobs = {}
+    for layer in layers:
+        D, H = 2 if layer.bidirectional else 1, layer.hidden_size
+        of_layer = dtype or layer.weight_hh_l0.dtype
+        zoned = any(zoneout_rates(layer.zoneout))
+        plan, _ = (layer.plan, None) if layer.plan else op.on_device(batch, H, of_layer, D, device, None, zoned) if (
+            of_layer in DTYPES) else (None, None)
+        if plan is None:
+            continue
+        widths = [layer.input_size] + [D * (layer.proj_size or H)] * (layer.num_layers > 1)
+        for width in widths:
+            # only a width that the time loop multiplies makes other kernels
+            options = dict(flagged=lengths, zoneout="drawn" if zoned else None,
+                           inputs=width if plan.multiplies_input(width) else 64)
+            jobs.setdefault((plan, of_layer, *options.values()), (plan, of_layer, options))
+    return list(jobs.values())

@@ -1,4 +1,4 @@
-"""``python -m triton_lstm``: what the package finds on this machine, and whether its kernels work there."""
+"""``python -m triton_lstm``: what the package finds on this machine, and whether its kernels work on it."""
 import argparse
 import itertools
 import json
@@ -170,7 +170,7 @@ def _positive(text):
 
 
 def main(arguments=None):
-    """Run the command line; returns the exit code."""
+    """Run the command line, by default that of this process. Returns the exit code."""
     root = argparse.ArgumentParser("python -m triton_lstm", description=DESCRIPTION)
     commands = root.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     p = commands.add_parser("check", help="every kernel against float64", description=CHECK)

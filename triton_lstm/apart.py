@@ -81,10 +81,10 @@ def add(a, b):
 
 
 def stack(tensors):
-    """``torch.stack`` of one tensor, which gives a view of it, or of two."""
+    """``torch.stack`` of a list of one or two tensors. One tensor gives a view of itself."""
     return _apply(_Stack, *tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
 def cat(a, b, dim):
-    """``torch.cat`` of two."""
+    """``torch.cat`` of a and b along ``dim``."""
     return _apply(_Cat, a, b, dim)

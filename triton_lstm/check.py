@@ -75,7 +75,7 @@ class Case:
 
 
 def plan_of(variant, batch, hidden_size, dtype, directions, limits):
-    """A plan of ``variant`` for such a layer. PlanError with the reason where there is none."""
+    """A plan of ``variant`` for a layer. Raises PlanError with the reason if there is none."""
     options: dict[str, Any] = dict(tf32=dtype == "tf32", keep_every=KEEP_EVERY)
     if limits is None:
         if variant != "portable resident":
@@ -167,7 +167,7 @@ def _results(function, inputs, gradients):
 
 
 def exact(case, seed=0):
-    """Results and gradients in float64, by name."""
+    """The right results and gradients, in float64, by name."""
     inputs, gradients, options = _problem(case, seed)
     T, (D, B, H) = case.steps, inputs["h0"].shape
     if "batch_sizes" in options:
@@ -181,7 +181,7 @@ def exact(case, seed=0):
 
 
 def ours(case, device, seed=0):
-    """The same by the kernels."""
+    """Results and gradients of the kernels, by name."""
     inputs, gradients, options = _problem(case, seed)
     put = lambda t: t.to(device) if t.is_floating_point() else t
     options = {name: value.to(device) if name in ("lengths", "reset") else value for name, value in options.items()}
@@ -195,7 +195,7 @@ def ours(case, device, seed=0):
 
 
 def relative_error(found, exactly):
-    """|found - exactly| / |exactly| in the norm: zero where both are zero, NaN where one is not finite."""
+    """|found - exactly| / |exactly| in the Euclidean norm: 0 if both are zero, NaN if ``found`` is not finite."""
     return ((found.to(exactly) - exactly).norm() / exactly.norm().clamp(min=1e-300)).item()
 
 
@@ -228,7 +228,7 @@ def _precision(case):
 
 
 def _graph(case, device):
-    """The forward pass from a CUDA graph, replayed with new input."""
+    """y, h_n, c_n of a CUDA graph of the forward pass that is replayed with other inputs than it was captured with."""
     inputs, _, _ = _problem(case, 0)
     others, _, _ = _problem(case, 1)
     plan = Plan.decode(case.plan)
@@ -355,7 +355,7 @@ def run(case, device):
 
 
 def facts() -> dict[str, Any]:
-    """The GPU and its limits, for JSON; {"gpu": None} where there is none or the interpreter is on."""
+    """The GPU and its limits, for JSON; {"gpu": None} if there is no GPU or the interpreter is on."""
     from . import faults
     if op.interpreted() or not torch.cuda.is_available():
         return dict(gpu=None)
@@ -368,13 +368,19 @@ def facts() -> dict[str, Any]:
 
 
 def child(*command):
-    """The command line of ``python -m triton_lstm`` and the environment in which it finds this very package."""
+    """(command line, environment) for ``python -m triton_lstm`` with the arguments ``command``.
+
+    The environment makes it import the copy of the package that runs now.
+    """
     path = os.pathsep.join([str(pathlib.Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     return [sys.executable, "-m", "triton_lstm", *command], {**os.environ, "PYTHONPATH": path}
 
 
 def ask_facts() -> dict[str, Any]:
-    """``facts`` of a child, for a process that never touches the GPU; with "error" where the child does not answer."""
+    """``facts``, asked of a child process, so that this process does not use the GPU.
+
+    If the child does not answer, "gpu" is None and "error" says so.
+    """
     command, environment = child("facts")
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)

@@ -1,4 +1,4 @@
-"""``convert`` and ``to_torch``: a model's nn.LSTM layers become ours, and back, in place."""
+"""``convert`` turns a model's nn.LSTM layers into triton_lstm.LSTM in place, ``to_torch`` turns them back."""
 import typing
 
 import torch
@@ -8,10 +8,10 @@ from .layer import LSTM, _TorchLSTM
 
 
 class Conversion(typing.NamedTuple):
-    """What a conversion did; modules go by their first name in the model, which is "" for the model itself.
+    """What a conversion did. Names are those of ``named_modules``; the model itself is "".
 
     swapped    names of the layers that changed class
-    left       {name: reason} of the layers that look alike but were left
+    left       {name: reason} for layers that were not converted although they are LSTMs of the class in question
     """
     swapped: list[str]
     left: dict[str, str]
@@ -20,14 +20,16 @@ class Conversion(typing.NamedTuple):
 def convert(model: torch.nn.Module) -> Conversion:
     """Make every ``torch.nn.LSTM`` inside ``model`` (or ``model`` itself) a ``triton_lstm.LSTM``, in place.
 
-    A layer's class is changed and nothing else: it stays the same object with the same Parameters, buffers, hooks,
-    parametrizations, mode, device and dtype. So optimizers go on, state dicts keep their keys, and a layer used in two
-    places remains one. Left as they are: subclasses of nn.LSTM, whose forward may differ; layers whose forward was
-    replaced on the instance; scripted layers.
-    Layers that the model does not register, as in a plain list, are not seen.
+    Only the class of a layer changes. It stays the same object with the same Parameters, buffers, hooks,
+    parametrizations, mode, device and dtype. So optimizers need no change, state dicts keep their keys, and a layer
+    used in two places is still one layer.
 
-    Returns a ``Conversion``. Call it before torch.compile, and after code that asks ``isinstance(layer, nn.LSTM)``,
-    which is false of a converted layer.
+    Some layers are not converted: subclasses of nn.LSTM, whose forward may differ; layers whose forward was replaced
+    on the instance; and scripted layers. Layers that the model does not register, such as those in a plain list, are
+    not found.
+
+    Returns a ``Conversion``. Call it before torch.compile. ``isinstance(layer, nn.LSTM)`` is False for a converted
+    layer, so code that asks for it must run before.
     """
     return _swap(model, _TorchLSTM, LSTM)
 
@@ -68,6 +70,6 @@ def _swap(model, source, target):
 
 
 def _parametrized(cls, target):
-    """The class that torch's parametrize made for one module, with ``target`` as the class before."""
+    """The class ``cls``, which torch's parametrize has made for one module, with ``target`` as its base class."""
     members = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
     return type(f"Parametrized{target.__name__}", (target,), members)

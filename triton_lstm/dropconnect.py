@@ -5,20 +5,21 @@ from .layer import LSTM, _TorchLSTM
 
 
 def drop_connect(layer: torch.nn.RNNBase, p: float = 0.5) -> "DropConnect":
-    """From now on ``layer``, a triton_lstm.LSTM or torch.nn.LSTM, drops weights of R in training.
+    """Make ``layer``, a triton_lstm.LSTM or torch.nn.LSTM, drop recurrent weights in training from now on.
 
-    At each forward of a layer in training mode every element of each weight_hh is zero with probability ``p``, the rest
-    are scaled by 1 / (1 - p); one mask for all timesteps and batch rows, drawn from torch's generator of the weights'
-    device. Only the weights kept get gradients. In eval mode the layer is the plain one. (DropConnect: Wan et al. 2013;
-    on the recurrent weights of an LSTM: Merity, Keskar and Socher 2018.)
+    In training mode each forward sets every element of each weight_hh to zero with probability ``p`` and scales the
+    others by 1 / (1 - p). One mask holds for all timesteps and batch rows. It is drawn from torch's generator of the
+    weights' device. Dropped weights get no gradient. In eval mode nothing is dropped. Sources: DropConnect (Wan et al.
+    2013), on the recurrent weights of an LSTM (Merity, Keskar and Socher 2018).
 
-    It works by hooks on the layer: parameters, ``state_dict`` and optimizers do not change, ``convert`` and
-    ``to_torch`` keep it, and so does copying. ``LSTM.step`` is a forward of its own each time, with its own mask. A
-    mask costs 4 H² random numbers and a copy of R a direction. nn.LSTM on a CUDA device warns that its weights do not
-    lie in one piece, which is so. Not under nn.DataParallel, whose replicas have no parameters.
+    It works by hooks on the layer. Parameters, ``state_dict`` and optimizers do not change. ``convert``, ``to_torch``
+    and copying keep the hooks. Each call of ``LSTM.step`` is a forward and draws its own mask. A mask costs 4 H²
+    random numbers and a copy of R for each direction. On a CUDA device nn.LSTM warns that its weights are not one
+    chunk of memory, which is then true. Does not work under nn.DataParallel, whose replicas have no parameters.
 
-    Returns an object with ``p``, which may be changed, and ``remove()``. Raises TypeError for another layer; ValueError
-    for p outside [0, 1], for a layer that drops already, and where a weight_hh is no plain parameter (parametrized).
+    Returns a handle with the attribute ``p``, which may be changed, and the method ``remove()``. Raises TypeError for a
+    layer of another class. Raises ValueError for p outside [0, 1], for a layer that drops recurrent weights already,
+    and if a weight_hh is not a plain parameter (for example parametrized).
     """
     if not isinstance(layer, (LSTM, _TorchLSTM)):
         raise TypeError(f"layer must be a triton_lstm.LSTM or torch.nn.LSTM, got {type(layer).__name__}")
@@ -34,7 +35,7 @@ def drop_connect(layer: torch.nn.RNNBase, p: float = 0.5) -> "DropConnect":
 
 
 class DropConnect:
-    """Handle of one ``drop_connect``."""
+    """The handle that ``drop_connect`` returns."""
 
     def __init__(self, layer, p, names):
         self.p, self.names, self._whole = p, names, {}
@@ -43,7 +44,7 @@ class DropConnect:
                        layer.register_forward_hook(self._restore, prepend=True, always_call=True)]
 
     def remove(self):
-        """The layer is the plain one again."""
+        """Remove the hooks: the layer drops no weights any more."""
         for hook in self._hooks:
             hook.remove()
 

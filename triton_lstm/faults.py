@@ -20,14 +20,14 @@ LOOPS = ("forward", "backward")
 
 
 def folder():
-    """The cache folder, which need not exist."""
+    """The path of the cache folder, which may not exist yet."""
     if own := os.environ.get("TRITON_LSTM_CACHE"):
         return pathlib.Path(own)
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "triton_lstm"
 
 
 def version():
-    """The package's version."""
+    """The installed version of this package, or "unknown" if it is not installed."""
     try:
         return importlib.metadata.version("triton_lstm")
     except importlib.metadata.PackageNotFoundError:     # a checkout on the path
@@ -35,19 +35,19 @@ def version():
 
 
 def driver():
-    """The version of CUDA that the GPU's driver has, as 13000; 0 where torch tells none."""
+    """The CUDA version of the GPU's driver, such as 13000 for 13.0; 0 if torch does not tell it."""
     with contextlib.suppress(AttributeError):
         return torch._C._cuda_getDriverVersion()         # pyright: ignore[reportAttributeAccessIssue]
     return 0
 
 
 def place(device):
-    """The key of a CUDA device's entries."""
+    """The key under which the file holds the faults of a CUDA device."""
     return f"{torch.cuda.get_device_name(device)}, driver {driver()}, Triton {triton.__version__}, {version()}"
 
 
 def _read():
-    """All entries; none, with a warning, where the file is broken."""
+    """What the file holds; empty if there is none, or, with a warning, if it is broken."""
     path = folder() / "faults.json"
     try:
         found = json.loads(path.read_text())

@@ -23,7 +23,7 @@ def runs_kernels(x, dtype):
 
 
 def zoneout_rates(zoneout):
-    """(rate_h, rate_c) of ``zoneout``, one rate for both or a pair. ValueError unless both are probabilities."""
+    """(rate_h, rate_c) of ``zoneout``, which is one rate for both or a pair. ValueError unless both are in [0, 1]."""
     rates = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout, zoneout)
     if len(rates) != 2 or not all(0 <= rate <= 1 for rate in rates):
         raise ValueError(f"zoneout must be a probability or a pair of them, for h and c, got {zoneout}")
@@ -43,50 +43,57 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
          ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One LSTM layer over a padded or packed batch, in one direction or both.
 
-    x            (T, B, I), any strides; with ``batch_sizes`` (N, I), the rows of all times one time after another
-    weight_ih    (D, 4H, I) for D = 1 or 2 directions, or (4H, I) for one; gates in torch's order i, f, g, o
-    weight_hh    (D, 4H, H) or (4H, H)
-    bias         (D, 4H) or (4H,): the sum of nn.LSTM's two biases; None for none
+    x            (T, B, I), any strides; with ``batch_sizes`` (N, I): the rows of time 0, then of time 1, and so on
+    weight_ih    W, (D, 4H, I) for D = 1 or 2 directions, or (4H, I) for one; gates in torch's order i, f, g, o
+    weight_hh    R, (D, 4H, H) or (4H, H)
+    bias         (D, 4H) or (4H,), the sum of nn.LSTM's two biases; no bias if None
     hx           (h0, c0), (D, B, H) each; zeros if None
-    weight_hr    (D, P, H) or (P, H): h, after each step, is W_hr o tanh(c), of P units (``proj_size``; Sak et al.
-                 2014). Then weight_hh is (D, 4H, P), h0 and h_n are (D, B, P) and y is (T, B, D P)
-    lengths      (B,) integers, best on x's device: only so many steps of a row count, from none to T. Past them y is
-                 zero, whatever x holds there. h_n and c_n are the state after the last step that counts (in the reverse
-                 direction, which begins with it, after the first), h0 and c0 where none does
-    reset        (T, B) bool: before such a step h and c are zero, and no gradient passes. So a row is cut into pieces;
-                 the reverse direction is cut at the same places
-    batch_sizes  (T,) integers on the CPU, falling, as a ``PackedSequence`` has them: at each time x holds only the
-                 first so many rows of the batch, and so does y (N, D H). Nothing is padded. Not with lengths or reset
-    zoneout      the rate for h and c, or a pair of rates (Krueger et al. 2017): with that probability a unit of a row
-                 keeps its earlier h at a step, and likewise its earlier c. As in the paper h is made of the new c even
-                 where that is not taken: h_t = m_h h + (1 - m_h) o tanh(f c + i g) and c_t = m_c c + (1 - m_c)
-                 (f c + i g). After a reset what is kept is zero. Drawn from torch's generator of the device, one seed a
-                 call; backward draws the same masks again and keeps none
-    training     False: m_h and m_c are the rates, their expectation, and nothing is drawn
+    weight_hr    W_hr, (D, P, H) or (P, H): the projection of Sak et al. 2014 (``proj_size``). After each step
+                 h = W_hr (o tanh(c)) has P units. Then weight_hh is (D, 4H, P), h0 and h_n are (D, B, P) and y is
+                 (T, B, D P). No projection if None
+    lengths      (B,) integers, best on x's device: how many steps of each row are valid, the first ones. y is zero
+                 at the other steps, and x is not used there. h_n and c_n are the state after the last valid step, or
+                 h0 and c0 if there is none. The reverse direction begins at the last valid step, so its final state is
+                 that after step 0. Lengths below 0 count as 0, those above T as T. Every step is valid if None
+    reset        (T, B) bool: before each step at which it is True, h and c are set to zero, and no gradient passes.
+                 This cuts a row into independent pieces. The reverse direction runs over the same pieces. No resets if
+                 None
+    batch_sizes  (T,) integers on the CPU, each at most the one before, as in a ``PackedSequence``: how many rows of
+                 the batch x has at each time. They are the first ones. y (N, D H) has the same rows. Nothing is padded.
+                 Cannot be combined with lengths or reset
+    zoneout      a rate for both h and c, or a pair (rate_h, rate_c): the probability that a unit of a row keeps its
+                 earlier h, or its earlier c, at a step (Krueger et al. 2017). With masks m_h and m_c:
+                 c_t = m_c c + (1 - m_c) (f c + i g) and h_t = m_h h + (1 - m_h) o tanh(f c + i g). As in the paper,
+                 h_t uses the new f c + i g even for units whose c is kept. After a reset the earlier h and c are zero.
+                 Each call draws one seed from torch's generator of the device. Backward computes the masks again from
+                 the seed
+    training     whether zoneout draws masks. If False, m_h and m_c are the rates, which is their expectation
     plan         a ``Plan`` to use instead of the automatic one
-    keep_every   c is kept for backward every so many steps, and so many steps are recomputed at a time: fewer need less
-                 workspace in backward and more launches. None: up to 2048, as long as the workspace stays under 512 MiB
+    keep_every   forward keeps c before every ``keep_every``-th step, and backward recomputes that many steps at a time.
+                 A small number saves memory, a large one saves launches. None: up to 2048, as large as a workspace of
+                 512 MiB allows
 
-    Returns ``y, (h_n, c_n)`` as nn.LSTM: y (T, B, D H) or (N, D H), h_n and c_n (D, B, H). All tensors have one dtype,
-    float16, bfloat16 or float32, and one device; c and sums are kept in fp32. fp32 products follow
-    ``torch.backends.cudnn.rnn.fp32_precision`` (or ``cudnn.allow_tf32``), as nn.LSTM's do. On other devices and in
-    float64 torch's own LSTM computes.
+    Returns ``y, (h_n, c_n)`` as nn.LSTM: y (T, B, D H) or (N, D H), h_n and c_n (D, B, H). T = 0 gives an empty y and
+    the initial state.
 
-    Neither lengths nor reset costs a synchronisation with the host; lengths that lie outside 0 to T count as the
-    nearest. Where torch's own LSTM computes, they go step by step in torch operators, and so does zoneout. The Gluon
-    kernels have no zoneout, the portable ones take their place.
+    All tensors have the same device and the same dtype, float16, bfloat16 or float32. c and sums are kept in fp32. fp32
+    products follow ``torch.backends.cudnn.rnn.fp32_precision`` (or ``cudnn.allow_tf32``), as those of nn.LSTM do. On
+    other devices and in float64 torch's own LSTM computes. There lengths, reset and zoneout run step by step in torch
+    operators. Neither lengths nor reset makes the host wait for the GPU. The Gluon kernels have no zoneout: with it a
+    plan for the plain Triton kernels is chosen.
 
-    With weight_hr the kernels run on m = o tanh(c) and the product R W_hr, (D, 4H, H), rounded once to the dtype: the
-    plan is that of H units without projection, also where R W_hr does not fit on the chip. m is kept for backward
-    beside y. Giving hx costs a copy of x with D P more columns.
+    With weight_hr the kernels run on m = o tanh(c), with the product R W_hr (D, 4H, H) as recurrent weights. It is
+    rounded once to the dtype. The plan is the one of H units without projection, even if R W_hr does not fit on the
+    chip. Backward keeps m as well as y. If hx is given, x is copied, with D P more columns.
 
-    Differentiable any number of times, also by ``torch.func``'s grad, vjp and jacrev; forward mode (jvp) raises. First
-    derivatives are kernels. Higher ones run the equations step by step in torch and keep every activation: right, but
-    slow. ``torch.func.vmap`` and ``is_grads_batched`` call the kernels once for each member; zoneout in training needs
-    vmap's randomness="same" or "different", as dropout does.
+    Derivatives of any order exist, also by ``torch.func``'s grad, vjp and jacrev. Kernels compute the first
+    derivatives. Higher ones are computed from the equations, step by step in torch operators, which is slow and keeps
+    every activation. ``torch.func.vmap`` and ``is_grads_batched`` call the kernels once for each member. Under vmap
+    zoneout in training needs randomness="same" or "different", as dropout does.
 
-    Raises ValueError for shapes, types, rates or a plan that do not fit together, RuntimeError for mixed devices,
-    PlanError (a ValueError) where no schedule fits the device. T = 0 gives an empty y and the initial state.
+    Raises ValueError for shapes, dtypes, rates or a plan that do not fit together; PlanError (a ValueError) if no
+    schedule fits the device; RuntimeError for tensors on several devices; TypeError for a mask, ``batch_sizes`` or a
+    plan of another class; NotImplementedError in forward-mode differentiation (jvp).
     """
     if weight_ih.dim() == 2:
         weight_ih, weight_hh = weight_ih.unsqueeze(0), weight_hh.unsqueeze(0)

@@ -1,4 +1,4 @@
-"""``gates``: what the gates of a trained layer do over time; ``plot_gates`` draws it."""
+"""``gates`` returns what the gates of a layer do over time, ``plot_gates`` draws it."""
 import typing
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from .layer import LSTM, _TorchLSTM
 
 
 class Gates(typing.NamedTuple):
-    """Trajectories of one layer in one direction, (T, B, H) each: index t belongs to the input of time t.
+    """Gates and cell state of one layer in one direction, (T, B, H) each. Index t belongs to the input of time t.
 
     i, f, o    input, forget and output gate, in (0, 1)
     g          candidate, in (-1, 1)
-    c          cell state after the step; h = o tanh(c), with ``proj_size`` W_hr o tanh(c), if there is no zoneout
+    c          cell state after the step. Without zoneout h = o tanh(c), or with ``proj_size`` h = W_hr (o tanh(c))
     """
     i: torch.Tensor
     f: torch.Tensor
@@ -27,17 +27,19 @@ def gates(layer: torch.nn.RNNBase, x: torch.Tensor, hx: Sequence[torch.Tensor] |
           ) -> tuple[Gates, ...]:
     """The gates and cell states of every step and unit of ``layer``, a triton_lstm.LSTM or torch.nn.LSTM.
 
-    x     (T, B, I), (B, T, I) with ``batch_first``, or (T, I), in the layer's dtype and on its device
-    hx    (h_0, c_0) as the layer's; zeros if None
+    x     (T, B, I), with ``batch_first`` (B, T, I), or (T, I), in the layer's dtype and on its device
+    hx    (h_0, c_0) as for the layer; zeros if None
 
-    Returns a tuple of ``Gates``, in the order of h_n: layer by layer, and forward before reverse. They are (T, B, H)
-    whatever ``batch_first``, with B = 1 for (T, I); fp32, or float64 for a float64 layer. Without gradient and as in
-    eval mode: inter-layer dropout is off, zoneout is its expectation, hooks do not run.
+    Returns a tuple of ``Gates``, one for each layer and direction, in the order of h_n: layer by layer, in each layer
+    forward before reverse. They are (T, B, H) with and without ``batch_first``, with B = 1 for an x (T, I); float32,
+    or float64 for a float64 layer. They have no gradients. Everything is as in eval mode: dropout between layers is
+    off, zoneout takes its expectation. Hooks do not run.
 
-    The layer computes y; then every h is known and i, f, g, o of all steps are two GEMMs, x Wᵀ + h_prev Rᵀ + b, and
-    c = f c_prev + i g is rolled step by step. The result is 5 T B H elements for each layer and direction.
+    First the layer computes y, which contains every h. From these two GEMMs compute i, f, g, o of all steps,
+    x Wᵀ + h_prev Rᵀ + b. Then c = f c_prev + i g is computed step by step. The result takes 5 T B H elements for each
+    layer and direction.
 
-    Raises TypeError for another layer or a packed sequence, ValueError as ``triton_lstm.lstm``.
+    Raises TypeError for a layer of another class or a packed sequence, and what ``triton_lstm.lstm`` raises.
     """
     if not isinstance(layer, (LSTM, _TorchLSTM)):
         raise TypeError(f"layer must be a triton_lstm.LSTM or torch.nn.LSTM, got {type(layer).__name__}")
@@ -65,7 +67,7 @@ def gates(layer: torch.nn.RNNBase, x: torch.Tensor, hx: Sequence[torch.Tensor] |
 
 
 def _recompute(x, h, w, r, b, h0, c0, rate_c, reverse):
-    """Gates of one direction from all of its h (T, B, H)."""
+    """``Gates`` of one direction from its input x (T, B, I) and all of its h (T, B, H), or (T, B, P)."""
     x, h, w, r, h0, c = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, h, w, r, h0, c0))
     previous = torch.cat([h[1:], h0[None]] if reverse else [h0[None], h[:-1]])[:len(h)]
     a = x @ w.t() + previous @ r.t()

@@ -26,21 +26,24 @@ def _tell_once(reason):
 class LSTM(torch.nn.RNNBase):
     """Drop-in for ``torch.nn.LSTM``: same arguments, parameters, initialisation, ``state_dict`` and results.
 
-    On CUDA tensors in float16, bfloat16 or float32 (and on CPU tensors under ``TRITON_INTERPRET=1``) each layer is one
-    call of ``triton_lstm.lstm``, or layers overlap in time, where they fit on the chip side by side. Everything else is
-    computed by torch's own LSTM: silently on other devices, with one warning for what the kernels do not cover
-    (float64, R larger than the chip, and with ``proj_size`` R W_hr, which the kernels take in its place, (4H, H),
-    larger than what the chip can hold).
-    Wrong input raises what nn.LSTM raises. Weights are read anew at each call, so that whatever replaces one
-    (assignment, parametrizations, ``torch.func.functional_call``, FSDP) takes effect.
+    The kernels compute on CUDA tensors in float16, bfloat16 or float32, and on CPU tensors in these types under
+    ``TRITON_INTERPRET=1``. Each layer is then one call of ``triton_lstm.lstm``, or several layers overlap in time if
+    they fit on the chip side by side. On other devices torch's own LSTM computes. It also computes, after one warning,
+    what the kernels do not cover: float64, R too large for the device, and with ``proj_size`` a product R W_hr (4H, H)
+    too large for the chip, because the kernels use that product instead of R.
 
-    It is an ``nn.RNNBase`` but not an ``nn.LSTM``: torch.compile refuses full graphs with instances of that one.
-    The attribute ``plan`` (None: automatic) may hold a ``Plan`` to use for every layer.
+    Wrong input raises what nn.LSTM raises. Weights are read again at each call, so a weight may be replaced by
+    assignment, parametrizations, ``torch.func.functional_call`` or FSDP.
 
-    ``zoneout``, a rate or a pair (rate_h, rate_c), is not in torch's LSTM: every layer in training mode keeps earlier
-    h and c at random, with masks of its own, and in eval mode takes their expectation, as ``triton_lstm.lstm`` says.
-    Where the kernels do not compute, such a layer goes step by step in torch operators. ValueError for a rate outside
-    [0, 1] and with ``proj_size``. The attribute may be changed.
+    The class is an ``nn.RNNBase`` but not an ``nn.LSTM``: torch.compile refuses full graphs with an nn.LSTM in them.
+
+    Two attributes are not in nn.LSTM. Both may be changed at any time.
+
+    plan       a ``Plan`` for every layer, or None for automatic plans
+    zoneout    a rate or a pair (rate_h, rate_c), also an argument: in training mode each layer keeps earlier values of
+               h and c at random, with masks of its own; in eval mode it takes the expectation. See
+               ``triton_lstm.lstm``. Where the kernels do not compute, such a layer runs step by step in torch
+               operators. Raises ValueError for a rate outside [0, 1], and together with ``proj_size``
     """
 
     plan: Plan | None = None
@@ -80,10 +83,17 @@ class LSTM(torch.nn.RNNBase):
 
     def forward(self, input: Tensor | PackedSequence, hx: Sequence[Tensor] | None = None, *,
                 lengths: Tensor | None = None, reset: Tensor | None = None) -> tuple[Any, Any]:
-        """As ``torch.nn.LSTM.forward``: input (T, B, I), (B, T, I) with ``batch_first``, or (T, I); hx (h_0, c_0).
+        """As ``torch.nn.LSTM.forward``, with two more arguments.
 
-        lengths (B,) and reset (T, B), with ``batch_first`` (B, T), or (T,) for (T, I): as in ``triton_lstm.lstm``, for
-        every layer. ValueError with a packed sequence.
+        input     (T, B, I), with ``batch_first`` (B, T, I), or (T, I) without a batch, or a ``PackedSequence``
+        hx        (h_0, c_0), (num_layers D, B, H) each for D directions; without a batch (num_layers D, H); zeros if
+                  None. With ``proj_size`` h_0 has that many units
+        lengths   (B,) integers, see ``triton_lstm.lstm``. Every layer uses them
+        reset     (T, B) bool, with ``batch_first`` (B, T), or (T,) without a batch, see ``triton_lstm.lstm``. Every
+                  layer uses it
+
+        Returns output and (h_n, c_n) as nn.LSTM. Raises what nn.LSTM raises, and what ``triton_lstm.lstm`` raises for
+        ``lengths``, ``reset`` and ``plan``. Raises ValueError for ``lengths`` or ``reset`` with a packed sequence.
         """
         masked = lengths is not None or reset is not None
         if masked and isinstance(input, PackedSequence):
@@ -113,18 +123,18 @@ class LSTM(torch.nn.RNNBase):
              ) -> tuple[Tensor, Sequence[Tensor]]:
         """One timestep of an LSTM in one direction: what the layer computes for T = 1.
 
-        x        (B, I), whatever ``batch_first``
+        x        (B, I), with and without ``batch_first``
         state    (h, c), (num_layers, B, H) each, as hx of the layer; zeros if None
-        inplace  write the new state into the tensors of ``state`` and return those, so that a CUDA graph captured once
-                 goes on from replay to replay. For inference, under torch.no_grad()
+        inplace  write the new state into the tensors of ``state`` and return those. Then each replay of a captured
+                 CUDA graph continues from the state of the replay before. For inference, under torch.no_grad()
 
-        Returns y (B, H), the last layer's new h, and the new state. The host waits for nothing. The layer is called as
-        always, hooks included. In training mode dropout between layers and zoneout draw anew at every step. With
-        ``proj_size`` y and h have that many units.
+        Returns y (B, H), which is the last layer's new h, and the new state. With ``proj_size`` y and h have that many
+        units. Nothing makes the host wait for the GPU. Hooks of the layer run. In training mode dropout between layers
+        and zoneout draw new masks at every step.
 
-        Raises ValueError for a bidirectional layer, whose reverse direction begins at the end of the sequence; for x
-        that is not (B, I); for ``inplace`` without a state; for ``inplace`` with gradients, which need the state that
-        is overwritten; and what the layer raises.
+        Raises what the layer raises. Raises ValueError for a bidirectional layer, because its reverse direction begins
+        at the end of the sequence; for x that is not (B, I); for ``inplace`` without a state; and for ``inplace`` with
+        gradients, because they need the state that is overwritten.
         """
         if self.bidirectional:
             raise ValueError("a bidirectional LSTM has no single step: its reverse direction begins with the last "
@@ -153,7 +163,7 @@ class LSTM(torch.nn.RNNBase):
         return PackedSequence(y, sizes, order, original_order), state
 
     def _layers(self, x, hx, weights, batch_sizes=None, **masks):
-        """All layers over x (T, B, I), packed (N, I); hx (layers D, B, H) each or None."""
+        """All layers over x (T, B, I) or packed (N, I). hx: two tensors (num_layers D, B, H), or None."""
         D = 2 if self.bidirectional else 1
         dtype = self._compute_dtype(x)
         x, hx = x.to(dtype), hx and tuple(s.to(dtype) for s in hx)
@@ -181,7 +191,9 @@ class LSTM(torch.nn.RNNBase):
                 and not (self.bidirectional or self.proj_size or self._zoned()))
 
     def _stacked(self, weights, layer, dtype):
-        """W (D, 4H, I), R (D, 4H, P), the summed bias (D, 4H) or None, and W_hr (D, P, H) or None, of a layer."""
+        """The weights of one layer as ``lstm`` takes them, in ``dtype``: W (D, 4H, I), R (D, 4H, P), the sum of both
+        biases (D, 4H) or None, and W_hr (D, P, H) or None. ``weights`` are those of all layers, in the order of
+        ``_flat_weights_names``. ``self`` may also be an nn.LSTM."""
         D, kinds = 2 if self.bidirectional else 1, (4 if self.bias else 2) + (1 if self.proj_size else 0)
         own = [w.to(dtype) for w in weights[layer * D * kinds:(layer + 1) * D * kinds]]
         both = lambda kind: apart.stack(own[kind::kinds])

@@ -1,4 +1,4 @@
-"""``LSTMCell``: torch.nn.LSTMCell, one step of one layer as one call of ``lstm``."""
+"""``LSTMCell``: torch.nn.LSTMCell with each step as one call of ``lstm``."""
 from collections.abc import Sequence
 
 import torch
@@ -12,9 +12,11 @@ from .op import on_device
 class LSTMCell(torch.nn.LSTMCell):
     """Drop-in for ``torch.nn.LSTMCell``: same arguments, parameters, ``state_dict``, initialisation, results, errors.
 
-    ``cell(input, (h, c))`` with input (B, I), h and c (B, H), or all without B, returns the new (h, c). The kernels
-    compute where they do for ``triton_lstm.LSTM``, torch's own cell elsewhere. A loop over cells loads R at every step:
-    where the inputs of several steps are known, ``LSTM`` is the one to use. ``LSTM.step`` is a step with zoneout.
+    ``cell(input, (h, c))`` returns the new (h, c). input is (B, I), h and c are (B, H), or all are without B; without
+    a state h and c are zero. The kernels compute in the cases in which they do for ``triton_lstm.LSTM``, torch's own
+    cell in all others. Each call loads R again: if the inputs of several steps are known, ``LSTM`` is faster.
+
+    There is no zoneout: the argument raises NotImplementedError. ``LSTM.step`` has it.
     """
 
     def __init__(self, *args, **kwargs):

@@ -27,7 +27,7 @@ def interpreted():
 
 @functools.lru_cache
 def limits_of(device):
-    """The limits of a CUDA device; None stands for the interpreter, which has none."""
+    """The limits of a CUDA device; None if the kernels run in the interpreter, which has no limits."""
     return None if interpreted() else Limits.of(device)
 
 
@@ -35,7 +35,10 @@ _RNN = getattr(torch.backends.cudnn, "rnn", None)       # since torch 2.9
 
 
 def tf32_allowed():
-    """Whether torch lets nn.LSTM multiply fp32 in TF32 on CUDA (its default). The interpreter stands for a CPU: no."""
+    """Whether torch lets nn.LSTM multiply fp32 in TF32 on CUDA, which is its default.
+
+    False in the interpreter, where results are compared with those of a CPU.
+    """
     if interpreted():
         return False
     return _RNN.fp32_precision == "tf32" if _RNN is not None else torch.backends.cudnn.allow_tf32
@@ -59,13 +62,16 @@ def plan_or_reason(batch, hidden_size, dtype, directions, limits, tf32, keep_eve
 
 
 def on_device(batch, hidden_size, dtype, directions, device, keep_every=None, zoneout=False):
-    """``plan_or_reason`` on a device, with torch's switch for TF32 as it is now."""
+    """``plan_or_reason`` for a device and the present state of torch's switch for TF32."""
     return plan_or_reason(batch, hidden_size, dtype, directions, limits_of(device), tf32_allowed(), keep_every, zoneout,
                           avoided(device))
 
 
 def plan_for(x, h0, text, keep_every, zoneout):
-    """The plan that runs x from h0 (D, B, H): the decoded ``text``, or the automatic one. PlanError where none can."""
+    """The plan that runs x from the state h0 (D, B, H): the decoded ``text``, or the automatic plan if it is empty.
+
+    Raises ValueError if the plan is for another layer or input, PlanError if no plan can run.
+    """
     directions, batch, hidden_size = h0.shape
     if not text:
         plan, reason = on_device(batch, hidden_size, x.dtype, directions, x.device, keep_every, zoneout)
@@ -83,7 +89,7 @@ def plan_for(x, h0, text, keep_every, zoneout):
 
 
 def _zoneout(seed, rate_h, rate_c):
-    """``zoneout`` as the kernels and ``reference`` take it: None for none."""
+    """The argument ``zoneout`` of the kernels and of ``reference``: None if both rates are 0."""
     return (seed, rate_h, rate_c) if rate_h or rate_c else None
 
 
@@ -159,7 +165,10 @@ def _backward(ctx, dy, dh_n, dc_n, _):
 
 
 def reference_backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags=None, batch_sizes=None, keep=None):
-    """The gradients of ``lstm_reference`` in its inputs, as torch operations that can be differentiated."""
+    """The gradients of ``lstm_reference`` with respect to x, w, r, b, h0 and c0, in differentiable torch operators.
+
+    Packed inputs have ``batch_sizes`` as in ``lstm``, padded ones step flags or None. keep: see ``lstm_reference``.
+    """
     inputs = (x, w, r, h0, c0) if b is None else (x, w, r, h0, c0, b)
     if batch_sizes is not None:
         reference = functools.partial(packed_reference, batch_sizes=batch_sizes, keep=keep)
@@ -172,9 +181,11 @@ def reference_backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags=None, batch_siz
 
 
 def reference_double_backward(cotangents, inputs, flags=None, batch_sizes=None, zoneout=None):
-    """Gradients of <cotangents, reference_backward(inputs)> in the nine inputs; None for those that are None.
+    """The vector-Jacobian product of ``reference_backward``: gradients for its first nine arguments, ``inputs``.
 
-    Computed in fp32 at least. In TF32 only where ``torch.backends.cuda.matmul`` says so.
+    ``cotangents`` belong to the six results; None stands for zero. The gradient of an input that is None is None.
+    float16 and bfloat16 are computed in fp32. Products follow ``torch.backends.cuda.matmul``, so fp32 is TF32 only if
+    that allows it.
     """
     x, h0 = inputs[3], inputs[7]
     D, B, H = h0.shape
@@ -237,8 +248,14 @@ _functions, _eager = {}, {}
 
 
 def register(op, function, name, setup, formula, vmap):
-    """``op``, made of ``function``, gets its backward formula and its rule for vmap, also as an autograd.Function
-    called ``name``. The formula returns the gradients of the first inputs; those of all others are None."""
+    """Give the custom operator ``op`` its backward formula and its vmap rule.
+
+    function    the Python function that ``op`` calls
+    name        of the autograd.Function that ``differentiable`` calls in place of ``op``
+    setup       the setup_context of both
+    formula     (ctx, *gradients) -> gradients of the first inputs. The gradients of the other inputs are None
+    vmap        the rule for ``op``
+    """
     inputs = len(inspect.signature(function).parameters)
 
     def gradients(ctx, *outputs):
@@ -258,7 +275,7 @@ register(lstm_backward_op, _lstm_backward, "LSTMBackward", _setup_double_context
 
 
 def transformed():
-    """Whether torch.func's transforms (grad, vmap, ...) are at work."""
+    """Whether the caller runs inside a transform of torch.func (grad, vmap, ...)."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 

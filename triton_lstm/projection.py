@@ -66,7 +66,7 @@ def combine(weight_hh, weight_hr):
 
 
 def project(m, weight_hr):
-    """y (T, B, D P) from m (T, B, D H), or packed ones, and W_hr (D, P, H)."""
+    """y (T, B, D P) from m (T, B, D H), or packed (N, D P) from (N, D H), and W_hr (D, P, H)."""
     D, P, H = weight_hr.shape
     steps = m.flatten(0, -2).unflatten(1, (D, H)).transpose(0, 1)
     return product(steps, weight_hr.mT).transpose(0, 1).reshape(*m.shape[:-1], D * P)

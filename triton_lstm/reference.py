@@ -61,12 +61,12 @@ def zoneout_shares(zoneout, T, B, D, H, like):
 
 
 def philox(seed, n0, n1, n2, n3, rounds=7):
-    """Philox-4x32 of Salmon et al. 2011 at counter (n0, n1, n2, n3), four words of 32 bits; all of it in int64."""
+    """Philox-4x32 (Salmon et al. 2011): four random words of 32 bits for the counter (n0, n1, n2, n3), in int64."""
     low = 0xFFFFFFFF
     key0, key1 = seed & low, seed >> 32 & low
 
     def product(n, factor):
-        """High and low word; n times half the factor still fits."""
+        """High and low word of n times factor, by halves of the factor, whose products fit into 63 bits."""
         right = n * (factor & 0xFFFF)
         left = n * (factor >> 16)
         return left + (right >> 16) >> 16, right + ((left & 0xFFFF) << 16) & low

@@ -26,7 +26,7 @@ def serve(answer):
 
 
 class Worker:
-    """A process of ``command`` that answers lines."""
+    """A worker process, started by ``command``."""
 
     def __init__(self, command, environment):
         self._errors = tempfile.TemporaryFile("w+")

@@ -1,5 +1,6 @@
 """``warm``: compiles the kernels that a model's layers will launch, on all cores, before the first call."""
 import warnings
+from typing import cast
 
 import torch
 
@@ -29,12 +30,13 @@ def warm(model: torch.nn.Module, batch: int, dtype: torch.dtype | None = None, *
     layers = [module for module in model.modules() if isinstance(module, LSTM)]
     if not layers:
         raise ValueError(f"there is no triton_lstm.LSTM in {type(model).__name__}: convert makes one of each nn.LSTM")
-    devices = {layer.weight_hh_l0.device for layer in layers}
+    device_of = lambda layer: cast(torch.Tensor, layer.weight_hh_l0).device
+    devices = {device_of(layer) for layer in layers}
     if any(device.type != "cuda" for device in devices):
         raise ValueError(f"warm compiles for CUDA devices, the layers are on {', '.join(map(str, devices))}")
     plans = []
     for device in devices:
-        of_device = [layer for layer in layers if layer.weight_hh_l0.device == device]
+        of_device = [layer for layer in layers if device_of(layer) == device]
         major, minor = torch.cuda.get_device_capability(device)
         jobs = jobs_of(of_device, batch, dtype, device, lengths)
         plans += [plan for plan, _, _ in jobs]

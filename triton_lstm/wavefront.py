@@ -1,4 +1,4 @@
-"""Layers as a wavefront: a layer runs over a chunk of steps as soon as the layer before it has."""
+"""Layers as a wavefront: each layer runs over a chunk of steps as soon as the layer before has finished that chunk."""
 import math
 
 import torch
@@ -115,7 +115,13 @@ def _forward(plan, dropout, save, x, h0, c0, *weights):
 
 
 def _backward(plan, scale, needs, gradients, inputs, saved):
-    """Gradients of the inputs of ``_forward`` by the kernels, None where ``needs`` says False."""
+    """Gradients for ``inputs``, by the kernels.
+
+    needs        for each input, whether it needs a gradient; otherwise its gradient is None
+    gradients    those of y, h_n and c_n; None for zero
+    inputs       x, h0, c0 and the weights, as in ``_forward``
+    saved        the four lists that ``_forward`` returns
+    """
     (dy, *state_gradients), (x, h0, c0, *weights) = gradients, inputs
     dropped, ys, kept, keep = saved
     xs = [x, *(before if made is None else made for before, made in zip(ys, dropped[1:]))]

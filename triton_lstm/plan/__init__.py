@@ -1,4 +1,4 @@
-"""Which kernels run a layer, and where its recurrent weights R then are: plain arithmetic, no GPU needed."""
+"""Which kernels run a layer, and where they hold the recurrent weights R. Plans are computed without a GPU."""
 from .check import check_plan
 from .cost import step_cycles
 from .limits import A100, H100, H200, RTX_4090, Limits

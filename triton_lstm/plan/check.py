@@ -1,4 +1,4 @@
-"""Whether a plan can run on a device."""
+"""``check_plan``: whether a plan can run on a device."""
 from .limits import Limits
 from .plan import (
     HELD_BYTES,
@@ -15,8 +15,13 @@ from .plan import (
 
 
 def check_plan(plan: Plan, limits: Limits | None, zoneout: bool = False) -> None:
-    """Raise PlanError unless the kernels can run ``plan`` within ``limits``, with zoneout if asked for. Programs that
-    wait for others must all run at the same time. limits None: Triton's interpreter, which has none."""
+    """Raise PlanError, with the reason, unless the kernels can run ``plan``.
+
+    limits     of the device; None for Triton's interpreter, which has no limits
+    zoneout    whether the plan must run with zoneout
+
+    Programs that wait for each other must all run at the same time.
+    """
     if plan.kind not in KINDS or plan.precision not in PRECISIONS:
         raise PlanError(f"unknown kind {plan.kind!r} or precision {plan.precision!r}")
     if plan.keep_every < 1:

@@ -1,6 +1,6 @@
 """The cost model: how many cycles the time loops of a plan are predicted to take.
 
-Its constants are fitted to bounds that ``bench.residency`` reads from machine code, not to measurements. ``python -m
+The constants are fitted to bounds that ``bench.residency`` reads from machine code. They are not measured. ``python -m
 bench fit`` fits them to measured loops.
 """
 from .plan import WARP_GROUP_ROWS, Plan, element_bytes
@@ -30,11 +30,14 @@ LOOP_SHARE = {("split", "forward"): 0.9, ("split", "backward"): 1.1, ("grid", "f
 
 
 def step_cycles(plan: Plan, multiprocessors: int, loop: str | None = None) -> float:
-    """Cycles that a time loop of ``plan`` is predicted to take for a step of all rows: ``loop`` "forward" or
-    "backward", or None for the mean of the two.
+    """The predicted cycles of one step of all batch rows in a time loop of ``plan``.
 
-    Programs that wait for none outside their cluster run in waves. Those that exchange h through L2 run all at once and
-    take their tiles in turn: while h of one travels, the others are computed.
+    multiprocessors    of the device
+    loop               "forward", "backward", or None for the mean of both
+
+    Programs that wait for no program outside their cluster run one wave after the other. Programs that exchange h
+    through L2 all run at the same time and compute their tiles in turn: while the h of one tile travels, they compute
+    the others.
     """
     if plan.kind in ("streamed", "resident", "cluster"):
         cycles = _streamed_cycles if plan.kind == "streamed" else _wave_cycles

@@ -1,4 +1,4 @@
-"""What a device has room for."""
+"""``Limits``: what a plan for a device must fit."""
 import dataclasses
 
 import torch
@@ -7,14 +7,14 @@ import triton
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a plan must fit.
+    """What a device has room for, and which kernels run on it.
 
-    multiprocessors
-    shared_memory    of one program, in bytes
-    cluster          programs of a thread-block cluster at most: 1 where only the Gluon kernels of one program run, 0
-                     where only the portable kernels do
-    mhz              the highest clock, which turns predicted cycles into time
-    wgmma            whether there are the products by warp groups of compute capability 9.0
+    multiprocessors    how many there are
+    shared_memory      bytes of shared memory that one program may have
+    cluster            the most programs of a thread-block cluster. 1: Gluon kernels run, but no clusters. 0: only the
+                       plain Triton kernels run
+    mhz                the highest clock rate in MHz; ``explain`` converts predicted cycles to time by it
+    wgmma              whether warp groups can multiply, as on compute capability 9.0
     """
     multiprocessors: int
     shared_memory: int
@@ -33,11 +33,11 @@ class Limits:
 
 
 def _cluster(capability, multiprocessors):
-    """``Limits.cluster`` of a device.
+    """``Limits.cluster`` of a device with this compute capability, (major, minor).
 
-    The tests run what the Gluon kernels compile to for these three architectures only. Clusters need the last of them
-    and Triton 3.9. The programs of a cluster run on multiprocessors of one GPC; only the full chips have several GPCs
-    with 16.
+    The tests cover the machine code of the Gluon kernels for the three capabilities below only. Clusters need 9.0 and
+    Triton 3.9. All programs of a cluster run on the multiprocessors of one GPC. Only GPUs with 132 multiprocessors or
+    more have several GPCs with 16 of them.
     """
     if capability not in ((8, 0), (8, 9), (9, 0)):
         return 0

@@ -1,7 +1,7 @@
 """``Plan``: which kernels run a layer, where its recurrent weights R are, and how much memory that takes.
 
-Sizes are in bytes. Registers are the 4-byte registers of one thread. The sizes below come from compiling every plan of
-``bench.residency`` for sm_90 (``python -m bench residency`` prints what the compiler made of each).
+Sizes are in bytes. The constants were chosen by compiling the plans of ``bench.residency`` for sm_90. ``python -m bench
+residency`` prints for each of them how many registers it takes and what the compiler keeps in them.
 """
 import dataclasses
 import functools
@@ -23,34 +23,40 @@ SPLIT_TARGETS = 512                     # units whose shares a split program com
 
 
 class PlanError(ValueError):
-    """The plan cannot run. The message says what does not fit."""
+    """A plan cannot run, or no plan can. The message says what does not fit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How one layer runs over all its timesteps. ``str(plan)`` explains it to people.
+    """How one layer runs over all its timesteps. ``str(plan)`` describes it in words.
 
-    kind         which kernels run it, and so where R is and how h travels:
-                 "resident": each program has all of R, and its own batch rows; "portable resident": the same in plain
-                 Triton; "cluster": the ``programs`` of a thread-block cluster share R by hidden units and exchange h
-                 through their shared memory; "grid": programs share R by hidden units and exchange h through L2;
-                 "split": the same in Gluon for few rows, where the warps of a program share the units that feed;
-                 "wgmma": the same for many rows, where warp groups multiply 64 rows each, with R in shared memory, for
-                 the forward loop only; "streamed": as grid, but a part of R is read from L2 at every step
-    hidden_size, directions, batch
-    precision    "native" (16-bit types), "tf32", or "tf32x3" (fp32 in three TF32 products)
-    programs     that share one R
-    groups       of such programs side by side, per direction
-    tiles        of batch rows that a group takes through each step
-    block_h      hidden units of a program
-    num_warps    of a program
-    r_slices     how the part of R on chip is cut along the units that feed, (start, width) each: powers of two, which
-                 reach hidden_size unless the plan is streamed; of a split plan, along those of one warp
-    block_k      units that feed, whose part of R is streamed at a time
-    keep_every   c is kept before every so many steps for backward, which recomputes that many steps at a time
-    block_b      batch rows of a tile: 16; in grid and streamed plans 32 where a group has several tiles; in wgmma plans
-                 64 for each four warps
-    backward_plan   the plan of the backward loop where it is another, else None; see ``backward``
+    kind             which kernels run it, and so where R is and how h travels:
+                     "resident": each program has all of R, and batch rows of its own
+                     "portable resident": the same in plain Triton
+                     "cluster": the programs of a thread-block cluster have the parts of R for different hidden units
+                     and exchange h through their shared memory
+                     "grid": programs have the parts of R for different hidden units and exchange h through L2
+                     "split": as "grid", in Gluon, for few batch rows: each warp of a program multiplies a part of h
+                     "wgmma": as "grid", in Gluon, for many batch rows: each warp group multiplies 64 rows, and R is in
+                     shared memory. For the forward loop only
+                     "streamed": as "grid", but a part of R is read from L2 at every step
+    hidden_size      H
+    directions       1 or 2
+    batch            batch rows
+    precision        "native" (16-bit types), "tf32", or "tf32x3" (fp32 in three TF32 products)
+    programs         how many programs share one R
+    groups           how many such sets of programs each direction has; each has batch rows of its own
+    tiles            how many tiles of batch rows a group computes one after the other in each step
+    block_h          hidden units of a program
+    num_warps        warps of a program
+    r_slices         how the part of R on chip is cut along the units of the earlier h: (start, width) for each slice.
+                     Widths are powers of two. Slices reach hidden_size unless the plan is streamed. In a split plan
+                     they cover the units of one warp
+    block_k          for how many units of the earlier h a part of R is streamed at a time; 0 if nothing is streamed
+    keep_every       c is kept every ``keep_every`` steps for backward, which recomputes that many steps at a time
+    block_b          batch rows of a tile: 16; in grid and streamed plans 32 if a group has several tiles; in wgmma
+                     plans 64 for every four warps
+    backward_plan    the plan of the backward loop if it is another one, else None; see ``backward``
     """
     kind: str
     hidden_size: int
@@ -70,7 +76,7 @@ class Plan:
 
     @property
     def backward(self):
-        """The plan of the backward loop."""
+        """The plan of the backward loop, which may be this one."""
         return self.backward_plan or self
 
     @property
@@ -80,7 +86,7 @@ class Plan:
 
     @property
     def gluon(self):
-        """Whether its kernels are written in Gluon."""
+        """Whether the kernels are written in Gluon."""
         return KINDS[self.kind][1]
 
     @property
@@ -90,36 +96,42 @@ class Plan:
 
     @property
     def variant(self):
-        """The kind and, of a cluster, how many programs it has: what tells kernels apart."""
+        """The name of the kernels: the kind, and for a cluster also how many programs it has."""
         return f"cluster {self.programs}" if self.kind == "cluster" else self.kind
 
     @property
     def held(self):
-        """Units whose part of R stays on chip."""
+        """For how many units of the earlier h the part of R stays on chip, padding included."""
         return sum(width for _, width in self.r_slices) * (self.num_warps if self.kind == "split" else 1)
 
     @property
     def looks(self):
-        """``r_slices`` of all units on chip, in a split plan of all warps."""
+        """The slices of R on chip, (start, width) each; in a split plan those of all warps."""
         of_warps = range(0, self.held, self.held // self.num_warps) if self.kind == "split" else [0]
         return tuple((first + start, width) for first in of_warps for start, width in self.r_slices)
 
     @property
     def r_bytes(self):
-        """Bytes of R of one direction, both planes of a tf32x3 R together."""
+        """Bytes of R of one direction, in tf32x3 of both of its planes."""
         return 4 * self.hidden_size ** 2 * element_bytes(self.precision)
 
     @property
     def target_slices(self):
-        """How a split backward loop cuts the units that its shares are for; each warp has 16 of a slice at least."""
+        """How a split backward loop cuts the units for which it computes shares of dh: (start, width) for each slice.
+
+        Each warp has at least 16 units of a slice.
+        """
         least = 16 * self.num_warps
         return _cut(-(-self.hidden_size // least) * least, SPLIT_TARGETS)
 
     @property
     def held_bytes(self):
-        """Bytes of R that one program has on chip, padding included. They are in registers; of a wgmma plan in shared
-        memory; of a streamed plan in either, as the compiler decides. Of resident and cluster plans this is what the
-        backward kernel has, which pads both sides alike."""
+        """Bytes of R that one program has on chip, padding included.
+
+        They are in registers. Those of a cluster plan are in shared memory too if they are more than ``HELD_BYTES``,
+        those of a wgmma plan are in shared memory, and for streamed plans the compiler decides. For the Gluon kinds
+        "resident" and "cluster" this is what the backward loop has, which pads both dimensions of R.
+        """
         if self.kind in ("resident", "cluster"):
             return 4 * self.block_h * self._units * element_bytes(self.precision)
         rows = self.held if self.schedule == "resident" else self.block_h
@@ -127,25 +139,31 @@ class Plan:
 
     @property
     def _units(self):
-        """Hidden units of all programs, padding included."""
+        """Hidden units of all programs together, padding included."""
         return self.programs * self.block_h
 
     @property
     def forward_warps(self):
-        """Warps of a program of the resident and cluster forward loop: twice as many where a thread would have four
-        units or more, so that special functions overlap with products. The backward loop has no special functions."""
+        """Warps of a program in the forward loop of resident and cluster plans.
+
+        They are twice ``num_warps`` if a thread would otherwise have four units or more. Then special functions overlap
+        with products. The backward loop has no special functions.
+        """
         doubled = self.num_warps == NUM_WARPS and self.block_h >= 16 * NUM_WARPS
         return 2 * self.num_warps if doubled else self.num_warps
 
     @property
     def register_bytes(self):
-        """Bytes of R that a Gluon program has in registers; the rest is in shared memory."""
+        """Bytes of R that a Gluon program has in registers. The rest is in shared memory."""
         return 0 if self.kind == "wgmma" else min(self.held_bytes, HELD_BYTES)
 
     @property
     def shared_bytes(self):
-        """Bytes of shared memory of a Gluon program: R beyond the registers, tiles of a step, and two mbarriers; or the
-        products of each warp."""
+        """Bytes of shared memory of a Gluon program.
+
+        In a split plan they are the products of all warps, in a wgmma plan R, otherwise the part of R that is not in
+        registers, the tiles of a step, and in a cluster two mbarriers.
+        """
         if self.kind == "wgmma":
             return self.held_bytes
         if self.kind == "split":
@@ -160,8 +178,10 @@ class Plan:
 
     @property
     def padded_programs(self):
-        """Programs that would have all units which the products of a grid or streamed plan reach, padding included. The
-        last of them do not exist where slices of R end beyond the last program's units."""
+        """How many programs of ``block_h`` units the products of a grid or streamed plan cover, padding included.
+
+        It may be more than ``programs``, because slices of R may end beyond the units of the last program.
+        """
         reach = self.held
         if reach < self.hidden_size:
             reach += -(-(self.hidden_size - reach) // self.block_k) * self.block_k
@@ -169,35 +189,44 @@ class Plan:
 
     @property
     def streamed_bytes(self):
-        """Bytes of R that one program reads from L2 each step."""
+        """Bytes of R that one program reads from L2 at every step."""
         return 4 * self.block_h * max(self.hidden_size - self.held, 0) * element_bytes(self.precision)
 
     @property
     def launched(self):
-        """Programs of one launch."""
+        """How many programs one launch has."""
         return self.programs * self.groups * self.directions
 
     def multiplies_input(self, input_size):
         """Whether the forward time loop computes x W^T itself, so that no pre-activations go through device memory.
 
-        In 16-bit types that takes it 16 to 38 cycles more a step. In TF32 100 to 400 (by ``bench.machine_code``), less
-        than to read pre-activations once programs fill half the chip: 18 bytes a cycle of device memory each, at most.
+        ``bench.machine_code`` says what this adds to a step: 16 to 38 cycles in 16-bit types, 100 to 400 in TF32. In
+        TF32 it saves time only if reading pre-activations is slow: when programs fill half the chip, each can read at
+        most 18 bytes a cycle from device memory.
         """
         return (self.kind in ("resident", "cluster") and 0 < input_size <= FUSED_INPUTS
                 and (self.precision == "native" or self.launched >= 64))
 
     def saved_bytes(self, T):
-        """Bytes kept for backward beyond x, y and the weights: c in fp32 before every keep_every-th step but step 0."""
+        """Bytes kept for backward in addition to x, y and the weights, for T steps.
+
+        They are c in fp32 before every ``keep_every``-th step except step 0.
+        """
         return 4 * (max(-(-T // self.keep_every), 1) - 1) * self.directions * self.batch * self.hidden_size
 
     def backward_bytes(self, T, input_size, element, zoneout=False):
-        """Bound on what backward needs beside dx for inputs of ``element`` bytes; constant from T = keep_every on.
+        """An upper bound of the bytes that backward needs in addition to dx.
 
-        Per unit, row and step of a chunk: pre-activations, later da, in the input's type, and six fp32 coefficients,
-        eight with zoneout; a copy of the chunk of x, should it not be contiguous. Then the shares of dh that a group's
-        programs exchange, R as the kernels read it, dh and dc, and dW, dR, db in fp32 and in the input's type. A call
-        with lengths or resets takes up to three copies of the chunk's h on top, a packed one a copy and an index of its
-        rows.
+        T             steps; the bound is the same for all T from ``keep_every`` on
+        input_size    I
+        element       bytes of an element of x
+        zoneout       whether there is zoneout
+
+        The bound contains, for each unit, row and step of a chunk, the pre-activations in the dtype of x (da takes
+        their place later) and six coefficients in fp32, or eight with zoneout; a copy of the chunk of x, which is made
+        if x is not contiguous; the shares of dh that the programs of a group exchange; R as the kernels read it; dh
+        and dc; and dW, dR and db in fp32 and in the dtype of x. It does not contain what masks need: up to three
+        copies of the chunk's h with lengths or resets, or one copy and an index of its rows for packed input.
         """
         if self.backward is not self:
             return self.backward.backward_bytes(T, input_size, element, zoneout)
@@ -224,7 +253,7 @@ class Plan:
 
     @functools.lru_cache        # noqa: B019 - few plans, which are small
     def encode(self):
-        """A string from which ``Plan.decode`` makes an equal plan: custom operators take no objects."""
+        """A string from which ``Plan.decode`` makes an equal plan. Custom operators take strings but no objects."""
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
@@ -264,17 +293,17 @@ def _plan(fields):
 
 
 def element_bytes(precision):
-    """Bytes of an element of R as the kernels read it."""
+    """Bytes of an element of R as the kernels read it; in tf32x3 an element is two numbers."""
     return {"native": 2, "tf32": 4, "tf32x3": 8}[precision]
 
 
 def r_slices(units, width):
-    """``_cut`` so as to reach ``units``, rounded up to 16 or, beyond 16, to a multiple of 32."""
+    """The slices of R for ``units`` units, up to ``width`` wide. They end at 16, or at the next multiple of 32."""
     return _cut(16 if units <= 16 else -(-units // 32) * 32, width)
 
 
 def _cut(end, width):
-    """(start, size) of powers of two up to ``width``, largest first, that reach ``end``."""
+    """(start, size) of slices from 0 to ``end``. Sizes are powers of two up to ``width``, the largest first."""
     slices, start = [], 0
     while start < end:
         size = min(width, 1 << ((end - start).bit_length() - 1))
@@ -284,7 +313,7 @@ def _cut(end, width):
 
 
 def wgmma_slices(units, precision):
-    """``r_slices`` of a wgmma plan: WARP_GROUP_BYTES wide each, except the last, which may have half of that."""
+    """``r_slices`` of a wgmma plan. Each is WARP_GROUP_BYTES wide, but the last one may have half the width."""
     width = WARP_GROUP_BYTES // element_bytes(precision)
     slices = [(start, width) for start in range(0, units, width)]
     start, _ = slices[-1]
@@ -294,7 +323,7 @@ def wgmma_slices(units, precision):
 
 
 def split_slices(units, precision):
-    """``r_slices`` of a split plan, along the units of one warp. Four threads take 64 bytes of a row together."""
+    """``r_slices`` of a split plan, for the units of one warp. Four threads together read 64 bytes of a row of R."""
     least = 64 // element_bytes(precision)
     units_per_warp = -(-units // (NUM_WARPS * least)) * least
     return _cut(units_per_warp, units_per_warp)

@@ -1,4 +1,4 @@
-"""``make_plan``: the cheapest plan that fits."""
+"""``make_plan``: the plan with the fewest predicted cycles among those that fit."""
 import dataclasses
 import itertools
 
@@ -37,7 +37,7 @@ def keep_every_for(batch: int, hidden_size: int, directions: int) -> int:
 
 
 def precision_for(dtype: torch.dtype, tf32: bool) -> str:
-    """How products of ``dtype`` are computed; ``tf32`` tells whether fp32 may use TF32."""
+    """``Plan.precision`` for a dtype. tf32: whether fp32 may use TF32. Raises PlanError for a dtype without kernels."""
     if dtype in (torch.float16, torch.bfloat16):
         return "native"
     if dtype == torch.float32:
@@ -48,19 +48,19 @@ def precision_for(dtype: torch.dtype, tf32: bool) -> str:
 def make_plan(batch: int, hidden_size: int, dtype: torch.dtype, directions: int = 1, *, limits: Limits | None = H200,
               tf32: bool = True, schedule: str | None = None, keep_every: int | None = None, zoneout: bool = False,
               avoid: frozenset = frozenset()) -> Plan:
-    """The plan for ``batch`` rows of a layer of ``hidden_size`` units.
+    """The plan with the fewest predicted cycles for a layer of ``hidden_size`` units and ``batch`` rows.
 
     dtype        torch.float16, bfloat16 or float32
     directions   1 or 2
-    limits       of the device; None stands for Triton's interpreter, which runs programs one by one: there R is always
-                 resident
+    limits       of the device, see ``triton_lstm.plan.Limits``. None stands for Triton's interpreter, which runs
+                 programs one by one; there the schedule is always "resident"
     tf32         whether fp32 may multiply in TF32
-    schedule     one of ``SCHEDULES`` instead of the cheapest
-    keep_every   steps between two c that are kept for backward; None: chosen by size
-    zoneout      whether the plan must have zoneout
-    avoid        (variant, loop, precision) of kernels that are not to be chosen
+    schedule     one of "resident", "cluster", "grid" and "streamed", or None for the fastest
+    keep_every   backward keeps c every so many steps; chosen from the other sizes if None
+    zoneout      whether the plan must run with zoneout
+    avoid        kernels that must not be chosen: (``Plan.variant``, "forward" or "backward", ``Plan.precision``) each
 
-    PlanError with the reasons if none fits.
+    Raises PlanError, with the reasons, if no plan fits.
     """
     plans, reasons = _candidates(batch, hidden_size, dtype, directions, limits, tf32, schedule, keep_every, zoneout)
     good = lambda plans, loop: [plan for plan in plans if (plan.variant, loop, plan.precision) not in avoid]
@@ -86,8 +86,10 @@ def make_plan(batch: int, hidden_size: int, dtype: torch.dtype, directions: int 
 
 def candidates(batch: int, hidden_size: int, dtype: torch.dtype, directions: int = 1, *, limits: Limits | None = H200,
                tf32: bool = True, keep_every: int | None = None) -> list[Plan]:
-    """A list of all plans that ``make_plan`` chooses from; empty where none fits. Each is for both loops, except those
-    of kind "wgmma", which are for the forward loop only."""
+    """All plans from which ``make_plan`` chooses; an empty list if none fits. Arguments are those of ``make_plan``.
+
+    Each plan is for both loops, except those of kind "wgmma", which are for the forward loop only.
+    """
     plans, _ = _candidates(batch, hidden_size, dtype, directions, limits, tf32, None, keep_every, False)
     if plans and limits is not None:
         cheapest = min(plans, key=lambda plan: step_cycles(plan, limits.multiprocessors, "backward"))
@@ -96,7 +98,7 @@ def candidates(batch: int, hidden_size: int, dtype: torch.dtype, directions: int
 
 
 def _candidates(batch, hidden_size, dtype, directions, limits, tf32, schedule, keep_every, zoneout):
-    """(plans, reasons): those that fit except wgmma, the resident one first, and why the others do not."""
+    """(plans, reasons): the plans that fit, except wgmma plans, the resident one first; and why others do not fit."""
     if batch < 0 or hidden_size < 1 or directions not in (1, 2):
         raise PlanError(f"no plan for batch {batch}, hidden_size {hidden_size}, {directions} directions")
     if schedule not in (None, *SCHEDULES):
@@ -118,8 +120,10 @@ def _candidates(batch, hidden_size, dtype, directions, limits, tf32, schedule, k
 
 
 def _fitting(plans, limits, zoneout=False, reasons=None):
-    """Those of ``plans`` that can run. Why the others cannot is added to ``reasons``, except of split and wgmma plans,
-    which are other kernels for what grid plans do."""
+    """Those of ``plans`` that can run. Why the others cannot is appended to the list ``reasons``.
+
+    No reasons are given for split and wgmma plans: they have the schedule of grid plans, whose reasons are enough.
+    """
     found = []
     for plan in plans:
         try:
@@ -132,7 +136,7 @@ def _fitting(plans, limits, zoneout=False, reasons=None):
 
 
 def _resident(layer, gluon):
-    """Every program has all of R."""
+    """The plan in which each program has all of R: in Gluon if ``gluon``, else in plain Triton."""
     if gluon:
         yield _one_or_several_ctas(1, layer)
         return
@@ -144,7 +148,7 @@ def _resident(layer, gluon):
 
 
 def _cluster(layer):
-    """Clusters of 2 to 16 programs. Fewer than 32 units a program make no step shorter."""
+    """Plans with clusters of 2 to 16 programs. Programs of fewer than 32 units make no step shorter."""
     for ctas in (2, 4, 8, 16):
         if ctas == 2 or layer["hidden_size"] > 16 * ctas:
             yield _one_or_several_ctas(ctas, layer)
@@ -161,7 +165,7 @@ def _one_or_several_ctas(ctas, layer):
 
 
 def _grid(layer, limits):
-    """Programs that exchange h through L2, in plain Triton. They stream R where not all of it fits."""
+    """Plans of plain Triton programs that exchange h through L2; streamed plans if not all of R fits on chip."""
     for block_h, block_b in itertools.product((16, 32, 64), (16, 32)):
         slices, block_k = _slices_and_block(layer, block_h, block_b, limits)
         programs = -(-layer["hidden_size"] // block_h)
@@ -175,7 +179,7 @@ def _grid(layer, limits):
 
 
 def _split(layer, limits):
-    """Grid plans whose warps share the units that feed."""
+    """Split plans: grid plans in which each warp of a program multiplies a part of the units of the earlier h."""
     for block_h in (16, 32):
         programs = -(-layer["hidden_size"] // block_h)
         most = limits.multiprocessors // (programs * layer["directions"])
@@ -185,7 +189,7 @@ def _split(layer, limits):
 
 
 def _wgmma(backward, limits):
-    """Grid plans of the layer of ``backward`` whose forward loop multiplies by warp groups."""
+    """Wgmma plans for the layer of ``backward``, which becomes their plan of the backward loop."""
     layer = {name: getattr(backward, name)
              for name in ("hidden_size", "directions", "batch", "precision", "keep_every")}
     if limits is None or layer["precision"] == "tf32x3":
@@ -203,14 +207,14 @@ def _tiles_of_all(layer, block_b=BLOCK_B):
 
 
 def _groups(layer, most, block_b):
-    """groups and tiles: as many groups as there are tiles of rows, up to ``most``, and one at least."""
+    """``Plan.groups`` and ``Plan.tiles``: as many groups as the batch has tiles, but at most ``most``, at least one."""
     tiles_of_all = _tiles_of_all(layer, block_b)
     tiles = -(-tiles_of_all // max(min(most, tiles_of_all), 1))
     return dict(groups=-(-tiles_of_all // tiles), tiles=tiles)
 
 
 def _slices_and_block(layer, block_h, block_b, limits):
-    """(r_slices, block_k) of a program with ``block_h`` hidden units; block_k 0 where all of its R fits."""
+    """(r_slices, block_k) of a program with ``block_h`` hidden units; block_k is 0 if all of its part of R fits."""
     shared_memory = HELD_BYTES if limits is None else limits.shared_memory
     column = 4 * block_h * element_bytes(layer["precision"])            # bytes of R for one unit that feeds
     width = {"native": 256, "tf32": 128, "tf32x3": 64}[layer["precision"]] * 16 // block_b  # units of h in registers

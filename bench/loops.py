@@ -123,12 +123,12 @@ def measure(candidate, device, synchronize=torch.cuda.synchronize, timed=None):
 
     def call(run):
         if candidate.loop == "forward":
-            y, h_n, c_n, _ = sequence.forward(*inputs, None, plan, False, launcher=run)
+            y, h_n, c_n, *_ = sequence.forward(*inputs, None, plan, False, launcher=run)
             return dict(y=y, h_n=h_n, c_n=c_n)
         y = right["y"].to(inputs[0].dtype)
         kept = torch.empty(0, *inputs[-1].shape, device=device)
-        dx, dw, dr, _, dh0, dc0 = sequence.backward(*gradients, *inputs, None, y, kept, plan, [True] * 6,
-                                                  launcher=run)
+        dx, dw, dr, _, dh0, dc0 = sequence.backward(*gradients, *inputs, None, y, kept, None, plan, [True] * 6,
+                                                    launcher=run)
         return dict(dx=dx, dw=dw, dr=dr, dh0=dh0, dc0=dc0)
 
     got = call(None)

@@ -17,6 +17,7 @@ from .layouts import (
     load_there,
     shared_layout,
     split_gates,
+    store_gates,
     there,
     unit_layout,
 )
@@ -70,8 +71,11 @@ def rounded_h(h, dtype: gl.constexpr, PRECISION: gl.constexpr):
 def forward_cluster(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, keep_every,
                     H: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr,
                     HELD: gl.constexpr, PRECISION: gl.constexpr,
-                    flags_ptr=None, offsets_ptr=None, INPUTS: gl.constexpr = 0, w_ptr=None, b_ptr=None):
+                    flags_ptr=None, offsets_ptr=None, INPUTS: gl.constexpr = 0, w_ptr=None, b_ptr=None,
+                    KEEP_GATES: gl.constexpr = False):
     """As ``portable_forward.forward_resident``, but the CTAs of a cluster together have all of R.
+
+    KEEP_GATES goes without INPUTS.
 
     w   (D, 4H, INPUTS), only with INPUTS; x is then the layer's input, (T, B, INPUTS) or packed
         (rows, INPUTS): where there are few features, reading them is less than reading pre-activations
@@ -189,6 +193,9 @@ def forward_cluster(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first,
             at_kept += 1
         until_kept -= 1
         i, f, g, o = split_gates(a, BLOCK_H, THREADS, UNIT)
+        if KEEP_GATES:
+            at = padded_or_packed(offsets_ptr, gl.where(d == 0, s, S - 1 - s).to(gl.int64) * B, base)
+            store_gates(x_ptr + at * (4 * H) + at_x, there(offsets_ptr, row, count, mask), i, f, g, o, H)
         y, new_c = cell_for(i, f, g, o, c, dtype)
         h = y
         if flags_ptr is not None:

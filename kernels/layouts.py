@@ -156,6 +156,16 @@ def join_gates(i, f, g, o, BLOCK_H: gl.constexpr, THREADS: gl.constexpr, ACC: gl
     return gl.convert_layout(a, ACC, assert_trivial=True)
 
 
+@gluon.jit
+def store_gates(x, mask, i, f, g, o, H: gl.constexpr):
+    """The pre-activations of the four gates of some units, fp32 (rows, units) each, to where those of the input are."""
+    dtype: gl.constexpr = x.dtype.element_ty
+    gl.store(x, i.to(dtype), mask=mask)
+    gl.store(x + H, f.to(dtype), mask=mask)
+    gl.store(x + 2 * H, g.to(dtype), mask=mask)
+    gl.store(x + 3 * H, o.to(dtype), mask=mask)
+
+
 # -- where programs share R and exchange h through the second-level cache ---------------------------------------------
 
 @gluon.constexpr_function

@@ -51,11 +51,11 @@ def compile_launch(kernel, plan, args, waits, constants, arch):
     return compiled, [values[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
 
 
-def compile_plan(plan, dtype, arch=90, flagged=False, packed=False, zoneout=None, inputs=64):
+def compile_plan(plan, dtype, arch=90, flagged=False, packed=False, zoneout=None, inputs=64, keep_gates=False):
     """The kernels that a layer of ``plan`` launches in ``dtype``, compiled: {name: what triton.compile returns}.
 
     flagged: those for lengths or resets; packed: those for packed sequences; zoneout: those for zoneout, "drawn" or
-    "expected". inputs: features of x.
+    "expected". inputs: features of x. keep_gates: those of a forward pass that keeps the gates for backward.
     """
     found = {}
 
@@ -71,8 +71,8 @@ def compile_plan(plan, dtype, arch=90, flagged=False, packed=False, zoneout=None
     x = x.flatten(0, 1) if packed else x
     seed = torch.empty(1, dtype=torch.int64, device="meta") if zoneout == "drawn" else None
     more = batch_sizes, zoneout and (seed, 0.1, 0.1), collect
-    y, h_n, c_n, kept = sequence.forward(x, w, r, b, state, state, flags, plan, True, *more)
-    sequence.backward(y, h_n, c_n, x, w, r, b, state, state, flags, y, kept, plan, [True] * 6, *more)
+    y, h_n, c_n, *kept = sequence.forward(x, w, r, b, state, state, flags, plan, True, *more, keep_gates=keep_gates)
+    sequence.backward(y, h_n, c_n, x, w, r, b, state, state, flags, y, *kept, plan, [True] * 6, *more)
     return found
 
 

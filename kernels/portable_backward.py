@@ -22,19 +22,20 @@ from .rows import BEFORE, CUT, END, FRESH, LIVE, chunk_shift, load_flags, padded
 from .waiting import BACKWARD_GRID
 
 
-@triton.jit(do_not_specialize=["T", "S", "B", "first", "rate_h", "rate_c"])
-def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, T, S, B, first, keep_every,
+@triton.jit(do_not_specialize=["T", "S", "B", "first", "steps", "keep_every", "rate_h", "rate_c"])
+def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, T, S, B, first, steps, keep_every,
                  H: tl.constexpr, DIRECTIONS: tl.constexpr, BLOCK: tl.constexpr,
                  flags_ptr=None, offsets_ptr=None, ZONEOUT: tl.constexpr = None, seed_ptr=None, rate_h=None,
                  rate_c=None):
-    """Compute c over steps ``first`` to ``first + S`` again, and write the coefficients of each step.
+    """Compute c of steps ``first`` to ``first + S`` again, and write the coefficients of each step.
 
     a         (D, S, B, 4H) pre-activations in order of time; packed (rows, 4H), see ``chunk_shift``
     c0, kept  c before the first step of all, (D, B, H), and what the forward loop kept; fp32
     coef      (D, S, B, 6H) fp32: ko, kh, ki, kf, kg, f; with zoneout (D, S, B, 8H), then m_h and m_c; packed as a
+    steps     that a program goes through; c was kept before the first of them
     flags, offsets, seed   as in ``portable_forward.forward_resident``
 
-    grid (blocks of rows and units, D). A step that is not live has no da and passes dc on. Before a fresh step dc ends:
+    grid (blocks of rows and units, D, S / steps rounded up). A step that is not live has no da and passes dc on. Before a fresh step dc ends:
     f is then zero, but with zoneout the loop sees to it.
     """
     COUNT: tl.constexpr = 6 if ZONEOUT is None else 8
@@ -46,13 +47,14 @@ def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, T, S, B, first, keep_every,
     row, unit = (n // H).to(tl.int64), n % H
     mask = row < B
     shift = chunk_shift(offsets_ptr, d, T, S, B, first)
-    if first == 0:
+    s = tl.program_id(2) * steps
+    end = tl.minimum(s + steps, S)
+    if first + s == 0:
         c = tl.load(c0_ptr + (d * B + row) * H + unit, mask=mask, other=0.)
     else:
-        at_kept = (first // keep_every - 1).to(tl.int64) * DIRECTIONS + d
+        at_kept = ((first + s) // keep_every - 1).to(tl.int64) * DIRECTIONS + d
         c = tl.load(kept_ptr + (at_kept * B + row) * H + unit, mask=mask, other=0.)
-    s = 0
-    while s < S:
+    while s < end:
         time = tl.where(d == 0, first + s, T - 1 - first - s)
         base, count = rows_at(offsets_ptr, time, B)
         at = shift + base + row

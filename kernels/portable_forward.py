@@ -19,15 +19,26 @@ def load_gates(x_ptr, at, mask, H: tl.constexpr):
     return i, f, g, o
 
 
+@triton.jit
+def store_gates(x_ptr, at, mask, i, f, g, o, H: tl.constexpr, INTERPRET: tl.constexpr):
+    """The reverse of ``load_gates``: fp32 pre-activations into the places from which the input's were loaded."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    tl.store(x_ptr + at, narrow(i, dtype, INTERPRET), mask=mask)
+    tl.store(x_ptr + at + H, narrow(f, dtype, INTERPRET), mask=mask)
+    tl.store(x_ptr + at + 2 * H, narrow(g, dtype, INTERPRET), mask=mask)
+    tl.store(x_ptr + at + 3 * H, narrow(o, dtype, INTERPRET), mask=mask)
+
+
 @triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "rate_h", "rate_c"])
 def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first, keep_every,
                      H: tl.constexpr, DIRECTIONS: tl.constexpr, R_SLICES: tl.constexpr, BLOCK_B: tl.constexpr,
                      PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
                      flags_ptr=None, offsets_ptr=None, ZONEOUT: tl.constexpr = None, seed_ptr=None, rate_h=None,
-                     rate_c=None):
+                     rate_c=None, KEEP_GATES: tl.constexpr = False):
     """Steps ``first`` to ``first + S`` of a layer. Each program has all of R and BLOCK_B batch rows.
 
-    x         (D, S, B, 4H) pre-activations of the input; packed (rows, 4H), see ``chunk_shift``
+    x         (D, S, B, 4H) pre-activations of the input; packed (rows, 4H), see ``chunk_shift``. With KEEP_GATES each
+              step replaces them by those of the gates, x W^T + b + h R^T
     r         (D, 4H, H)
     h         (B, D H) before the first step
     c         (D, B, H) fp32, before the first step when the kernel begins and after the last when it ends
@@ -108,6 +119,9 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first
                 o = product(h[k], r[j][k][3], o, PRECISION)
             new_x += (load_gates(x_ptr + next_base * (4 * H), row[:, None] * (4 * H) + unit[None, :],
                                  (row[:, None] < next_count) & (unit[None, :] < H), H),)
+            if KEEP_GATES:
+                store_gates(x_ptr + base * (4 * H), row[:, None] * (4 * H) + unit[None, :],
+                            (row[:, None] < count) & (unit[None, :] < H), i, f, g, o, H, INTERPRET)
             y, c_j = cell(i, f, g, o, c[j])
             if ZONEOUT is not None:
                 m_h, m_c = zoneout(seed, rate_h, rate_c, d, now, row[:, None], unit[None, :], ZONEOUT)
@@ -151,7 +165,7 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B,
                  PADDED_PROGRAMS: tl.constexpr, HELD: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr,
                  PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
                  flags_ptr=None, offsets_ptr=None, ZONEOUT: tl.constexpr = None, seed_ptr=None, rate_h=None,
-                 rate_c=None, h0_ptr=None, stuck_ptr=None, limit=None):
+                 rate_c=None, h0_ptr=None, stuck_ptr=None, limit=None, KEEP_GATES: tl.constexpr = False):
     """As ``forward_resident``, but the programs of a group share R: each has the rows of R of BLOCK_H hidden units.
 
     sent          (S, D, groups, tiles, BLOCK_B, PADDED_PROGRAMS BLOCK_H) slots for h, of y's type, in TF32 rounded;
@@ -235,7 +249,11 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B,
         low, high = a.reshape(BLOCK_B, 2, BLOCK_H, 2).permute(0, 2, 3, 1).split()
         i, f = low.split()
         g, o = high.split()
-        y, c = cell(i + x_i, f + x_f, g + x_g, o + x_o, c_prev)
+        i, f, g, o = i + x_i, f + x_f, g + x_g, o + x_o
+        if KEEP_GATES:
+            store_gates(x_ptr + base * (4 * H), row * (4 * H) + unit, (row < count) & (unit < H), i, f, g, o, H,
+                        INTERPRET)
+        y, c = cell(i, f, g, o, c_prev)
         if ZONEOUT is not None:
             m_h, m_c = zoneout(seed, rate_h, rate_c, d, time, row, unit, ZONEOUT)
             y = m_h * own + (1 - m_h) * y

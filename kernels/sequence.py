@@ -20,11 +20,12 @@ def finish(chunks):
 
 
 def forward(*args, **kwargs):
-    """All of ``forward_chunks``, whose arguments it takes: (y, h_n, c_n, kept)."""
+    """All of ``forward_chunks``, whose arguments it takes: (y, h_n, c_n, kept, gates)."""
     return finish(forward_chunks(*args, **kwargs))
 
 
-def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zoneout=None, launcher=None, steps=None):
+def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zoneout=None, launcher=None, steps=None,
+                   keep_gates=False):
     """The layer over all steps, as a generator that runs one chunk of steps at a time.
 
     x            (T, B, I), or packed (rows, I)
@@ -37,12 +38,15 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     zoneout      (seed, rate_h, rate_c) or None; the seed is an int64 tensor of one element, or None for the expectation
     launcher     stands in for ``launch.launch_kernel``, to compile or emulate instead
     steps        of a chunk; None: as many as the plan takes at a time
+    keep_gates   with ``save``: whether backward gets the gates' pre-activations and every c, and recomputes nothing
 
     The first ``next`` allocates all that outlives a chunk and yields y, not yet written. Each further one runs a chunk.
     x is read only in the chunk that needs it.
 
-    Returns y (T, B, D H) or packed (rows, D H), h_n and c_n (D, B, H), and what backward needs of c: (-, D, B, H) fp32,
-    empty without ``save``.
+    Returns y (T, B, D H) or packed (rows, D H), h_n and c_n (D, B, H), and what backward needs beside y: ``kept``
+    (-, D, B, H) fp32, c before every ``plan.keep_every``-th step, or with ``keep_gates`` before every step, except the
+    first; and ``gates`` (rows, 4H) of x's type, the pre-activations of all steps and directions, chunk by chunk. Both
+    are empty without ``save``, gates without ``keep_gates``.
     """
     run = launcher or launch.launch_kernel
     B, D, H = h0.shape[1], plan.directions, plan.hidden_size
@@ -50,16 +54,22 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     T = rows.T
     y = x.new_empty(*x.shape[:-1], D * H)
     c = c0.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    kept = c.new_empty(max(-(-T // plan.keep_every), 1) - 1 if save else 0, D, B, H)
+    keep_gates = keep_gates and save
+    keep_every = 1 if keep_gates else plan.keep_every if save else max(T, 1)
+    kept = c.new_empty(max(-(-T // keep_every), 1) - 1, D, B, H)
+    gates = x.new_empty(_rows_before(rows, D, T) if keep_gates else 0, 4 * H)
     if T == 0 or B == 0:
         yield y
-        return y, h0.clone(), c0.clone(), kept
+        return y, h0.clone(), c0.clone(), kept, gates
     loop, more = launch.LOOPS[plan.kind, "forward"], zoneout_arguments(zoneout)
     r = _as_read(r, plan)
     # of H = 1, reshape alone makes a transposed view
     h = (h0[0] if D == 1 else h0.transpose(0, 1).reshape(B, D * H)).contiguous()
-    keep_every = plan.keep_every if save else T
-    if plan.multiplies_input(x.shape[-1]):
+    if keep_gates:
+        # of two directions, a chunk has to have the steps of one of backward's
+        steps = plan.keep_every if D == 2 else steps or plan.forward_steps(T, x.element_size())
+        more["KEEP_GATES"] = True
+    elif plan.multiplies_input(x.shape[-1]):
         steps, buffer = steps or T, x.contiguous()
         more = dict(INPUTS=x.shape[-1], w_ptr=w.contiguous(), b_ptr=None if b is None else b.contiguous())
     else:
@@ -78,6 +88,8 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
         S = min(steps, T - first)
         if "INPUTS" not in more:
             spans = [times_of(d, first, S, T) for d in range(D)]
+            if keep_gates:
+                buffer = _gates_of(gates, rows, spans, first)
             with products_in(plan.precision):
                 for d, a in enumerate(rows.split(buffer, spans)):
                     _input_product(rows.of(x, *spans[d]), w, b, d, a)
@@ -102,7 +114,18 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     h_n = torch.cat([last[None], rows.of(y, 0, 1)[None, :, H:]] if D == 2 else [last[None]])
     if batch_sizes is None and flags is not None:
         h_n = torch.where(live.any(0), h_n, h0)
-    return y, h_n, c.to(x.dtype), kept
+    return y, h_n, c.to(x.dtype), kept, gates
+
+
+def _rows_before(rows, D, first):
+    """How many rows of x the directions have taken together before each takes its step ``first``."""
+    return sum(rows.count(*times_of(d, 0, first, rows.T)) for d in range(D))
+
+
+def _gates_of(gates, rows, spans, first):
+    """The part of ``gates`` that belongs to the chunk of step ``first``, in which the directions take times ``spans``."""
+    start = _rows_before(rows, len(spans), first)
+    return gates[start:start + sum(rows.count(*span) for span in spans)]
 
 
 def _state(y, h0, flags, rows, first):
@@ -169,14 +192,14 @@ def backward(*args, **kwargs):
     return finish(backward_chunks(*args, **kwargs))
 
 
-def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, plan, needs, batch_sizes=None, zoneout=None,
-                    launcher=None):
+def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, plan, needs, batch_sizes=None,
+                    zoneout=None, launcher=None):
     """The gradients of ``forward``, as a generator that runs one chunk of ``plan.keep_every`` steps at a time, from the
-    last: it recomputes the gates by products over the whole chunk, turns them into coefficients, then runs the time
-    loop backwards.
+    last: it recomputes the gates by products over the whole chunk, unless forward kept them, turns them into
+    coefficients, then runs the time loop backwards.
 
     dy, dh_n, dc_n   gradients of y, h_n, c_n, or None
-    y, kept          what ``forward`` returned
+    y, kept, gates   what ``forward`` returned; gates may also be None
     needs            which of the six gradients are wanted; the others are None
 
     The first ``next`` allocates all that outlives a chunk and yields dx, not yet written. Each further one runs a
@@ -211,6 +234,9 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, plan, ne
                 more.update(waiting.arguments(x.device))
         grid, tiles = launch.grid_of(plan), (plan.tiles,) if plan.exchanges else ()
         constants, of_coefficients = {**loop.constants(plan), **more}, zoneout_arguments(zoneout)
+        keep_gates = gates is not None and len(gates) > 0
+        # of kept gates each step has its own programs; a grid has 65535 of them at most
+        steps, keep_every = (-(-K // 65535), 1) if keep_gates else (K, K)
     yield dx
     if T and B:
         for first in reversed(range(0, T, K)):
@@ -219,13 +245,18 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, plan, ne
             a = rows.split(buffer, spans)
             previous = [_previous(y, h0, flags, rows, d, spans[d]) for d in range(D)]
             of_x = [rows.of(x, *span) for span in spans]
-            with products_in(plan.precision):
-                for d in range(D):
-                    _input_product(of_x[d], w, b, d, a[d])
-                    for chosen, h in previous[d]:
-                        a[d][chosen].addmm_(h, r[d].t())
-            run(launch.COEFFICIENTS, plan, (triton.cdiv(B * H, 256), D), buffer, c0, kept, coef, T, S, B, first, K,
-                waits=False, flags_ptr=flags, offsets_ptr=rows.offsets, BLOCK=256, **of_coefficients)
+            if keep_gates:
+                of_gates = _gates_of(gates, rows, spans, first)
+            else:
+                of_gates = buffer
+                with products_in(plan.precision):
+                    for d in range(D):
+                        _input_product(of_x[d], w, b, d, a[d])
+                        for chosen, h in previous[d]:
+                            a[d][chosen].addmm_(h, r[d].t())
+            run(launch.COEFFICIENTS, plan, (triton.cdiv(B * H, 256), D, triton.cdiv(S, steps)), of_gates, c0, kept,
+                coef, T, S, B, first, steps, keep_every, waits=False, flags_ptr=flags, offsets_ptr=rows.offsets,
+                BLOCK=256, **of_coefficients)
             # from here on a and its buffer hold da
             run(loop.kernel, plan, grid, coef, r_as_read, buffer, dh, dc, *shares, T, S, B, first, *tiles, *strides,
                 waits=plan.exchanges, flags_ptr=flags, offsets_ptr=rows.offsets, **constants)

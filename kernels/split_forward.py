@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .cell import cell_for
 from .exchange import bits_of, send, wait_for_words
-from .layouts import load_gates, load_r, powers, split_unit_layout, unit_of
+from .layouts import load_gates, load_r, powers, split_unit_layout, store_gates, unit_of
 from .precision import round_tf32
 from .rows import FRESH, LIVE, chunk_shift, load_flags, rows_at
 from .waiting import FORWARD_SPLIT
@@ -110,7 +110,7 @@ def send_units(tile, h, p, UNITS: gl.constexpr):
 def forward_split(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B, first, keep_every, tiles,
                   H: gl.constexpr, DIRECTIONS: gl.constexpr, R_SLICES: gl.constexpr, BLOCK_H: gl.constexpr,
                   PADDED_PROGRAMS: gl.constexpr, UNITS_PER_WARP: gl.constexpr, PRECISION: gl.constexpr,
-                  flags_ptr=None, offsets_ptr=None, stuck_ptr=None, limit=None):
+                  flags_ptr=None, offsets_ptr=None, stuck_ptr=None, limit=None, KEEP_GATES: gl.constexpr = False):
     """As ``portable_forward.forward_grid``, without zoneout, in tiles of 16 rows. R_SLICES cut the UNITS_PER_WARP units
     of a warp."""
     p, group, d = gl.program_id(0), gl.program_id(1), gl.program_id(2)
@@ -182,8 +182,11 @@ def forward_split(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B
         f, o = odd.split()
         i, f = gl.convert_layout(i, UNIT, assert_trivial=True), gl.convert_layout(f, UNIT, assert_trivial=True)
         g, o = gl.convert_layout(g, UNIT, assert_trivial=True), gl.convert_layout(o, UNIT, assert_trivial=True)
-        y, c = cell_for(i + x[0].to(gl.float32), f + x[1].to(gl.float32), g + x[2].to(gl.float32),
-                        o + x[3].to(gl.float32), c_prev, dtype)
+        i, f = i + x[0].to(gl.float32), f + x[1].to(gl.float32)
+        g, o = g + x[2].to(gl.float32), o + x[3].to(gl.float32)
+        if KEEP_GATES:
+            store_gates(x_ptr + (base + row) * (4 * H) + unit, (row < count) & (unit < H), i, f, g, o, H)
+        y, c = cell_for(i, f, g, o, c_prev, dtype)
         h_next = y
         if flags_ptr is not None:
             # a row that has not begun yet keeps its first h

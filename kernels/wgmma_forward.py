@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .cell import cell_for
 from .exchange import bits_of, send, wait_for_words
-from .layouts import join_gates, load_gates, load_r, powers, split_gates, unit_of
+from .layouts import join_gates, load_gates, load_r, powers, split_gates, store_gates, unit_of
 from .precision import round_tf32
 from .rows import FRESH, LIVE, chunk_shift, load_flags, rows_at
 from .waiting import FORWARD_WGMMA
@@ -101,7 +101,7 @@ def send_units(tile, h, p, UNITS: gl.constexpr):
 def forward_wgmma(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B, first, keep_every, tiles,
                   H: gl.constexpr, DIRECTIONS: gl.constexpr, R_SLICES: gl.constexpr, BLOCK_H: gl.constexpr,
                   PADDED_PROGRAMS: gl.constexpr, BLOCK_B: gl.constexpr, PRECISION: gl.constexpr,
-                  flags_ptr=None, offsets_ptr=None, stuck_ptr=None, limit=None):
+                  flags_ptr=None, offsets_ptr=None, stuck_ptr=None, limit=None, KEEP_GATES: gl.constexpr = False):
     """As ``portable_forward.forward_grid``, without zoneout, in tiles of 64 rows for each four warps.
 
     A warp waits for h of one of R_SLICES at a time. These have all the same width, except the last, which may have half
@@ -181,6 +181,8 @@ def forward_wgmma(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B
                 words = gl.load(at + R_SLICES[k + 1][0] * BITS // 32, volatile=True)
             a = warpgroup_mma(h, r[k].index(0 if k < FIRST else zero).permute((1, 0)), a)
         i, f, g, o = split_gates(a, BLOCK_H, 4, UNIT)
+        if KEEP_GATES:
+            store_gates(x_ptr + (base + row) * (4 * H) + unit, (row < count) & (unit < H), i, f, g, o, H)
         y, c = cell_for(i, f, g, o, c_prev, dtype)
         h_next = y
         if flags_ptr is not None:

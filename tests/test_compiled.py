@@ -123,8 +123,8 @@ def test_a_new_length_or_batch_compiles_nothing():
             plan = make_plan(B, H, BF16, schedule=schedule, keep_every=64)
             tensor = lambda *shape: torch.empty(shape, dtype=BF16, device="meta")
             x, w, r, state = tensor(T, B, 8), tensor(1, 4 * H, 8), tensor(1, 4 * H, H), tensor(1, B, H)
-            y, h, c, kept = sequence.forward(x, w, r, None, state, state, None, plan, True, launcher=collect)
-            sequence.backward(y, h, c, x, w, r, None, state, state, None, y, kept, plan, [True] * 6, launcher=collect)
+            y, h, c, *kept = sequence.forward(x, w, r, None, state, state, None, plan, True, launcher=collect)
+            sequence.backward(y, h, c, x, w, r, None, state, state, None, y, *kept, plan, [True] * 6, launcher=collect)
     assert len(set(found)) == 3 * 2, sorted(set(found))
 
 

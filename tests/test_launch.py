@@ -51,8 +51,8 @@ def test_launch_compiles_what_the_tests_compile(H, schedule, dtype, limits, inpu
     b, state = tensor(D, 4 * H), tensor(D, B, H)
     found = []
     with recorded(found):
-        y, h, c, kept = sequence.forward(x, w, r, b, state, state, None, plan, True)
-        sequence.backward(y, h, c, x, w, r, b, state, state, None, y, kept, plan, [True] * 6)
+        y, h, c, *kept = sequence.forward(x, w, r, b, state, state, None, plan, True)
+        sequence.backward(y, h, c, x, w, r, b, state, state, None, y, *kept, plan, [True] * 6)
     expected = offline.compile_plan(plan, dtype, 90, inputs=inputs)
     assert [kernel.metadata.name for kernel, _ in found] == list(expected)
     for kernel, grid in found:

@@ -38,9 +38,9 @@ def test_saved_for_backward(T, keep_every, dtype):
 def test_nothing_is_kept_without_gradients():
     x, w, r = torch.randn(9, 2, 3), torch.randn(20, 3), torch.randn(20, 5)
     with harness.interpreter():
-        *_, kept = triton_lstm.op.lstm_op(x, w[None], r[None], None, *[torch.zeros(1, 2, 5)] * 2, None, None, "",
-                                               2, False)
-    assert kept.shape == (0, 1, 2, 5)
+        *_, kept, gates = triton_lstm.op.lstm_op(x, w[None], r[None], None, *[torch.zeros(1, 2, 5)] * 2, None, None, "",
+                                                 2, False, True)
+    assert kept.shape == (0, 1, 2, 5) and gates.shape == (0, 20)
 
 
 class Peak(TorchDispatchMode):
@@ -76,8 +76,8 @@ def backward_peak(plan, T, I, contiguous=True, zoneout=None):
     dy = torch.randn(T, B, D * H)
     old = [x, w, r, b, state, y, kept, dy]
     with Peak(old) as peak:
-        sequence.backward(dy, state, state, x, w, r, b, state, state, None, y, kept, plan, [True] * 6, zoneout=zoneout,
-                          launcher=lambda *args, **kwargs: None)
+        sequence.backward(dy, state, state, x, w, r, b, state, state, None, y, kept, None, plan, [True] * 6,
+                          zoneout=zoneout, launcher=lambda *args, **kwargs: None)
     return peak.most - x.numel() * 4
 
 

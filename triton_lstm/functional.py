@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from . import op
 from .kernels.rows import step_flags
 from .op import differentiable, lstm_op, transformed
-from .plan import Plan, keep_every_for
+from .plan import Plan, keep_every_for, keeps_gates
 from .plan.search import BACKWARD_ELEMENTS, KEEP_EVERY
 from .projection import combine, product, project, with_state
 from .reference import lstm_reference, packed_reference, zoneout_shares
@@ -39,8 +39,8 @@ def draw_seed(device):
 def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = None,
          hx: Sequence[Tensor] | None = None, *, weight_hr: Tensor | None = None, lengths: Tensor | None = None,
          reset: Tensor | None = None, batch_sizes: Tensor | None = None, zoneout: float | tuple[float, float] = 0.,
-         training: bool = True, plan: Plan | None = None, keep_every: int | None = None
-         ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+         training: bool = True, plan: Plan | None = None, keep_every: int | None = None,
+         keep_gates: bool | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One LSTM layer over a padded or packed batch, in one direction or both.
 
     x            (T, B, I), any strides; with ``batch_sizes`` (N, I): the rows of time 0, then of time 1, and so on
@@ -72,6 +72,11 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
     keep_every   forward keeps c before every ``keep_every``-th step, and backward recomputes that many steps at a time.
                  A small number saves memory, a large one saves launches. None: up to 2048, as large as a workspace of
                  512 MiB allows
+    keep_gates   True: forward keeps the four gates and c of every step, and backward recomputes nothing. That is
+                 faster and takes 12 bytes for each unit, row and step in 16-bit types, 20 in fp32. False: forward keeps
+                 c as ``keep_every`` says. None: True where that takes no more memory than the workspace for recomputing
+                 (``triton_lstm.plan.keeps_gates``), which is so for up to about 2048 steps of one layer; False with
+                 ``plan`` or ``keep_every``, and under torch.compile and torch.func
 
     Returns ``y, (h_n, c_n)`` as nn.LSTM: y (T, B, D H) or (N, D H), h_n and c_n (D, B, H). T = 0 gives an empty y and
     the initial state.
@@ -146,7 +151,7 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
         one = hx is not None and not torch.compiler.is_compiling() and T == 1
         combined = x.new_zeros(D, 4 * H, H) if one else combine(weight_hh, weight_hr)
         m, (m_n, c_n) = lstm(x, weight_ih, combined, bias, (x.new_zeros(D, B, H), c0), lengths=lengths, reset=reset,
-                             batch_sizes=batch_sizes, plan=plan, keep_every=keep_every)
+                             batch_sizes=batch_sizes, plan=plan, keep_every=keep_every, keep_gates=keep_gates)
         h_n = product(m_n, weight_hr.mT)
         if hx is not None and lengths is not None:
             h_n = torch.where((lengths > 0)[:, None], h_n, h0)
@@ -155,13 +160,17 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
         sizes = batch_sizes.to(x.device, non_blocking=True)
         lengths = (torch.arange(B, device=x.device) < sizes[:, None]).sum(0)
     flags = None if lengths is None and reset is None else step_flags(T, B, D, lengths, reset, x.device)
-    steps = keep_every if plan is None else plan.keep_every
-    if steps is None:
-        steps = _symbolic_keep_every(B, H, D) if torch.compiler.is_compiling() else keep_every_for(B, H, D)
     # vmap hides whether what it wraps requires grad
     save = torch.is_grad_enabled() and (transformed() or any(t is not None and t.requires_grad for t in inputs))
-    y, h_n, c_n, _ = differentiable(lstm_op, *inputs, flags, batch_sizes, plan.encode() if plan else "", steps, save,
-                                    seed, *map(float, rates))
+    steps = keep_every if plan is None else plan.keep_every
+    if keep_gates is None:
+        keep_gates = (save and steps is None and not torch.compiler.is_compiling() and not transformed()
+                      and keeps_gates(T, B, H, D, x.element_size()))
+    if steps is None:
+        steps = (_symbolic_keep_every(B, H, D) if torch.compiler.is_compiling() else
+                 keep_every_for(B, H, D, save and keep_gates))
+    y, h_n, c_n, *_ = differentiable(lstm_op, *inputs, flags, batch_sizes, plan.encode() if plan else "", steps, save,
+                                     keep_gates, seed, *map(float, rates))
     return y, (h_n, c_n)
 
 

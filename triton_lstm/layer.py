@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import apart, wavefront
 from .functional import DTYPES, lstm, runs_kernels, zoneout_rates
 from .op import on_device
-from .plan import Plan
+from .plan import Plan, keeps_gates
 from .projection import too_large_together
 
 _told = set()
@@ -37,9 +37,11 @@ class LSTM(torch.nn.RNNBase):
 
     The class is an ``nn.RNNBase`` but not an ``nn.LSTM``: torch.compile refuses full graphs with an nn.LSTM in them.
 
-    Two attributes are not in nn.LSTM. Both may be changed at any time.
+    Three attributes are not in nn.LSTM. They may be changed at any time.
 
     plan       a ``Plan`` for every layer, or None for automatic plans
+    keep_gates whether forward keeps the gates for backward, see ``triton_lstm.lstm``: True for speed, False for memory,
+               None to keep them where those of all layers take no more memory than recomputing one layer's
     zoneout    a rate or a pair (rate_h, rate_c), also an argument: in training mode each layer keeps earlier values of
                h and c at random, with masks of its own; in eval mode it takes the expectation. See
                ``triton_lstm.lstm``. Where the kernels do not compute, such a layer runs step by step in torch
@@ -47,6 +49,7 @@ class LSTM(torch.nn.RNNBase):
     """
 
     plan: Plan | None = None
+    keep_gates: bool | None = None
     zoneout: float | tuple[float, float] = 0.
 
     def __init__(self, *args, zoneout=0., **kwargs):
@@ -172,14 +175,18 @@ class LSTM(torch.nn.RNNBase):
             if plan is not None:
                 layers = [self._stacked(weights, layer, dtype)[:3] for layer in range(self.num_layers)]
                 return wavefront.lstm_layers(x, hx, layers, plan, self.dropout if self.training else 0.)
-        h_n, c_n = [], []
+        keep_gates, h_n, c_n = self.keep_gates, [], []
+        if keep_gates is None and self.num_layers > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            T, B = x.shape[:2] if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
+            if not keeps_gates(T, B, self.hidden_size, D, x.element_size(), self.num_layers):
+                keep_gates = False
         for layer in range(self.num_layers):
             if layer and self.dropout:
                 x = torch.nn.functional.dropout(x, self.dropout, self.training)
             w, r, b, hr = self._stacked(weights, layer, dtype)
             state = hx and tuple(s[layer * D:(layer + 1) * D] for s in hx)
             x, (h, c) = lstm(x, w, r, b, state, weight_hr=hr, batch_sizes=batch_sizes, plan=self.plan,
-                             zoneout=self.zoneout, training=self.training, **masks)
+                             zoneout=self.zoneout, training=self.training, keep_gates=keep_gates, **masks)
             h_n.append(h)
             c_n.append(c)
         h_n, c_n = (torch.cat(s) if len(s) > 1 else s[0] for s in (h_n, c_n))

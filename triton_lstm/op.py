@@ -101,37 +101,40 @@ def _without_autocast(x):
 
 def _lstm(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor,
           c0: torch.Tensor, flags: torch.Tensor | None, batch_sizes: torch.Tensor | None, plan: str, keep_every: int,
-          save: bool, seed: torch.Tensor | None = None, rate_h: float = 0., rate_c: float = 0.
-          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+          save: bool, keep_gates: bool = False, seed: torch.Tensor | None = None, rate_h: float = 0.,
+          rate_c: float = 0.) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     with _without_autocast(x):
         zoneout = _zoneout(seed, rate_h, rate_c)
         chosen = plan_for(x, h0, plan, keep_every, zoneout is not None)
-        return sequence.forward(x, w, r, b, h0, c0, flags, chosen, save, batch_sizes, zoneout)
+        return sequence.forward(x, w, r, b, h0, c0, flags, chosen, save, batch_sizes, zoneout, keep_gates=keep_gates)
 
 
 lstm_op = torch.library.custom_op("triton_lstm::lstm", _lstm, mutates_args=())
 
 
 @lstm_op.register_fake
-def _(x, w, r, b, h0, c0, flags, batch_sizes, plan, keep_every, save, seed=None, rate_h=0., rate_c=0.):
+def _(x, w, r, b, h0, c0, flags, batch_sizes, plan, keep_every, save, keep_gates=False, seed=None, rate_h=0.,
+      rate_c=0.):
     T = (x if batch_sizes is None else batch_sizes).shape[0]
     D, B, H = h0.shape
-    kept = torch.sym_max(T - 1, 0) // keep_every if save else 0
+    keep_gates = keep_gates and save
+    kept = torch.sym_max(T - 1, 0) // (1 if keep_gates else keep_every) if save else 0
+    rows = D * (x.shape[0] if batch_sizes is not None else T * B) if keep_gates else 0
     return (x.new_empty(*x.shape[:-1], D * H), x.new_empty(D, B, H), x.new_empty(D, B, H),
-            x.new_empty(kept, D, B, H, dtype=torch.float32))
+            x.new_empty(kept, D, B, H, dtype=torch.float32), x.new_empty(rows, 4 * H))
 
 
 def _lstm_backward(dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: torch.Tensor | None, x: torch.Tensor,
                    w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor, c0: torch.Tensor,
                    flags: torch.Tensor | None, batch_sizes: torch.Tensor | None, y: torch.Tensor, kept: torch.Tensor,
-                   plan: str, keep_every: int, needs: list[bool], seed: torch.Tensor | None = None,
-                   rate_h: float = 0., rate_c: float = 0.
+                   gates: torch.Tensor, plan: str, keep_every: int, needs: list[bool],
+                   seed: torch.Tensor | None = None, rate_h: float = 0., rate_c: float = 0.
                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     zoneout = _zoneout(seed, rate_h, rate_c)
     chosen = plan_for(x, h0, plan, keep_every, zoneout is not None)
     with _without_autocast(x):
-        gradients = sequence.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, chosen, needs, batch_sizes,
-                                      zoneout)
+        gradients = sequence.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, chosen, needs,
+                                      batch_sizes, zoneout)
     dx, dw, dr, db, dh0, dc0 = (x.new_empty(0) if g is None else g for g in gradients)
     return dx, dw, dr, db, dh0, dc0
 
@@ -140,21 +143,21 @@ lstm_backward_op = torch.library.custom_op("triton_lstm::lstm_backward", _lstm_b
 
 
 @lstm_backward_op.register_fake
-def _(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, batch_sizes, y, kept, plan, keep_every, needs, seed=None, rate_h=0.,
-      rate_c=0.):
+def _(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, batch_sizes, y, kept, gates, plan, keep_every, needs, seed=None,
+      rate_h=0., rate_c=0.):
     shapes = [x.shape, w.shape, r.shape, w.shape[:2], h0.shape, c0.shape]
     return tuple(x.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs))
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.plan, ctx.keep_every, _, seed, rate_h, rate_c = inputs
+    *tensors, ctx.plan, ctx.keep_every, _, _, seed, rate_h, rate_c = inputs
     ctx.rates = rate_h, rate_c
-    y, _, _, kept = output
-    ctx.save_for_backward(*tensors, y, kept, seed)
+    y, _, _, kept, gates = output
+    ctx.save_for_backward(*tensors, y, kept, gates, seed)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, dh_n, dc_n, _):
+def _backward(ctx, dy, dh_n, dc_n, *_):
     needs = list(ctx.needs_input_grad[:6])
     if dy is None and dh_n is None and dc_n is None:
         return ()
@@ -212,7 +215,7 @@ def _setup_double_context(ctx, inputs, output):
     *_, seed, rate_h, rate_c = inputs
     ctx.rates = rate_h, rate_c
     before_y = list(inspect.signature(_lstm_backward).parameters).index("y")
-    ctx.save_for_backward(*inputs[:before_y], seed)         # y and kept are functions of these
+    ctx.save_for_backward(*inputs[:before_y], seed)         # y, kept and gates are functions of these
     ctx.set_materialize_grads(False)
 
 

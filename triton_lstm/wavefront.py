@@ -110,7 +110,7 @@ def _forward(plan, dropout, save, x, h0, c0, *weights):
 
     with torch.autocast(x.device.type, enabled=False), explained():
         run_diagonals(chunks, -(-T // steps), drop, x.device)
-        _, h_n, c_n, kept = zip(*map(op.sequence.finish, chunks))
+        _, h_n, c_n, kept, _ = zip(*map(op.sequence.finish, chunks))
     return (ys[-1], torch.cat(h_n), torch.cat(c_n)), (dropped, ys, kept, keep)
 
 
@@ -134,7 +134,7 @@ def _backward(plan, scale, needs, gradients, inputs, saved):
         w, r, b = layers[n]
         wants = [needs[0] if n == 0 else n > lowest, *needed[n], *needs[1:3]]
         chunks.append(op.sequence.backward_chunks(dy, *(of_layer(g, n) for g in state_gradients), xs[n], w, r, b,
-                                                h0[n:n + 1], c0[n:n + 1], None, ys[n], kept[n], plan, wants))
+                                                h0[n:n + 1], c0[n:n + 1], None, ys[n], kept[n], None, plan, wants))
         dys.append(dy)
         dy = next(chunks[-1])
     count = -(-T // K)

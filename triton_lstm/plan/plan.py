@@ -207,12 +207,16 @@ class Plan:
         return (self.kind in ("resident", "cluster") and 0 < input_size <= FUSED_INPUTS
                 and (self.precision == "native" or self.launched >= 64))
 
-    def saved_bytes(self, T):
+    def saved_bytes(self, T, gates=None):
         """Bytes kept for backward in addition to x, y and the weights, for T steps.
 
-        They are c in fp32 before every ``keep_every``-th step except step 0.
+        They are c in fp32 before every ``keep_every``-th step except step 0. Where gates are kept, they are c before
+        every step except step 0, and the pre-activations of four gates; ``gates`` is then the bytes of an element of x.
         """
-        return 4 * (max(-(-T // self.keep_every), 1) - 1) * self.directions * self.batch * self.hidden_size
+        units = self.directions * self.batch * self.hidden_size
+        if gates is not None:
+            return units * (4 * max(T - 1, 0) + 4 * gates * T)
+        return 4 * (max(-(-T // self.keep_every), 1) - 1) * units
 
     def backward_bytes(self, T, input_size, element, zoneout=False):
         """An upper bound of the bytes that backward needs in addition to dx.

@@ -24,16 +24,32 @@ from .plan import (
 BLOCK_BYTES = 1 << 14                   # of R that a streamed plan reads at a time
 GLUON_BYTES = 128                       # along a row of R, of one product of the Gluon kernels of a CTA or cluster
 BACKWARD_ELEMENTS = 1 << 24             # units x rows x steps that backward recomputes at a time, if it can choose
+KEPT_ELEMENTS = 1 << 22                 # the same where gates are kept, and backward takes them as they are
 KEEP_EVERY = 2048                       # at most
 
 
-def keep_every_for(batch: int, hidden_size: int, directions: int) -> int:
+def keep_every_for(batch: int, hidden_size: int, directions: int, keep_gates: bool = False) -> int:
     """The default of ``keep_every``: a power of two from 16 to 2048, the largest for which backward's workspace stays
-    under 512 MiB in 16-bit types, of 32 bytes for each unit, row and step (40 in fp32)."""
-    steps = KEEP_EVERY
-    while steps > 16 and steps * batch * hidden_size * directions > BACKWARD_ELEMENTS:
+    under 512 MiB in 16-bit types, of 32 bytes for each unit, row and step (40 in fp32). With ``keep_gates`` it is from
+    4 on, and a quarter of that workspace."""
+    steps, least, most = (KEEP_EVERY, 4, KEPT_ELEMENTS) if keep_gates else (KEEP_EVERY, 16, BACKWARD_ELEMENTS)
+    while steps > least and steps * batch * hidden_size * directions > most:
         steps //= 2
     return steps
+
+
+def keeps_gates(T: int, batch: int, hidden_size: int, directions: int, element: int, layers: int = 1) -> bool:
+    """Whether forward keeps the gates and every c by default: where those of all ``layers`` take no more bytes than the
+    workspace in which backward would recompute one layer's.
+
+    T          steps
+    element    bytes of an element of x
+
+    For each unit, row and step, gates and c take 4 element + 4 bytes, and the workspace 4 element + 24. Backward needs
+    a smaller workspace beside the gates, see ``keep_every_for``.
+    """
+    recomputed = min(T, keep_every_for(batch, hidden_size, directions))
+    return layers * T * (4 * element + 4) <= recomputed * (4 * element + 24)
 
 
 def precision_for(dtype: torch.dtype, tf32: bool) -> str:

@@ -37,7 +37,8 @@ def test_grid():
         "  layers run one after the other: 256 programs of all layers do not run side by side on 132 multiprocessors",
         "  launches of the time loop a layer: 3 forward, 5 backward",
         "  a step of a layer's time loop: 3327 cycles predicted, 1.68 us at 1980 MHz",
-        "  saved for backward a layer: 512 KiB; storing i, f, g, o and c of every step takes 718.8 MiB at least",
+        "  training recomputes the gates: 512 KiB saved a layer, 535.3 MiB of workspace in backward; keeping them would "
+        "take 862.4 MiB and 148.3 MiB",
         "  not resident: 2097152 bytes of R do not fit the registers of a program, which hold 131072 beside what a "
         "step needs",
         "  not cluster: the cluster kernels need compute capability 8.0, 8.9 or 9.0",
@@ -64,17 +65,22 @@ def test_bidirectional_fp32_batch_first():
     plan = triton_lstm.make_plan(20, 300, torch.float32, 2, limits=CHIP)
     assert "T=3000, B=20 in float32" in text and f"{plan}" in text and "x 2 direction(s), tf32" in text
     assert plan.saved_bytes(3000) == 4 * (-(-3000 // plan.keep_every) - 1) * 2 * 20 * 300 > 0
-    assert f"saved for backward a layer: {plan.saved_bytes(3000) / 1024:.4g} KiB" in text
-    assert f"takes {5 * 3000 * 20 * 2 * 300 * 4 / 2**20:.4g} MiB at least" in text
+    keeping = dataclasses.replace(plan, keep_every=256)
+    assert (f"recomputes the gates: {plan.saved_bytes(3000) / 1024:.4g} KiB saved a layer, "
+            f"{plan.backward_bytes(3000, 64, 4) / 2**20:.4g} MiB of workspace in backward; keeping them would take "
+            f"{(3000 * 5 - 1) * 20 * 2 * 300 * 4 / 2**20:.4g} MiB and {keeping.backward_bytes(3000, 64, 4) / 2**20:.4g} "
+            "MiB") in text
 
 
 def test_projection():
-    """R has 2048 x 512 x 2 bytes, although weight_hh is 2048 x 40. Besides c, m is saved: 300 x 64 x 512 x 2 bytes."""
+    """R has 2048 x 512 x 2 bytes, although weight_hh is 2048 x 40. Beside gates and c, m is saved: 300 x 64 x 512 x 2
+    bytes."""
     text = explain(512, meta(300, 64, 64), proj_size=40)
     plan = triton_lstm.make_plan(64, 512, torch.bfloat16, limits=CHIP)
     assert f"1 layer(s), each by {plan}" in text
     assert "  weight_hh weight_hr, 2048 x 512 in the place of R, takes 2 MiB a direction" in text
-    assert "saved for backward a layer: 18.75 MiB; " in text
+    assert f"{300 * 64 * 512 * 2 / 2**20 + (300 * 12 - 4) * 64 * 512 / 2**20:.4g} MiB saved a layer, " in text
+    assert "recomputing them would take 18.75 MiB and " in text
     layer = triton_lstm.LSTM(4, 1088, proj_size=8)
     layer.plan = triton_lstm.make_plan(2, 1088, torch.bfloat16, limits=CHIP)
     assert f"each by layer.plan, {layer.plan}" in triton_lstm.explain(layer, meta(5, 2, 4), CHIP)

@@ -38,8 +38,8 @@ class Case:
     """What is checked.
 
     kind    the variant of the plan
-    what    "layer", "lengths", "packed", "zoneout", "one step", "layers", "wavefront", "graph", "stream", "reuse" or
-            "two processes"
+    what    "layer", "gates" (the same with ``keep_gates``), "lengths", "packed", "zoneout", "one step", "layers",
+            "wavefront", "graph", "stream", "reuse" or "two processes"
     plan    encoded; "" if there is none here, and then ``reason`` says why
     """
     kind: str
@@ -71,7 +71,8 @@ class Case:
             return None
         return Plan.decode(self.plan), DTYPES[self.dtype], dict(
             flagged=self.what in ("lengths", "packed"), packed=self.what == "packed",
-            zoneout="expected" if self.what == "zoneout" else None, inputs=self.inputs)
+            zoneout="expected" if self.what == "zoneout" else None, inputs=self.inputs,
+            keep_gates=self.what == "gates")
 
 
 def plan_of(variant, batch, hidden_size, dtype, directions, limits):
@@ -114,6 +115,10 @@ def cases(limits):
         for dtype in DTYPES:
             if has(variant, dtype):
                 add(variant, dtype, "layer", 9, 17, 20, H, 2)
+    for variant, H in VARIANTS.items():
+        for dtype in DTYPES:
+            if has(variant, dtype):
+                add(variant, dtype, "gates", 9, 17, 20, H, 2)
     for what in ("lengths", "packed", "zoneout"):
         for variant, H in VARIANTS.items():
             if what != "zoneout" or variant in ("portable resident", "grid", "streamed"):
@@ -188,7 +193,7 @@ def ours(case, device, seed=0):
     plan = Plan.decode(case.plan)
 
     def function(*given):
-        y, (h_n, c_n) = lstm(*given[:4], hx=given[4:], plan=plan, **options)
+        y, (h_n, c_n) = lstm(*given[:4], hx=given[4:], plan=plan, keep_gates=case.what == "gates", **options)
         return y, h_n, c_n
     inputs = {name: put(t).to(DTYPES[case.dtype]) for name, t in inputs.items()}
     return _results(function, inputs, [put(g) for g in gradients])

@@ -7,7 +7,17 @@ from . import wavefront
 from .functional import DTYPES, zoneout_rates
 from .layer import LSTM, _TorchLSTM
 from .op import avoided, plan_or_reason, tf32_allowed
-from .plan import H200, SCHEDULES, Limits, PlanError, check_plan, make_plan, step_cycles
+from .plan import (
+    H200,
+    SCHEDULES,
+    Limits,
+    PlanError,
+    check_plan,
+    keep_every_for,
+    keeps_gates,
+    make_plan,
+    step_cycles,
+)
 from .projection import too_large_together
 
 
@@ -19,9 +29,9 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
               used, so ``torch.empty(..., device="meta")`` will do
     limits    of the device: those of x's CUDA device, or ``triton_lstm.plan.H200``, if None
 
-    Nothing is launched. Bytes saved for backward are ``Plan.saved_bytes``, beside the least that an LSTM keeps which
-    stores i, f, g, o and c of every step: 5 H elements a row and step. Both keep x, y and weights too; with
-    ``proj_size`` ours also keeps o tanh(c), H elements, which are counted. Cycles are predicted by
+    Nothing is launched. Bytes of training are those of both ways, keeping the gates and recomputing them: what is saved
+    for backward beside x, y and the weights (``Plan.saved_bytes``), and the workspace of backward
+    (``Plan.backward_bytes``). With ``proj_size`` o tanh(c), H elements a row and step, is saved too and counted. Cycles are predicted by
     ``triton_lstm.plan.step_cycles``, whose constants are read from machine code; ``python -m bench`` puts what it
     predicts beside what it measures.
     Raises TypeError for another layer or an input that is no tensor, ValueError for one of another shape.
@@ -76,7 +86,15 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
         order = [f"  layers run one after the other: {reason}" if reason else "  layers run as a wavefront, side by "
                  f"side, {steps} steps at a time forward and {plan.keep_every} backward, unless there are lengths, "
                  "resets or torch.compile"]
-    forward, backward = (-(-T // max(n, 1)) for n in (steps, plan.keep_every))
+    gates = getattr(layer, "keep_gates", None)
+    if gates is None:
+        gates = own is None and keeps_gates(T, B, H, D, dtype.itemsize, layer.num_layers)
+    if layer.num_layers > 1 and reason is None:
+        gates = False
+    keeping = own or decide(B, keep_every_for(B, H, D, keep_gates=True))[0] or plan
+    if gates and D == 2:
+        steps = keeping.keep_every
+    forward, backward = (-(-T // max(n, 1)) for n in (steps, (keeping if gates else plan).keep_every))
     loops = [plan] if plan.backward is plan else [dataclasses.replace(plan, backward_plan=None), plan.backward]
     which, names = ([""], [None]) if len(loops) == 1 else (["forward ", "backward "], ["forward", "backward"])
     cycles = [step_cycles(loop, limits.multiprocessors, name) for loop, name in zip(loops, names)]
@@ -96,11 +114,21 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
         *["  the first layer's forward loop multiplies x by W itself"] * plan.multiplies_input(layer.input_size),
         *[f"  a step of a layer's {name}time loop: {n:.0f} cycles predicted, {n / limits.mhz:.2f} us at "
           f"{limits.mhz} MHz" for name, n in zip(which, cycles)],
-        f"  saved for backward a layer: {_size(plan.saved_bytes(T) + m_bytes)}; storing i, f, g, o and c of every step "
-        f"takes {_size(5 * T * B * D * H * dtype.itemsize)} at least"]
+        _memory(gates, *((_size(saved + m_bytes), _size(way.backward_bytes(T, layer.input_size, dtype.itemsize, zoned)))
+                         for way, saved in ((keeping, plan.saved_bytes(T, dtype.itemsize)),
+                                            (plan, plan.saved_bytes(T)))))]
     lines += [f"  not {schedule}: {_why_not(schedule, plan, dtype, limits, zoned)}"
               for schedule in SCHEDULES if schedule != plan.schedule]
     return "\n".join(lines)
+
+
+def _memory(gates, keeping, recomputing):
+    """The line on memory: (bytes saved a layer, bytes of workspace) of both ways, the one that is taken first."""
+    kept, workspace = keeping if gates else recomputing
+    other, its_workspace = recomputing if gates else keeping
+    return ("  training " + ("keeps the gates and c of every step: " if gates else "recomputes the gates: ")
+            + f"{kept} saved a layer, {workspace} of workspace in backward; "
+            + ("recomputing them" if gates else "keeping them") + f" would take {other} and {its_workspace}")
 
 
 def _why_not(schedule, taken, dtype, limits, zoned):

@@ -74,8 +74,9 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
                  512 MiB allows
     keep_gates   True: forward keeps the four gates and c of every step, and backward recomputes nothing. That is
                  faster and takes 12 bytes for each unit, row and step in 16-bit types, 20 in fp32. False: forward keeps
-                 c as ``keep_every`` says. None: True where that takes no more memory than the workspace for recomputing
-                 (``triton_lstm.plan.keeps_gates``), which is so for up to about 2048 steps of one layer; False with
+                 c as ``keep_every`` says. None: True where gates and c take no more memory than the workspace in which
+                 backward would recompute them (``triton_lstm.plan.keeps_gates``), so for up to some 2000 steps. Backward
+                 then has a smaller workspace besides, and both together take at most 1.5 times as much. False with
                  ``plan`` or ``keep_every``, and under torch.compile and torch.func
 
     Returns ``y, (h_n, c_n)`` as nn.LSTM: y (T, B, D H) or (N, D H), h_n and c_n (D, B, H). T = 0 gives an empty y and
@@ -167,8 +168,8 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
         keep_gates = (save and steps is None and not torch.compiler.is_compiling() and not transformed()
                       and keeps_gates(T, B, H, D, x.element_size()))
     if steps is None:
-        steps = (_symbolic_keep_every(B, H, D) if torch.compiler.is_compiling() else
-                 keep_every_for(B, H, D, save and keep_gates))
+        steps_for = _symbolic_keep_every if torch.compiler.is_compiling() else keep_every_for
+        steps = steps_for(B, H, D, save and keep_gates)
     y, h_n, c_n, *_ = differentiable(lstm_op, *inputs, flags, batch_sizes, plan.encode() if plan else "", steps, save,
                                      keep_gates, seed, *map(float, rates))
     return y, (h_n, c_n)
@@ -193,11 +194,12 @@ def check(x, sizes, weight_ih, weight_hh, bias, h0, c0, weight_hr=None):
             raise RuntimeError(f"{name} must be on the input's device {x.device}, got {tensor.device}")
 
 
-def _symbolic_keep_every(B, H, D):
+def _symbolic_keep_every(B, H, D, keep_gates):
     """``keep_every_for``, rounded to 16 steps, as an expression of symbolic sizes: a loop would tie the graph to a
     range of batch sizes."""
-    steps = BACKWARD_ELEMENTS // (16 * H * D * torch.sym_max(B, 1))
-    return 16 * torch.sym_max(1, torch.sym_min(KEEP_EVERY // 16, steps))
+    elements, most = (BACKWARD_ELEMENTS // 4, KEEP_EVERY // 4) if keep_gates else (BACKWARD_ELEMENTS, KEEP_EVERY)
+    steps = elements // (16 * H * D * torch.sym_max(B, 1))
+    return 16 * torch.sym_max(1, torch.sym_min(most // 16, steps))
 
 
 def _checked(mask, shape, name, device):

@@ -41,7 +41,7 @@ class LSTM(torch.nn.RNNBase):
 
     plan       a ``Plan`` for every layer, or None for automatic plans
     keep_gates whether forward keeps the gates for backward, see ``triton_lstm.lstm``: True for speed, False for memory,
-               None to keep them where those of all layers take no more memory than recomputing one layer's
+               None to keep them where those of all layers take no more memory than recomputing one layer's would
     zoneout    a rate or a pair (rate_h, rate_c), also an argument: in training mode each layer keeps earlier values of
                h and c at random, with masks of its own; in eval mode it takes the expectation. See
                ``triton_lstm.lstm``. Where the kernels do not compute, such a layer runs step by step in torch

@@ -24,15 +24,16 @@ from .plan import (
 BLOCK_BYTES = 1 << 14                   # of R that a streamed plan reads at a time
 GLUON_BYTES = 128                       # along a row of R, of one product of the Gluon kernels of a CTA or cluster
 BACKWARD_ELEMENTS = 1 << 24             # units x rows x steps that backward recomputes at a time, if it can choose
-KEPT_ELEMENTS = 1 << 22                 # the same where gates are kept, and backward takes them as they are
 KEEP_EVERY = 2048                       # at most
 
 
 def keep_every_for(batch: int, hidden_size: int, directions: int, keep_gates: bool = False) -> int:
     """The default of ``keep_every``: a power of two from 16 to 2048, the largest for which backward's workspace stays
-    under 512 MiB in 16-bit types, of 32 bytes for each unit, row and step (40 in fp32). With ``keep_gates`` it is from
-    4 on, and a quarter of that workspace."""
-    steps, least, most = (KEEP_EVERY, 4, KEPT_ELEMENTS) if keep_gates else (KEEP_EVERY, 16, BACKWARD_ELEMENTS)
+    under 512 MiB in 16-bit types, of 32 bytes for each unit, row and step (40 in fp32). With ``keep_gates`` steps and
+    workspace are a quarter: from 4 to 512 steps, 128 MiB."""
+    steps, least, most = KEEP_EVERY, 16, BACKWARD_ELEMENTS
+    if keep_gates:
+        steps, least, most = steps // 4, least // 4, most // 4
     while steps > least and steps * batch * hidden_size * directions > most:
         steps //= 2
     return steps

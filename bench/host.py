@@ -49,6 +49,15 @@ def build(folder):
     return operators
 
 
+def stand_ins():
+    """(owner, name, value) of what to replace so that layers treat any tensors as those of an H100."""
+    def add_product(total, a, b):       # as on CUDA: one product, or one and a sum
+        total.addmm_(a.t(), b) if a.dtype == torch.float32 else total.add_(torch.mm(a.t(), b))
+    runs_kernels = lambda x, dtype: dtype in functional.DTYPES
+    return [(functional, "runs_kernels", runs_kernels), (layer, "runs_kernels", runs_kernels),
+            (op, "limits_of", lambda device: H100), (sequence, "_add_product", add_product)]
+
+
 def pretend(folder):
     """Put the stubs and the limits of an H100 in place, for the rest of the process."""
     operators = build(folder)
@@ -67,12 +76,8 @@ def pretend(folder):
 
     ctypes.CDLL(str(folder / "libcuda.so.1"), ctypes.RTLD_GLOBAL)      # found by its name from here on
     driver.set_active(Driver())
-    functional.runs_kernels = layer.runs_kernels = lambda x, dtype: dtype in functional.DTYPES
-    op.limits_of = lambda device: H100
-
-    def add_product(total, a, b):       # as on CUDA: one product, or one and a sum
-        total.addmm_(a.t(), b) if a.dtype == torch.float32 else total.add_(torch.mm(a.t(), b))
-    sequence._add_product = add_product
+    for owner, name, value in stand_ins():
+        setattr(owner, name, value)
     torch.zeros(1)                      # torch registers its own operators first
     spec = importlib.util.spec_from_file_location("noop", operators)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -56,6 +56,30 @@ def cell_for(i, f, g, o, c, dtype: tl.constexpr):
 
 
 @triton.jit
+def exp2_approx(x):
+    """2^x with a relative error of 2^-22: one instruction."""
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def reciprocal_approx(x):
+    """1 / x with an error of one unit in the last place: one instruction."""
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def near_sigmoid(x):
+    """Absolute error below 2^-21, so that 1 - sigmoid(x) keeps its digits where tanh.approx would lose them."""
+    return reciprocal_approx(1 + exp2_approx(-1.4426950408889634 * x))
+
+
+@triton.jit
+def near_tanh(x):
+    """As ``near_sigmoid``."""
+    return 1 - 2 * reciprocal_approx(1 + exp2_approx(2.8853900817779268 * x))
+
+
+@triton.jit
 def zoneout(seed, rate_h, rate_c, d, time, row, unit, ZONEOUT: tl.constexpr):
     """The shares m_h and m_c of their earlier h and c that some units keep at a step: fp32, by row and unit.
 

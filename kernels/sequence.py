@@ -44,9 +44,9 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     x is read only in the chunk that needs it.
 
     Returns y (T, B, D H) or packed (rows, D H), h_n and c_n (D, B, H), and what backward needs beside y: ``kept``
-    (-, D, B, H) fp32, c before every ``plan.keep_every``-th step, or with ``keep_gates`` before every step, except the
-    first; and ``gates`` (rows, 4H) of x's type, the pre-activations of all steps and directions, chunk by chunk. Both
-    are empty without ``save``, gates without ``keep_gates``.
+    (-, D, B, H) fp32, c before every ``plan.keep_every``-th step except the first, or with ``keep_gates`` before every
+    step; and ``gates`` (rows, 4H) of x's type, the pre-activations of all steps and directions, chunk by chunk. Both are
+    empty without ``save``, gates without ``keep_gates``.
     """
     run = launcher or launch.launch_kernel
     B, D, H = h0.shape[1], plan.directions, plan.hidden_size
@@ -56,7 +56,7 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     c = c0.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     keep_gates = keep_gates and save
     keep_every = 1 if keep_gates else plan.keep_every if save else max(T, 1)
-    kept = c.new_empty(max(-(-T // keep_every), 1) - 1, D, B, H)
+    kept = c.new_empty(T if keep_gates else max(-(-T // keep_every), 1) - 1, D, B, H)
     gates = x.new_empty(_rows_before(rows, D, T) if keep_gates else 0, 4 * H)
     if T == 0 or B == 0:
         yield y
@@ -68,6 +68,7 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     if keep_gates:
         # of two directions, a chunk has to have the steps of one of backward's
         steps = plan.keep_every if D == 2 else steps or plan.forward_steps(T, x.element_size())
+        kept[0].copy_(c)
         more["KEEP_GATES"] = True
     elif plan.multiplies_input(x.shape[-1]):
         steps, buffer = steps or T, x.contiguous()
@@ -83,6 +84,7 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
             more.update(waiting.arguments(x.device))
     grid, tiles = launch.grid_of(plan), (plan.tiles,) if plan.exchanges else ()
     constants = {**loop.constants(plan), **more}
+    after_first = kept[1:] if keep_gates else kept
     yield y
     for first in range(0, T, steps):
         S = min(steps, T - first)
@@ -99,7 +101,7 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
         if plan.exchanges:
             exchange.fill_from(h.view(B, D, H).transpose(0, 1), slots[:S], flags, first, T, plan)
             sent = slots,
-        run(loop.kernel, plan, grid, buffer, r, h, c, y, kept, *sent, T, S, B, first, keep_every, *tiles,
+        run(loop.kernel, plan, grid, buffer, r, h, c, y, after_first, *sent, T, S, B, first, keep_every, *tiles,
             waits=plan.exchanges, flags_ptr=flags, offsets_ptr=rows.offsets, **constants)
         yield
     if batch_sizes is not None:
@@ -224,8 +226,12 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
         strides[:2] = (n // dy_unit for n in strides[:2])
         most = rows.most(D, min(K, T))
         count = 6 if zoneout is None else 8
-        buffer, coef = x.new_empty(most, 4 * H), dh.new_empty(most, count * H)
+        keep_gates = gates is not None and len(gates) > 0
+        derives = keep_gates and plan.derives_coefficients
+        buffer, coef = x.new_empty(most, 4 * H), None if derives else dh.new_empty(most, count * H)
         shares, more = (), dict(dy_ptr=dy, DY_UNIT=dy_unit)
+        if derives:
+            more["kept_ptr"] = kept
         if zoneout is not None:
             more["COUNT"] = count
         if plan.exchanges:
@@ -234,7 +240,6 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
                 more.update(waiting.arguments(x.device))
         grid, tiles = launch.grid_of(plan), (plan.tiles,) if plan.exchanges else ()
         constants, of_coefficients = {**loop.constants(plan), **more}, zoneout_arguments(zoneout)
-        keep_gates = gates is not None and len(gates) > 0
         # of kept gates each step has its own programs; a grid has 65535 of them at most
         steps, keep_every = (-(-K // 65535), 1) if keep_gates else (K, K)
     yield dx
@@ -254,11 +259,12 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
                         _input_product(of_x[d], w, b, d, a[d])
                         for chosen, h in previous[d]:
                             a[d][chosen].addmm_(h, r[d].t())
-            run(launch.COEFFICIENTS, plan, (triton.cdiv(B * H, 256), D, triton.cdiv(S, steps)), of_gates, c0, kept,
-                coef, T, S, B, first, steps, keep_every, waits=False, flags_ptr=flags, offsets_ptr=rows.offsets,
-                BLOCK=256, **of_coefficients)
+            if not derives:
+                run(launch.COEFFICIENTS, plan, (triton.cdiv(B * H, 256), D, triton.cdiv(S, steps)), of_gates, c0,
+                    kept[1:] if keep_gates else kept, coef, T, S, B, first, steps, keep_every, waits=False,
+                    flags_ptr=flags, offsets_ptr=rows.offsets, BLOCK=256, **of_coefficients)
             # from here on a and its buffer hold da
-            run(loop.kernel, plan, grid, coef, r_as_read, buffer, dh, dc, *shares, T, S, B, first, *tiles, *strides,
+            run(loop.kernel, plan, grid, of_gates if derives else coef, r_as_read, buffer, dh, dc, *shares, T, S, B, first, *tiles, *strides,
                 waits=plan.exchanges, flags_ptr=flags, offsets_ptr=rows.offsets, **constants)
             with products_in(plan.precision):
                 for d in range(D):

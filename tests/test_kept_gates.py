@@ -13,6 +13,7 @@ from test_memory import saved
 from triton_lstm import Plan, make_plan
 from triton_lstm.kernels import sequence
 from triton_lstm.plan import H200, keep_every_for, keeps_gates
+from triton_lstm.reference import lstm_reference
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -75,6 +76,43 @@ def test_every_kind_with_lengths_resets_packed(change, kind):
         wanted.check(wanted.ours(plan=PLANS[kind](wanted), keep_gates=True))
 
 
+@pytest.mark.parametrize("ctas", [1, pytest.param(2, marks=CLUSTERS)])
+@pytest.mark.parametrize("dtype, arch", EMULATED, ids=str)
+@pytest.mark.parametrize("shape, change", [
+    ((1, 1, 1, 1, 2), dict()), ((3, 17, 4, 33, 2), dict()), ((5, 3, 4, 60, 1), dict(bias=False)),
+    ((5, 4, 3, 20, 2), dict(ragged=True, resets=True)), ((5, 17, 3, 20, 2), dict(packed=True))], ids=str)
+def test_loops_that_compute_the_coefficients(shape, change, dtype, arch, ctas):
+    wanted = problem(shape, dtype, **change)
+    with mock.patch.object(Plan, "derives_coefficients", True), harness.emulator(90 if ctas > 1 else arch, memory="weak"):
+        wanted.check(wanted.ours(plan=wanted.cluster_plan(ctas), keep_gates=True))
+
+
+def test_which_loops_compute_the_coefficients():
+    """Those of one CTA and of clusters, where 40 programs or more run."""
+    for batch, derives in ((624, False), (640, True)):
+        plan = make_plan(batch, 128, BF16, limits=H200)
+        assert (plan.kind, plan.launched, plan.derives_coefficients) == ("resident", batch // 16, derives)
+        kernels = compile_plan(plan, BF16, 90, keep_gates=True)
+        assert ("coefficients" in kernels) == (not derives) and "coefficients" in compile_plan(plan, BF16, 90)
+    assert not make_plan(640, 128, BF16, limits=PORTABLE).derives_coefficients
+
+
+def test_saturated_gates():
+    """The loop computes 1 - f of a gate near 1, and 1 - tanh^2 near 0, with as many digits as the kernel does."""
+    x, w, r, b = torch.zeros(2, 16, 1), torch.zeros(1, 64, 1), torch.zeros(1, 64, 16), torch.zeros(1, 64)
+    b[0] = torch.tensor([4., 7., 3., 5.]).repeat_interleave(16)
+    state = torch.zeros(1, 16, 16), torch.full((1, 16, 16), 2.)
+    found = []
+    for dtype in (torch.float64, BF16):
+        inputs = [t.to(dtype).requires_grad_() for t in (x, w, r, b, *state)]
+        with mock.patch.object(Plan, "derives_coefficients", True), harness.emulator(90):
+            y = (lstm_reference(*inputs)[0] if dtype == torch.float64 else
+                 triton_lstm.lstm(*inputs[:4], inputs[4:], keep_gates=True)[0])
+        found.append(torch.autograd.grad(y.sum(), inputs[3:]))
+    for exact, ours in zip(*found):
+        assert ((ours.double() - exact).abs() <= 0.01 * exact.abs()).all()
+
+
 def test_several_tiles():
     """The places of the gates are those of the tile, not of the program."""
     wanted = problem((2, 40, 3, 33, 1), BF16)
@@ -113,8 +151,7 @@ def test_pre_activations_are_kept_as_they_are():
     for d in range(2):
         h, c = h0[d], c0[d]
         for s, time in enumerate(range(3) if d == 0 else reversed(range(3))):
-            if s:
-                torch.testing.assert_close(kept[s - 1, d], c)
+            torch.testing.assert_close(kept[s, d], c)
             a = x[time] @ w[d].t() + b[d] + h @ r[d].t()
             torch.testing.assert_close(gates[d, time], a)
             i, f, g, o = a.chunk(4, 1)
@@ -128,7 +165,7 @@ def test_saved_bytes(T, dtype):
     B, H, D = 3, 10, 2
     plan = make_plan(B, H, dtype, D, limits=None, keep_every=4)
     formula = plan.saved_bytes(T, dtype.itemsize)
-    assert formula == D * B * H * (4 * (T - 1) + 4 * dtype.itemsize * T)
+    assert formula == D * B * H * T * (4 + 4 * dtype.itemsize)
     assert saved(T, B, 5, H, D, dtype, 4, keep_gates=True) == formula
     # by default a short sequence keeps the gates, and one that is told how often to keep c does not
     assert saved(T, B, 5, H, D, dtype, None) == formula

@@ -114,9 +114,9 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
         *["  the first layer's forward loop multiplies x by W itself"] * plan.multiplies_input(layer.input_size),
         *[f"  a step of a layer's {name}time loop: {n:.0f} cycles predicted, {n / limits.mhz:.2f} us at "
           f"{limits.mhz} MHz" for name, n in zip(which, cycles)],
-        _memory(gates, *((_size(saved + m_bytes), _size(way.backward_bytes(T, layer.input_size, dtype.itemsize, zoned)))
-                         for way, saved in ((keeping, plan.saved_bytes(T, dtype.itemsize)),
-                                            (plan, plan.saved_bytes(T)))))]
+        _memory(gates, *((_size(way.saved_bytes(T, dtype.itemsize if keeps else None) + m_bytes),
+                          _size(way.backward_bytes(T, layer.input_size, dtype.itemsize, zoned, keeps)))
+                         for way, keeps in ((keeping, True), (plan, False))))]
     lines += [f"  not {schedule}: {_why_not(schedule, plan, dtype, limits, zoned)}"
               for schedule in SCHEDULES if schedule != plan.schedule]
     return "\n".join(lines)

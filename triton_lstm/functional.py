@@ -197,7 +197,7 @@ def check(x, sizes, weight_ih, weight_hh, bias, h0, c0, weight_hr=None):
 def _symbolic_keep_every(B, H, D, keep_gates):
     """``keep_every_for``, rounded to 16 steps, as an expression of symbolic sizes: a loop would tie the graph to a
     range of batch sizes."""
-    elements, most = (BACKWARD_ELEMENTS // 4, KEEP_EVERY // 4) if keep_gates else (BACKWARD_ELEMENTS, KEEP_EVERY)
+    elements, most = (BACKWARD_ELEMENTS // 2, KEEP_EVERY // 2) if keep_gates else (BACKWARD_ELEMENTS, KEEP_EVERY)
     steps = elements // (16 * H * D * torch.sym_max(B, 1))
     return 16 * torch.sym_max(1, torch.sym_min(most // 16, steps))
 

@@ -118,7 +118,7 @@ def _(x, w, r, b, h0, c0, flags, batch_sizes, plan, keep_every, save, keep_gates
     T = (x if batch_sizes is None else batch_sizes).shape[0]
     D, B, H = h0.shape
     keep_gates = keep_gates and save
-    kept = torch.sym_max(T - 1, 0) // (1 if keep_gates else keep_every) if save else 0
+    kept = T if keep_gates else torch.sym_max(T - 1, 0) // keep_every if save else 0
     rows = D * (x.shape[0] if batch_sizes is not None else T * B) if keep_gates else 0
     return (x.new_empty(*x.shape[:-1], D * H), x.new_empty(D, B, H), x.new_empty(D, B, H),
             x.new_empty(kept, D, B, H, dtype=torch.float32), x.new_empty(rows, 4 * H))

@@ -19,6 +19,7 @@ WARP_GROUP_ROWS = 64                    # of a batch tile for each warp group, o
 WARP_GROUP_BYTES = 512                  # along a row of R, between two looks at h by a warp group; half at the end
 FUSED_INPUTS = 16                       # features that a Gluon forward loop multiplies by W itself, at most
 FORWARD_BYTES = 1 << 28                 # of pre-activations, or of slots for h, that forward has at a time, if it can
+DERIVING_PROGRAMS = 40                  # from which on a backward loop computes the coefficients itself
 SPLIT_TARGETS = 512                     # units whose shares a split program computes at a time, at most
 
 
@@ -197,6 +198,15 @@ class Plan:
         """How many programs one launch has."""
         return self.programs * self.groups * self.directions
 
+    @property
+    def derives_coefficients(self):
+        """Whether the backward loop computes the coefficients itself where forward kept the gates.
+
+        It then reads less, and no kernel has to write coefficients for it, but a step takes longer. With many programs
+        the bytes decide. With few, a kernel of its own has the whole chip for the coefficients.
+        """
+        return self.kind in ("resident", "cluster") and self.launched >= DERIVING_PROGRAMS
+
     def multiplies_input(self, input_size):
         """Whether the forward time loop computes x W^T itself, so that no pre-activations go through device memory.
 
@@ -211,31 +221,34 @@ class Plan:
         """Bytes kept for backward in addition to x, y and the weights, for T steps.
 
         They are c in fp32 before every ``keep_every``-th step except step 0. Where gates are kept, they are c before
-        every step except step 0, and the pre-activations of four gates; ``gates`` is then the bytes of an element of x.
+        every step and the pre-activations of four gates; ``gates`` is then the bytes of an element of x.
         """
         units = self.directions * self.batch * self.hidden_size
         if gates is not None:
-            return units * (4 * max(T - 1, 0) + 4 * gates * T)
+            return units * T * (4 + 4 * gates)
         return 4 * (max(-(-T // self.keep_every), 1) - 1) * units
 
-    def backward_bytes(self, T, input_size, element, zoneout=False):
+    def backward_bytes(self, T, input_size, element, zoneout=False, keep_gates=False):
         """An upper bound of the bytes that backward needs in addition to dx.
 
         T             steps; the bound is the same for all T from ``keep_every`` on
         input_size    I
         element       bytes of an element of x
         zoneout       whether there is zoneout
+        keep_gates    whether forward kept the gates
 
         The bound contains, for each unit, row and step of a chunk, the pre-activations in the dtype of x (da takes
-        their place later) and six coefficients in fp32, or eight with zoneout; a copy of the chunk of x, which is made
+        their place later) and six coefficients in fp32, or eight with zoneout, or none if the loop computes them
+        (``derives_coefficients``); a copy of the chunk of x, which is made
         if x is not contiguous; the shares of dh that the programs of a group exchange; R as the kernels read it; dh
         and dc; and dW, dR and db in fp32 and in the dtype of x. It does not contain what masks need: up to three
         copies of the chunk's h with lengths or resets, or one copy and an index of its rows for packed input.
         """
         if self.backward is not self:
-            return self.backward.backward_bytes(T, input_size, element, zoneout)
+            return self.backward.backward_bytes(T, input_size, element, zoneout, keep_gates)
         chunk = min(T, self.keep_every) * self.batch
-        unit = 4 * element + (8 if zoneout else 6) * 4
+        coefficients = 0 if keep_gates and self.derives_coefficients else 8 if zoneout else 6
+        unit = 4 * element + 4 * coefficients
         work = chunk * (self.directions * self.hidden_size * unit + input_size * element)
         if self.exchanges:
             rows = self.directions * self.groups * self.tiles * self.block_b

@@ -30,10 +30,10 @@ KEEP_EVERY = 2048                       # at most
 def keep_every_for(batch: int, hidden_size: int, directions: int, keep_gates: bool = False) -> int:
     """The default of ``keep_every``: a power of two from 16 to 2048, the largest for which backward's workspace stays
     under 512 MiB in 16-bit types, of 32 bytes for each unit, row and step (40 in fp32). With ``keep_gates`` steps and
-    workspace are a quarter: from 4 to 512 steps, 128 MiB."""
+    workspace are half of that, from 8 to 1024 steps, because the gates take memory too."""
     steps, least, most = KEEP_EVERY, 16, BACKWARD_ELEMENTS
     if keep_gates:
-        steps, least, most = steps // 4, least // 4, most // 4
+        steps, least, most = steps // 2, least // 2, most // 2
     while steps > least and steps * batch * hidden_size * directions > most:
         steps //= 2
     return steps

@@ -64,6 +64,9 @@ into a CSV file. A candidate that hangs is killed.""",
 Measures how long the host works for a call of each workload: Python, torch's dispatch and allocation, and Triton's
 launcher. Needs a C and a C++ compiler and no GPU, for which a stub stands. Prints microseconds as a Markdown
 table.""",
+    traffic="""\
+Counts what a call of each workload launches, and the bytes that it moves through device memory, with the gates
+recomputed and with the gates kept for backward. Needs no GPU. Prints a Markdown table.""",
     fit="""\
 Fits the constants of the cost model, which chooses plans, to the CSV file of `loops`. Prints the old and new constants,
 how far the predictions of both are off, and which plans would change. Needs no GPU and writes nothing.""")
@@ -103,7 +106,7 @@ def parser():
 
     def command(name, summary, epilog=None):
         p = commands.add_parser(name, help=summary, description=TEXTS[name], **options)
-        if name not in ("residency", "compare", "loops", "fit", "host"):
+        if name not in ("residency", "compare", "loops", "fit", "host", "traffic"):
             p.add_argument("--out", default=argparse.SUPPRESS, help="where results go (default: results)", **out)
         return p
 
@@ -135,6 +138,9 @@ def parser():
     p.add_argument("--list", action="store_true", help="list the candidates of an H200 and time none")
     p = command("host", "how long the host works for a call of each workload, without a GPU")
     p.add_argument("--calls", type=positive, default=100, metavar="N", help="calls of each workload (default: 100)")
+    p.add_argument("--workload", nargs="+", metavar="NAME", default=names[:-1], choices=names[:-1], dest="only",
+                   help="only these workloads, as for `residency`")
+    p = command("traffic", "count launches and bytes of a call of each workload, without a GPU")
     p.add_argument("--workload", nargs="+", metavar="NAME", default=names[:-1], choices=names[:-1], dest="only",
                    help="only these workloads, as for `residency`")
     p = command("fit", "fit the constants of the cost model to a CSV file of `loops`")
@@ -275,6 +281,9 @@ def main(arguments=None):
         host.show([w for w in WORKLOADS if w.name in args.only], args.calls)
         sys.stdout.flush()
         os._exit(0)     # at an orderly end Triton complains that functions of the stubs are still there
+    if args.command == "traffic":
+        from . import traffic
+        return traffic.show([w for w in WORKLOADS if w.name in args.only and w.mode == "train"])
     if args.command == "loops":
         from . import loops
         return time_loops(loops, args)

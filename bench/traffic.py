@@ -90,3 +90,15 @@ def count(workload, keep_gates=None):
                     run.backward(dy)
             found[part] = dict(counted.launches), counted.bytes
     return found
+
+
+def show(workloads):
+    """Print launches and megabytes of each of ``workloads``, forward and backward together, as Markdown: recomputing the
+    gates, keeping them, and by default."""
+    print("| workload | launches, recomputing | keeping | by default | MB, recomputing | keeping | by default |\n"
+          "| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for w in workloads:
+        ways = [count(w, keep_gates).values() for keep_gates in (False, True, None)]
+        cells = [f"{sum(sum(launches.values()) for launches, _ in way)}" for way in ways]
+        cells += [f"{sum(moved for _, moved in way) / 1e6:.0f}" for way in ways]
+        print(f"| {w.name} | {' | '.join(cells)} |", flush=True)

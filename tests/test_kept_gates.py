@@ -108,7 +108,7 @@ def test_saturated_gates():
         with mock.patch.object(Plan, "derives_coefficients", True), harness.emulator(90):
             y = (lstm_reference(*inputs)[0] if dtype == torch.float64 else
                  triton_lstm.lstm(*inputs[:4], inputs[4:], keep_gates=True)[0])
-        found.append(torch.autograd.grad(y.sum(), inputs[3:]))
+            found.append(torch.autograd.grad(y.sum(), inputs[3:]))
     for exact, ours in zip(*found):
         assert ((ours.double() - exact).abs() <= 0.01 * exact.abs()).all()
 

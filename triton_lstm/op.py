@@ -93,7 +93,7 @@ def _zoneout(seed, rate_h, rate_c):
     return (seed, rate_h, rate_c) if rate_h or rate_c else None
 
 
-def _without_autocast(x):
+def without_autocast(x):
     """The types are chosen already. Entering torch's context takes several microseconds, also where autocast is off."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
@@ -103,7 +103,7 @@ def _lstm(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | N
           c0: torch.Tensor, flags: torch.Tensor | None, batch_sizes: torch.Tensor | None, plan: str, keep_every: int,
           save: bool, keep_gates: bool = False, seed: torch.Tensor | None = None, rate_h: float = 0.,
           rate_c: float = 0.) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    with _without_autocast(x):
+    with without_autocast(x):
         zoneout = _zoneout(seed, rate_h, rate_c)
         chosen = plan_for(x, h0, plan, keep_every, zoneout is not None)
         return sequence.forward(x, w, r, b, h0, c0, flags, chosen, save, batch_sizes, zoneout, keep_gates=keep_gates)
@@ -132,7 +132,7 @@ def _lstm_backward(dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: tor
                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     zoneout = _zoneout(seed, rate_h, rate_c)
     chosen = plan_for(x, h0, plan, keep_every, zoneout is not None)
-    with _without_autocast(x):
+    with without_autocast(x):
         gradients = sequence.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, chosen, needs,
                                       batch_sizes, zoneout)
     dx, dw, dr, db, dh0, dc0 = (x.new_empty(0) if g is None else g for g in gradients)

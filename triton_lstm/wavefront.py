@@ -108,7 +108,7 @@ def _forward(plan, dropout, save, x, h0, c0, *weights):
             now = slice(k * steps, (k + 1) * steps)
             torch.mul(ys[n - 1][now], keep[n][now], out=dropped[n][now]).mul_(scale)
 
-    with torch.autocast(x.device.type, enabled=False), explained():
+    with op.without_autocast(x), explained():
         run_diagonals(chunks, -(-T // steps), drop, x.device)
         _, h_n, c_n, kept, _ = zip(*map(op.sequence.finish, chunks))
     return (ys[-1], torch.cat(h_n), torch.cat(c_n)), (dropped, ys, kept, keep)
@@ -144,7 +144,7 @@ def _backward(plan, scale, needs, gradients, inputs, saved):
             now = slice((count - 1 - k) * K, (count - k) * K)
             dys[i][now].mul_(keep[order[i - 1]][now]).mul_(scale)
 
-    with torch.autocast(x.device.type, enabled=False), explained():
+    with op.without_autocast(x), explained():
         run_diagonals(chunks, count, drop, x.device)
         results = dict(zip(order, map(op.sequence.finish, chunks)))
     states = [torch.cat([results[n][which] for n in range(len(layers))]) if needs[which - 3] else None

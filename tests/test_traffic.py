@@ -1,0 +1,35 @@
+"""Launches and bytes of a call, as ``bench.traffic`` counts them: a change that adds one shows here."""
+import pytest
+
+from bench.traffic import count
+from bench.workloads import WORKLOADS
+
+BY_NAME = {workload.name: workload for workload in WORKLOADS}
+
+
+@pytest.mark.parametrize("name, kept, recomputed", [
+    ("pufferlib_breakout", ((8, 13), (288, 506)), ((7, 17), (203, 910))),
+    ("r2d2", ((8, 13), (319, 591)), ((7, 17), (227, 1044))),
+    ("cleanrl_atari", ((20, 24), (15, 37)), ((19, 26), (13, 47))),
+    ("crnn_ocr", ((30, 54), (413, 818)), ((28, 68), (309, 1345))),
+    ("tft_electricity", ((8, 14), (134, 326)), ((7, 17), (95, 430))),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_launches_and_megabytes(name, kept, recomputed):
+    """(forward, backward) launches and then megabytes of a training step. All of these keep the gates by default."""
+    for keep_gates, (launches, megabytes) in ((None, kept), (False, recomputed)):
+        found = count(BY_NAME[name], keep_gates)
+        assert tuple(sum(n.values()) for n, _ in found.values()) == launches
+        assert tuple(round(moved / 1e6) for _, moved in found.values()) == megabytes
+
+
+def test_bytes_by_hand():
+    """One layer whose backward has one chunk: the coefficients, the loop, four products and the sum for db."""
+    launches, moved = count(BY_NAME["tft_electricity"], True)["backward"]
+    workload = BY_NAME["tft_electricity"]
+    T, B, I, H = workload.steps, workload.batch, workload.input_size, workload.hidden_size
+    units, weights = T * B * H, 4 * H * (I + H + 1)
+    assert launches == dict(kernels=2, products=4, operators=8)
+    loops = units * (4 * 4 + 4 + 24) + units * (24 + 4 + 16)            # the coefficients, then the loop
+    da = 4 * units * 4
+    products = 4 * da + 4 * (2 * T * B * I + units)                     # dW, dR of two parts, dx; db reads da too
+    assert loops + products <= moved <= loops + products + da + 10 * 4 * (weights + 6 * B * H)

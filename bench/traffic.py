@@ -53,8 +53,12 @@ class _Count(TorchDispatchMode):
         elif kernel.__name__ == "coefficients":
             c_every_step = given["keep_every"] == 1
             moved = units * (4 * given["a_ptr"].element_size() + 24 + (4 if c_every_step else 0))
+        elif kernel.__name__ == "states":
+            moved = units * (4 * given["a_ptr"].element_size() + 4)
         else:
-            moved = units * (24 + (4 + (given["dy_ptr"] is not None)) * given["da_ptr"].element_size())
+            element = given["da_ptr"].element_size()
+            read = 24 if given.get("kept_ptr") is None else 4 * element + 4
+            moved = units * (read + (4 + (given["dy_ptr"] is not None)) * element)
         self.launches["kernels"] += 1
         self.bytes += moved
 

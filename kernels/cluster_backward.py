@@ -152,9 +152,9 @@ def backward_cluster(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, first, st
     """As ``portable_backward.backward_resident``, but the CTAs of a cluster together have all of R, and each the rows
     of its own units.
 
-    kept   (T, D, B, H) fp32, c before every step, or None. If it is given, ``coef`` is not the coefficients but the
-           pre-activations that forward kept, (D, S, B, 4H) of da's type, packed (rows, 4H); the coefficients are then
-           computed here. That is 24 bytes less to read for each unit, row and step, and no kernel to write them
+    kept   (S, D, B, H) fp32, c before each of the steps, or None. If it is given, ``coef`` is not the coefficients but
+           the pre-activations of the gates, (D, S, B, 4H) of da's type, packed (rows, 4H), and may be da itself. The
+           coefficients are then computed here
 
     grid (batch tiles, D), of CTAs in clusters. R is cut into slices along K. As many as fit HELD bytes are in
     registers, the others in shared memory.
@@ -212,7 +212,7 @@ def backward_cluster(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, first, st
         bars = allocate_mbarriers()
     n = 0
     time, base, count, at = locate_step(offsets_ptr, shift, S - 1, d, T, S, B, first)
-    inputs = load_inputs(coef_ptr, kept_ptr, dy_ptr, flags_ptr, offsets_ptr, first + S - 1, time, base, at, row, count,
+    inputs = load_inputs(coef_ptr, kept_ptr, dy_ptr, flags_ptr, offsets_ptr, S - 1, time, base, at, row, count,
                          inside, B, stride_dyt, H, DIRECTIONS, DY_UNIT)
     if BUFFERS == 2:
         dh, dc = step(inputs, dh, dc, staged.index(0), da_ptr + at * (4 * H), there(offsets_ptr, row, count, mask),
@@ -226,7 +226,7 @@ def backward_cluster(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, first, st
         upcoming = gl.maximum(S - 2 - n, 0)
         time, base, count, at = locate_step(offsets_ptr, shift, upcoming, d, T, S, B, first)
         if CTAS == 1:
-            inputs = load_inputs(coef_ptr, kept_ptr, dy_ptr, flags_ptr, offsets_ptr, first + upcoming, time, base, at,
+            inputs = load_inputs(coef_ptr, kept_ptr, dy_ptr, flags_ptr, offsets_ptr, upcoming, time, base, at,
                                  row, count, inside, B, stride_dyt, H, DIRECTIONS, DY_UNIT)
         da = staged.index(n % BUFFERS)
         sums = ()
@@ -245,7 +245,7 @@ def backward_cluster(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, first, st
             dh = gl.convert_layout(share.reshape(BLOCK_B, UNITS), UNIT)
         else:
             send_shares(share, shares.index(n % 2), bars.index(n % 2), BLOCK_H)
-            inputs = load_inputs(coef_ptr, kept_ptr, dy_ptr, flags_ptr, offsets_ptr, first + upcoming, time, base, at,
+            inputs = load_inputs(coef_ptr, kept_ptr, dy_ptr, flags_ptr, offsets_ptr, upcoming, time, base, at,
                                  row, count, inside, B, stride_dyt, H, DIRECTIONS, DY_UNIT)
             mbarrier.wait(bars.index(n % 2), n // 2 % 2)
             dh = add_shares(shares.index(n % 2), BLOCK_H)

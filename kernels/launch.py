@@ -11,7 +11,7 @@ from triton.runtime import driver
 
 from .cluster_backward import backward_cluster
 from .cluster_forward import forward_cluster
-from .portable_backward import backward_grid, backward_resident, coefficients
+from .portable_backward import backward_grid, backward_resident, coefficients, states
 from .portable_forward import forward_grid, forward_resident
 from .precision import INTERPRET
 from .split_backward import backward_split
@@ -70,7 +70,7 @@ LOOPS = {
     ("wgmma", "forward"): Loop(forward_wgmma, lambda plan: dict(
         _grid(plan), R_SLICES=plan.r_slices, BLOCK_B=plan.block_b)),
 }
-COEFFICIENTS = coefficients
+COEFFICIENTS, STATES = coefficients, states
 
 
 def grid_of(plan):
@@ -88,7 +88,7 @@ def options(kernel, plan, waits, constants):
     if kernel is forward_cluster and constants["flags_ptr"] is None:       # step flags take the registers of more warps
         num_warps = plan.forward_warps
     chosen = dict(num_warps=num_warps, enable_fp_fusion=True, maxnreg=min(65536 // (32 * num_warps), 255))
-    if plan.kind == "cluster" and kernel is not coefficients:
+    if plan.kind == "cluster" and kernel not in (coefficients, states):
         chosen["num_ctas"] = plan.programs
     if waits:
         chosen["launch_cooperative_grid"] = True

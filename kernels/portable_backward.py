@@ -1,4 +1,5 @@
-"""The backward time loop in plain Triton, and the kernel that computes its coefficients, which every backward loop has.
+"""The backward time loop in plain Triton, and kernels that prepare what every backward loop reads: its coefficients, or
+c of each step for loops that compute the coefficients themselves.
 
 With the gates known, what the gradient of a step needs beside dh and dc are six coefficients for each unit:
 
@@ -94,6 +95,43 @@ def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, T, S, B, first, steps, keep_
         if ZONEOUT is not None:
             tl.store(k + 6 * H, m_h, mask=here)
             tl.store(k + 7 * H, m_c, mask=here)
+        s += 1
+
+
+@triton.jit(do_not_specialize=["T", "S", "B", "first", "keep_every"])
+def states(a_ptr, c0_ptr, kept_ptr, c_ptr, T, S, B, first, keep_every,
+           H: tl.constexpr, DIRECTIONS: tl.constexpr, BLOCK: tl.constexpr, flags_ptr=None, offsets_ptr=None):
+    """c before each of steps ``first`` to ``first + S``, into ``c`` (S, D, B, H) fp32. The other arguments are those of
+    ``coefficients``.
+
+    grid (blocks of rows and units, D).
+    """
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.program_id(1)
+    row, unit = (n // H).to(tl.int64), n % H
+    mask = row < B
+    shift = chunk_shift(offsets_ptr, d, T, S, B, first)
+    if first == 0:
+        c = tl.load(c0_ptr + (d * B + row) * H + unit, mask=mask, other=0.)
+    else:
+        at_kept = (first // keep_every - 1).to(tl.int64) * DIRECTIONS + d
+        c = tl.load(kept_ptr + (at_kept * B + row) * H + unit, mask=mask, other=0.)
+    s = 0
+    while s < S:
+        time = tl.where(d == 0, first + s, T - 1 - first - s)
+        base, count = rows_at(offsets_ptr, time, B)
+        here = row < count
+        a = a_ptr + (shift + base + row) * (4 * H) + unit
+        i = sigmoid(tl.load(a, mask=here, other=0.).to(tl.float32))
+        f = sigmoid(tl.load(a + H, mask=here, other=0.).to(tl.float32))
+        g = tanh(tl.load(a + 2 * H, mask=here, other=0.).to(tl.float32))
+        tl.store(c_ptr + ((s.to(tl.int64) * DIRECTIONS + d) * B + row) * H + unit, c, mask=mask)
+        if flags_ptr is not None:
+            flags = load_flags(flags_ptr, (d * T + time).to(tl.int64), row, B)
+            c_prev = tl.where((flags & FRESH) == 0, c, 0.)
+            c = tl.where((flags & LIVE) != 0, f * c_prev + i * g, c_prev)
+        else:
+            c = f * c + i * g
         s += 1
 
 

@@ -198,7 +198,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
                     zoneout=None, launcher=None):
     """The gradients of ``forward``, as a generator that runs one chunk of ``plan.keep_every`` steps at a time, from the
     last: it recomputes the gates by products over the whole chunk, unless forward kept them, turns them into
-    coefficients, then runs the time loop backwards.
+    coefficients, unless the loop does so, then runs the time loop backwards.
 
     dy, dh_n, dc_n   gradients of y, h_n, c_n, or None
     y, kept, gates   what ``forward`` returned; gates may also be None
@@ -227,11 +227,13 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
         most = rows.most(D, min(K, T))
         count = 6 if zoneout is None else 8
         keep_gates = gates is not None and len(gates) > 0
-        derives = keep_gates and plan.derives_coefficients
-        buffer, coef = x.new_empty(most, 4 * H), None if derives else dh.new_empty(most, count * H)
+        derives, coef = plan.derives_coefficients, None
+        buffer = x.new_empty(most, 4 * H)
+        if not derives:
+            coef = dh.new_empty(most, count * H)
+        elif not keep_gates:
+            states = dh.new_empty(min(K, T), D, B, H)
         shares, more = (), dict(dy_ptr=dy, DY_UNIT=dy_unit)
-        if derives:
-            more["kept_ptr"] = kept
         if zoneout is not None:
             more["COUNT"] = count
         if plan.exchanges:
@@ -259,10 +261,17 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
                         _input_product(of_x[d], w, b, d, a[d])
                         for chosen, h in previous[d]:
                             a[d][chosen].addmm_(h, r[d].t())
+            blocks = triton.cdiv(B * H, 256)
             if not derives:
-                run(launch.COEFFICIENTS, plan, (triton.cdiv(B * H, 256), D, triton.cdiv(S, steps)), of_gates, c0,
+                run(launch.COEFFICIENTS, plan, (blocks, D, triton.cdiv(S, steps)), of_gates, c0,
                     kept[1:] if keep_gates else kept, coef, T, S, B, first, steps, keep_every, waits=False,
                     flags_ptr=flags, offsets_ptr=rows.offsets, BLOCK=256, **of_coefficients)
+            elif keep_gates:
+                constants["kept_ptr"] = kept[first:]
+            else:
+                constants["kept_ptr"] = states
+                run(launch.STATES, plan, (blocks, D), of_gates, c0, kept, states, T, S, B, first, K, waits=False,
+                    flags_ptr=flags, offsets_ptr=rows.offsets, BLOCK=256)
             # from here on a and its buffer hold da
             run(loop.kernel, plan, grid, of_gates if derives else coef, r_as_read, buffer, dh, dc, *shares, T, S, B, first, *tiles, *strides,
                 waits=plan.exchanges, flags_ptr=flags, offsets_ptr=rows.offsets, **constants)

@@ -96,7 +96,10 @@ def test_cases_of_a_device(limits, missing):
     kinds = {case.kind for case in cases if case.plan}
     for kind in kinds:
         whats = {case.what for case in cases if case.kind == kind}
-        assert {"one step", "layer", "lengths", "packed"} <= whats and (limits is None or {"graph", "reuse"} <= whats)
+        assert {"one step", "layer", "gates", "lengths", "packed"} <= whats and (limits is None or {"graph", "reuse"} <= whats)
+    for case in cases:
+        if case.what.startswith("many rows") and case.plan:
+            assert Plan.decode(case.plan).backward.derives_coefficients
     if limits is not None:
         assert {"zoneout", "stream", "wavefront", "two processes"} <= {case.what for case in cases if case.plan} | (
             {"wavefront"} if "split" in missing else set())
@@ -108,7 +111,8 @@ def case_of(kind, what, dtype="fp16", limits=FULL):
 
 @pytest.mark.parametrize("kind, what, dtype", [
     ("resident", "layer", "fp16"), ("split", "lengths", "bf16"), ("wgmma", "one step", "fp16"),
-    ("grid", "zoneout", "bf16"), ("streamed", "packed", "bf16"), ("portable resident", "layers", "tf32")])
+    ("grid", "zoneout", "bf16"), ("streamed", "packed", "bf16"), ("portable resident", "layers", "tf32"),
+    ("grid", "gates", "tf32")])
 def test_a_right_kernel_is_right(kind, what, dtype):
     """In the emulator. It is the same as on a GPU, except for timing."""
     case = case_of(kind, what, dtype, OLDER)
@@ -263,7 +267,7 @@ def test_without_a_gpu(tmp_path):
     outcomes = {(of["kind"], of["outcome"]) for of in lines}
     assert outcomes == {("portable resident", "right"), ("wgmma", "not here")}
     assert all(of["error"] < of["allowed"] for of in lines if of["outcome"] == "right")
-    assert "12 right, 0 not, 0 not reached, 3 not here" in result.stdout
+    assert "16 right, 0 not, 0 not reached, 3 not here" in result.stdout
 
 
 def test_facts_of_a_gpu_are_printed(capsys, cache):

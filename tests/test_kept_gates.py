@@ -12,7 +12,7 @@ from problems import EMULATED, PORTABLE, Problem
 from test_memory import saved
 from triton_lstm import Plan, make_plan
 from triton_lstm.kernels import sequence
-from triton_lstm.plan import H200, keep_every_for, keeps_gates
+from triton_lstm.plan import H200, keep_every_for, search
 from triton_lstm.reference import lstm_reference
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -77,14 +77,17 @@ def test_every_kind_with_lengths_resets_packed(change, kind):
 
 
 @pytest.mark.parametrize("ctas", [1, pytest.param(2, marks=CLUSTERS)])
-@pytest.mark.parametrize("dtype, arch", EMULATED, ids=str)
-@pytest.mark.parametrize("shape, change", [
-    ((1, 1, 1, 1, 2), dict()), ((3, 17, 4, 33, 2), dict()), ((5, 3, 4, 60, 1), dict(bias=False)),
-    ((5, 4, 3, 20, 2), dict(ragged=True, resets=True)), ((5, 17, 3, 20, 2), dict(packed=True))], ids=str)
-def test_loops_that_compute_the_coefficients(shape, change, dtype, arch, ctas):
+@pytest.mark.parametrize("shape, dtype, change, keep_gates", [
+    ((1, 1, 1, 1, 2), BF16, dict(), True), ((3, 17, 4, 33, 2), FP16, dict(), True),
+    ((3, 17, 4, 33, 2), FP32, dict(), False), ((5, 3, 4, 60, 1), BF16, dict(bias=False), False),
+    ((5, 4, 3, 20, 2), BF16, dict(ragged=True, resets=True), True),
+    ((5, 4, 3, 20, 2), FP32, dict(ragged=True, resets=True), False), ((4, 17, 3, 20, 2), FP32, dict(packed=True), True),
+    ((4, 17, 3, 20, 2), BF16, dict(packed=True), False)], ids=str)
+def test_loops_that_compute_the_coefficients(shape, dtype, change, keep_gates, ctas):
     wanted = problem(shape, dtype, **change)
-    with mock.patch.object(Plan, "derives_coefficients", True), harness.emulator(90 if ctas > 1 else arch, memory="weak"):
-        wanted.check(wanted.ours(plan=wanted.cluster_plan(ctas), keep_gates=True))
+    arch = 80 if ctas == 1 and keep_gates else 90
+    with mock.patch.object(Plan, "derives_coefficients", True), harness.emulator(arch, memory="weak"):
+        wanted.check(wanted.ours(plan=wanted.cluster_plan(ctas), keep_gates=keep_gates))
 
 
 def test_which_loops_compute_the_coefficients():
@@ -92,8 +95,8 @@ def test_which_loops_compute_the_coefficients():
     for batch, derives in ((624, False), (640, True)):
         plan = make_plan(batch, 128, BF16, limits=H200)
         assert (plan.kind, plan.launched, plan.derives_coefficients) == ("resident", batch // 16, derives)
-        kernels = compile_plan(plan, BF16, 90, keep_gates=True)
-        assert ("coefficients" in kernels) == (not derives) and "coefficients" in compile_plan(plan, BF16, 90)
+        assert ("coefficients" in compile_plan(plan, BF16, 90, keep_gates=True)) == (not derives)
+        assert ("states" if derives else "coefficients") in compile_plan(plan, BF16, 90)
     assert not make_plan(640, 128, BF16, limits=PORTABLE).derives_coefficients
 
 
@@ -173,30 +176,23 @@ def test_saved_bytes(T, dtype):
 
 
 def test_the_default():
-    """Gates and c take 12 bytes for each unit, row and step in 16-bit types, the workspace 32; 20 and 40 in fp32."""
-    for element, share in ((2, 32 / 12), (4, 40 / 20)):
-        for batch, hidden_size, directions in ((1, 5, 1), (64, 512, 1), (4096, 256, 1), (64, 512, 2)):
-            K = keep_every_for(batch, hidden_size, directions)
-            most = int(share * K)
-            assert keeps_gates(most, batch, hidden_size, directions, element)
-            assert not keeps_gates(most + 1, batch, hidden_size, directions, element)
-            assert keeps_gates(K, batch, hidden_size, directions, element, layers=2)
-            assert not keeps_gates(K, batch, hidden_size, directions, element, layers=3)
+    """Gates are kept where backward would recompute the steps of all layers in one chunk."""
+    for plan in (make_plan(64, 512, BF16), make_plan(4096, 256, FP32), make_plan(1, 5, FP16, 2)):
+        assert plan.keeps_gates(plan.keep_every) and not plan.keeps_gates(plan.keep_every + 1)
+        assert plan.keeps_gates(plan.keep_every // 2, 2) and not plan.keeps_gates(plan.keep_every // 2, 3)
 
 
-@pytest.mark.parametrize("batch, hidden_size", [(1, 5), (64, 512), (4096, 256)])
-def test_memory_is_at_most_half_more(batch, hidden_size):
+@pytest.mark.parametrize("batch, hidden_size", [(1, 5), (64, 512), (4096, 256), (128, 1024)])
+def test_memory_is_at_most_doubled(batch, hidden_size):
     """What is saved and the workspace together, wherever gates are kept by default."""
     for dtype in (FP32, BF16):
-        K = keep_every_for(batch, hidden_size, 1)
-        for T in (1, 7, K // 2, K, 2 * K, 3 * K):
-            if T and keeps_gates(T, batch, hidden_size, 1, dtype.itemsize):
-                ways = [make_plan(batch, hidden_size, dtype, keep_every=keep_every_for(batch, hidden_size, 1, gates))
-                        for gates in (False, True)]
-                recomputing, keeping = (
-                    plan.saved_bytes(T, dtype.itemsize if plan is ways[1] else None)
-                    + plan.backward_bytes(T, 16, dtype.itemsize) for plan in ways)
-                assert keeping <= 1.5 * recomputing
+        plan = make_plan(batch, hidden_size, dtype)
+        assert plan.keep_every == keep_every_for(batch, hidden_size, 1, plan.backward.derives_coefficients)
+        for T in (1, 7, plan.keep_every):
+            keeping, recomputing = (
+                plan.saved_bytes(T, dtype.itemsize if keeps else None)
+                + plan.backward_bytes(T, 16, dtype.itemsize, keep_gates=keeps) for keeps in (True, False))
+            assert keeping <= 2 * recomputing
 
 
 def products(keep_gates, layers=1, D=1):
@@ -228,15 +224,17 @@ def test_backward_recomputes_nothing():
 
 @pytest.mark.parametrize("num_layers, kept", [(1, True), (2, True), (3, False)])
 def test_a_layer_decides_for_all_its_layers(num_layers, kept):
-    layer, x = triton_lstm.LSTM(4, 6, num_layers), torch.randn(5, 2, 4)
+    layer, x = triton_lstm.LSTM(4, 6, num_layers), torch.randn(7, 2, 4)
     real = harness.interpreted_sequence.forward
-    with harness.interpreter(), mock.patch.object(harness.interpreted_sequence, "forward", side_effect=real) as forward:
+    triton_lstm.op.plan_or_reason.cache_clear()
+    with harness.interpreter(), mock.patch.object(search, "KEEP_EVERY", 16), mock.patch.object(harness.interpreted_sequence, "forward", side_effect=real) as forward:
         layer(x)
         assert [call.kwargs["keep_gates"] for call in forward.call_args_list] == [kept] * num_layers
         for layer.keep_gates in (True, False):
             forward.reset_mock()
             layer(x)
             assert [call.kwargs["keep_gates"] for call in forward.call_args_list] == [layer.keep_gates] * num_layers
+    triton_lstm.op.plan_or_reason.cache_clear()
 
 
 def test_users_of_the_graph():

@@ -8,10 +8,10 @@ BY_NAME = {workload.name: workload for workload in WORKLOADS}
 
 
 @pytest.mark.parametrize("name, kept, recomputed", [
-    ("pufferlib_breakout", ((8, 13), (288, 506)), ((7, 17), (203, 910))),
-    ("r2d2", ((8, 13), (319, 591)), ((7, 17), (227, 1044))),
+    ("pufferlib_breakout", ((8, 13), (288, 489)), ((7, 17), (203, 809))),
+    ("r2d2", ((8, 13), (319, 572)), ((7, 17), (227, 934))),
     ("cleanrl_atari", ((20, 24), (15, 37)), ((19, 26), (13, 47))),
-    ("crnn_ocr", ((30, 54), (413, 818)), ((28, 68), (309, 1345))),
+    ("crnn_ocr", ((30, 54), (413, 797)), ((28, 68), (309, 1223))),
     ("tft_electricity", ((8, 14), (134, 326)), ((7, 17), (95, 430))),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_launches_and_megabytes(name, kept, recomputed):

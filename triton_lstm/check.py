@@ -38,8 +38,8 @@ class Case:
     """What is checked.
 
     kind    the variant of the plan
-    what    "layer", "gates" (the same with ``keep_gates``), "lengths", "packed", "zoneout", "one step", "layers",
-            "wavefront", "graph", "stream", "reuse" or "two processes"
+    what    "layer", "gates" (the same with ``keep_gates``), "many rows", "many rows, gates", "lengths", "packed",
+            "zoneout", "one step", "layers", "wavefront", "graph", "stream", "reuse" or "two processes"
     plan    encoded; "" if there is none here, and then ``reason`` says why
     """
     kind: str
@@ -64,6 +64,10 @@ class Case:
     def label(self):
         return f"{self.kind}, {self.dtype}, {self.what}"
 
+    @property
+    def keeps_gates(self):
+        return self.what in ("gates", "many rows, gates")
+
     def compiled(self):
         """(plan, dtype, options of ``compile_plan``) for the kernels that the case launches; None where it has no
         plan."""
@@ -72,7 +76,7 @@ class Case:
         return Plan.decode(self.plan), DTYPES[self.dtype], dict(
             flagged=self.what in ("lengths", "packed"), packed=self.what == "packed",
             zoneout="expected" if self.what == "zoneout" else None, inputs=self.inputs,
-            keep_gates=self.what == "gates")
+            keep_gates=self.keeps_gates)
 
 
 def plan_of(variant, batch, hidden_size, dtype, directions, limits):
@@ -119,6 +123,12 @@ def cases(limits):
         for dtype in DTYPES:
             if has(variant, dtype):
                 add(variant, dtype, "gates", 9, 17, 20, H, 2)
+    for variant, H in VARIANTS.items():
+        # with many programs the backward loops of one CTA and of clusters compute their coefficients
+        if variant == "resident" or variant.startswith("cluster"):
+            for dtype in ("fp16", "bf16", "tf32"):
+                add(variant, dtype, "many rows", 9, 330, 20, H, 2)
+            add(variant, "fp16", "many rows, gates", 9, 330, 20, H, 2)
     for what in ("lengths", "packed", "zoneout"):
         for variant, H in VARIANTS.items():
             if what != "zoneout" or variant in ("portable resident", "grid", "streamed"):
@@ -193,7 +203,7 @@ def ours(case, device, seed=0):
     plan = Plan.decode(case.plan)
 
     def function(*given):
-        y, (h_n, c_n) = lstm(*given[:4], hx=given[4:], plan=plan, keep_gates=case.what == "gates", **options)
+        y, (h_n, c_n) = lstm(*given[:4], hx=given[4:], plan=plan, keep_gates=case.keeps_gates, **options)
         return y, h_n, c_n
     inputs = {name: put(t).to(DTYPES[case.dtype]) for name, t in inputs.items()}
     return _results(function, inputs, [put(g) for g in gradients])

@@ -7,17 +7,7 @@ from . import wavefront
 from .functional import DTYPES, zoneout_rates
 from .layer import LSTM, _TorchLSTM
 from .op import avoided, plan_or_reason, tf32_allowed
-from .plan import (
-    H200,
-    SCHEDULES,
-    Limits,
-    PlanError,
-    check_plan,
-    keep_every_for,
-    keeps_gates,
-    make_plan,
-    step_cycles,
-)
+from .plan import H200, SCHEDULES, Limits, PlanError, check_plan, make_plan, step_cycles
 from .projection import too_large_together
 
 
@@ -88,13 +78,12 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
                  "resets or torch.compile"]
     gates = getattr(layer, "keep_gates", None)
     if gates is None:
-        gates = own is None and keeps_gates(T, B, H, D, dtype.itemsize, layer.num_layers)
+        gates = own is None and plan.keeps_gates(T, layer.num_layers)
     if layer.num_layers > 1 and reason is None:
         gates = False
-    keeping = own or decide(B, keep_every_for(B, H, D, keep_gates=True))[0] or plan
     if gates and D == 2:
-        steps = keeping.keep_every
-    forward, backward = (-(-T // max(n, 1)) for n in (steps, (keeping if gates else plan).keep_every))
+        steps = plan.keep_every
+    forward, backward = (-(-T // max(n, 1)) for n in (steps, plan.keep_every))
     loops = [plan] if plan.backward is plan else [dataclasses.replace(plan, backward_plan=None), plan.backward]
     which, names = ([""], [None]) if len(loops) == 1 else (["forward ", "backward "], ["forward", "backward"])
     cycles = [step_cycles(loop, limits.multiprocessors, name) for loop, name in zip(loops, names)]
@@ -114,9 +103,9 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
         *["  the first layer's forward loop multiplies x by W itself"] * plan.multiplies_input(layer.input_size),
         *[f"  a step of a layer's {name}time loop: {n:.0f} cycles predicted, {n / limits.mhz:.2f} us at "
           f"{limits.mhz} MHz" for name, n in zip(which, cycles)],
-        _memory(gates, *((_size(way.saved_bytes(T, dtype.itemsize if keeps else None) + m_bytes),
-                          _size(way.backward_bytes(T, layer.input_size, dtype.itemsize, zoned, keeps)))
-                         for way, keeps in ((keeping, True), (plan, False))))]
+        _memory(gates, *((_size(plan.saved_bytes(T, dtype.itemsize if keeps else None) + m_bytes),
+                          _size(plan.backward_bytes(T, layer.input_size, dtype.itemsize, zoned, keeps)))
+                         for keeps in (True, False)))]
     lines += [f"  not {schedule}: {_why_not(schedule, plan, dtype, limits, zoned)}"
               for schedule in SCHEDULES if schedule != plan.schedule]
     return "\n".join(lines)

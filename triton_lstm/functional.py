@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from . import op
 from .kernels.rows import step_flags
 from .op import differentiable, lstm_op, transformed
-from .plan import Plan, keep_every_for, keeps_gates
+from .plan import Plan, PlanError
 from .plan.search import BACKWARD_ELEMENTS, KEEP_EVERY
 from .projection import combine, product, project, with_state
 from .reference import lstm_reference, packed_reference, zoneout_shares
@@ -71,13 +71,12 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
     plan         a ``Plan`` to use instead of the automatic one
     keep_every   forward keeps c before every ``keep_every``-th step, and backward recomputes that many steps at a time.
                  A small number saves memory, a large one saves launches. None: up to 2048, as large as a workspace of
-                 512 MiB allows
+                 512 MiB allows (640 MiB in fp32)
     keep_gates   True: forward keeps the four gates and c of every step, and backward recomputes nothing. That is
                  faster and takes 12 bytes for each unit, row and step in 16-bit types, 20 in fp32. False: forward keeps
-                 c as ``keep_every`` says. None: True where gates and c take no more memory than the workspace in which
-                 backward would recompute them (``triton_lstm.plan.keeps_gates``), so for up to some 2000 steps. Backward
-                 then has a smaller workspace besides, and both together take at most 1.5 times as much. False with
-                 ``plan`` or ``keep_every``, and under torch.compile and torch.func
+                 c as ``keep_every`` says. None: True for up to so many steps as backward would recompute at a time, and
+                 False with ``plan`` or ``keep_every``, and under torch.compile and torch.func. By this default gates
+                 and workspace take at most twice the workspace for recomputing
 
     Returns ``y, (h_n, c_n)`` as nn.LSTM: y (T, B, D H) or (N, D H), h_n and c_n (D, B, H). T = 0 gives an empty y and
     the initial state.
@@ -164,14 +163,17 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
     # vmap hides whether what it wraps requires grad
     save = torch.is_grad_enabled() and (transformed() or any(t is not None and t.requires_grad for t in inputs))
     steps = keep_every if plan is None else plan.keep_every
-    if keep_gates is None:
-        keep_gates = (save and steps is None and not torch.compiler.is_compiling() and not transformed()
-                      and keeps_gates(T, B, H, D, x.element_size()))
-    if steps is None:
-        steps_for = _symbolic_keep_every if torch.compiler.is_compiling() else keep_every_for
-        steps = steps_for(B, H, D, save and keep_gates)
+    if steps is None and torch.compiler.is_compiling():
+        steps, keep_gates = _symbolic_keep_every(B, H, D), bool(keep_gates)
+    elif steps is None:
+        automatic, reason = op.on_device(B, H, x.dtype, D, x.device, zoneout=any(rates))
+        if automatic is None:
+            raise PlanError(reason)
+        steps = automatic.keep_every
+        if keep_gates is None:
+            keep_gates = save and not transformed() and automatic.keeps_gates(T)
     y, h_n, c_n, *_ = differentiable(lstm_op, *inputs, flags, batch_sizes, plan.encode() if plan else "", steps, save,
-                                     keep_gates, seed, *map(float, rates))
+                                     bool(keep_gates), seed, *map(float, rates))
     return y, (h_n, c_n)
 
 
@@ -194,12 +196,11 @@ def check(x, sizes, weight_ih, weight_hh, bias, h0, c0, weight_hr=None):
             raise RuntimeError(f"{name} must be on the input's device {x.device}, got {tensor.device}")
 
 
-def _symbolic_keep_every(B, H, D, keep_gates):
+def _symbolic_keep_every(B, H, D):
     """``keep_every_for``, rounded to 16 steps, as an expression of symbolic sizes: a loop would tie the graph to a
     range of batch sizes."""
-    elements, most = (BACKWARD_ELEMENTS // 2, KEEP_EVERY // 2) if keep_gates else (BACKWARD_ELEMENTS, KEEP_EVERY)
-    steps = elements // (16 * H * D * torch.sym_max(B, 1))
-    return 16 * torch.sym_max(1, torch.sym_min(most // 16, steps))
+    steps = BACKWARD_ELEMENTS // (16 * H * D * torch.sym_max(B, 1))
+    return 16 * torch.sym_max(1, torch.sym_min(KEEP_EVERY // 16, steps))
 
 
 def _checked(mask, shape, name, device):

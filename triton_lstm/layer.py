@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import apart, wavefront
 from .functional import DTYPES, lstm, runs_kernels, zoneout_rates
 from .op import on_device
-from .plan import Plan, keeps_gates
+from .plan import Plan
 from .projection import too_large_together
 
 _told = set()
@@ -41,7 +41,7 @@ class LSTM(torch.nn.RNNBase):
 
     plan       a ``Plan`` for every layer, or None for automatic plans
     keep_gates whether forward keeps the gates for backward, see ``triton_lstm.lstm``: True for speed, False for memory,
-               None to keep them where those of all layers take no more memory than recomputing one layer's would
+               None to keep them where those of all layers take no more memory than recomputing one layer's
     zoneout    a rate or a pair (rate_h, rate_c), also an argument: in training mode each layer keeps earlier values of
                h and c at random, with masks of its own; in eval mode it takes the expectation. See
                ``triton_lstm.lstm``. Where the kernels do not compute, such a layer runs step by step in torch
@@ -178,7 +178,8 @@ class LSTM(torch.nn.RNNBase):
         keep_gates, h_n, c_n = self.keep_gates, [], []
         if keep_gates is None and self.num_layers > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             T, B = x.shape[:2] if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
-            if not keeps_gates(T, B, self.hidden_size, D, x.element_size(), self.num_layers):
+            plan, _ = on_device(B, self.hidden_size, dtype, D, x.device, zoneout=self._zoned())
+            if plan is not None and not plan.keeps_gates(T, self.num_layers):
                 keep_gates = False
         for layer in range(self.num_layers):
             if layer and self.dropout:

@@ -200,10 +200,11 @@ class Plan:
 
     @property
     def derives_coefficients(self):
-        """Whether the backward loop computes the coefficients itself where forward kept the gates.
+        """Whether the backward loop computes its coefficients itself, from the gates' pre-activations and c.
 
-        It then reads less, and no kernel has to write coefficients for it, but a step takes longer. With many programs
-        the bytes decide. With few, a kernel of its own has the whole chip for the coefficients.
+        It then reads 20 bytes or less for each unit, row and step in place of 24, and no kernel has to write these 24,
+        but a step takes longer. With many programs the bytes decide. With few, a kernel of its own has the whole chip
+        for the coefficients.
         """
         return self.kind in ("resident", "cluster") and self.launched >= DERIVING_PROGRAMS
 
@@ -216,6 +217,11 @@ class Plan:
         """
         return (self.kind in ("resident", "cluster") and 0 < input_size <= FUSED_INPUTS
                 and (self.precision == "native" or self.launched >= 64))
+
+    def keeps_gates(self, T, layers=1):
+        """Whether forward keeps the gates and every c of T steps by default: where backward would recompute the steps of
+        all ``layers`` at once anyway. They then take no more than what it would write for one chunk."""
+        return layers * T <= self.keep_every
 
     def saved_bytes(self, T, gates=None):
         """Bytes kept for backward in addition to x, y and the weights, for T steps.
@@ -238,8 +244,8 @@ class Plan:
         keep_gates    whether forward kept the gates
 
         The bound contains, for each unit, row and step of a chunk, the pre-activations in the dtype of x (da takes
-        their place later) and six coefficients in fp32, or eight with zoneout, or none if the loop computes them
-        (``derives_coefficients``); a copy of the chunk of x, which is made
+        their place later) and six coefficients in fp32, or eight with zoneout, or c in their place, unless that is
+        kept, if the loop computes them (``derives_coefficients``); a copy of the chunk of x, which is made
         if x is not contiguous; the shares of dh that the programs of a group exchange; R as the kernels read it; dh
         and dc; and dW, dR and db in fp32 and in the dtype of x. It does not contain what masks need: up to three
         copies of the chunk's h with lengths or resets, or one copy and an index of its rows for packed input.
@@ -247,7 +253,9 @@ class Plan:
         if self.backward is not self:
             return self.backward.backward_bytes(T, input_size, element, zoneout, keep_gates)
         chunk = min(T, self.keep_every) * self.batch
-        coefficients = 0 if keep_gates and self.derives_coefficients else 8 if zoneout else 6
+        coefficients = 8 if zoneout else 6
+        if self.derives_coefficients:
+            coefficients = 0 if keep_gates else 1
         unit = 4 * element + 4 * coefficients
         work = chunk * (self.directions * self.hidden_size * unit + input_size * element)
         if self.exchanges:

@@ -27,30 +27,17 @@ BACKWARD_ELEMENTS = 1 << 24             # units x rows x steps that backward rec
 KEEP_EVERY = 2048                       # at most
 
 
-def keep_every_for(batch: int, hidden_size: int, directions: int, keep_gates: bool = False) -> int:
+def keep_every_for(batch: int, hidden_size: int, directions: int, derives: bool = False) -> int:
     """The default of ``keep_every``: a power of two from 16 to 2048, the largest for which backward's workspace stays
-    under 512 MiB in 16-bit types, of 32 bytes for each unit, row and step (40 in fp32). With ``keep_gates`` steps and
-    workspace are half of that, from 8 to 1024 steps, because the gates take memory too."""
-    steps, least, most = KEEP_EVERY, 16, BACKWARD_ELEMENTS
-    if keep_gates:
-        steps, least, most = steps // 2, least // 2, most // 2
-    while steps > least and steps * batch * hidden_size * directions > most:
+    under 512 MiB in 16-bit types (640 MiB in fp32).
+
+    derives    whether the backward loop computes its coefficients (``Plan.derives_coefficients``). The workspace has
+               then 12 bytes for each unit, row and step, 20 in fp32, in place of 32 and 40
+    """
+    steps, most = KEEP_EVERY, BACKWARD_ELEMENTS * (2 if derives else 1)
+    while steps > 16 and steps * batch * hidden_size * directions > most:
         steps //= 2
     return steps
-
-
-def keeps_gates(T: int, batch: int, hidden_size: int, directions: int, element: int, layers: int = 1) -> bool:
-    """Whether forward keeps the gates and every c by default: where those of all ``layers`` take no more bytes than the
-    workspace in which backward would recompute one layer's.
-
-    T          steps
-    element    bytes of an element of x
-
-    For each unit, row and step, gates and c take 4 element + 4 bytes, and the workspace 4 element + 24. Backward needs
-    a smaller workspace beside the gates, see ``keep_every_for``.
-    """
-    recomputed = min(T, keep_every_for(batch, hidden_size, directions))
-    return layers * T * (4 * element + 4) <= recomputed * (4 * element + 24)
 
 
 def precision_for(dtype: torch.dtype, tf32: bool) -> str:
@@ -96,6 +83,12 @@ def make_plan(batch: int, hidden_size: int, dtype: torch.dtype, directions: int 
         loops = [loop for loop, plan in (("forward", forward), ("backward", backward)) if plan is None]
         raise PlanError("; ".join(reasons) if not plans else
                         f"every kernel that fits is known to be wrong here, {' and '.join(loops)}")
+    if keep_every is None:
+        K = keep_every_for(batch, hidden_size, directions, backward.derives_coefficients)
+        same = forward is backward
+        backward = dataclasses.replace(backward, keep_every=K)
+        forward = backward if same else dataclasses.replace(
+            forward, keep_every=K, backward_plan=backward if forward.backward_plan else None)
     if forward is backward or forward.kind == "wgmma":
         return forward
     return dataclasses.replace(forward, backward_plan=backward)

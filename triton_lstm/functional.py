@@ -197,10 +197,10 @@ def check(x, sizes, weight_ih, weight_hh, bias, h0, c0, weight_hr=None):
 
 
 def _symbolic_keep_every(B, H, D):
-    """``keep_every_for``, rounded to 16 steps, as an expression of symbolic sizes: a loop would tie the graph to a
-    range of batch sizes."""
-    steps = BACKWARD_ELEMENTS // (16 * H * D * torch.sym_max(B, 1))
-    return 16 * torch.sym_max(1, torch.sym_min(KEEP_EVERY // 16, steps))
+    """``keep_every_for`` as an expression of symbolic sizes: a comparison would tie the graph to a range of batch
+    sizes."""
+    steps = BACKWARD_ELEMENTS // (H * D * torch.sym_max(B, 1))
+    return torch.sym_min(torch.sym_max(steps, 16), KEEP_EVERY)
 
 
 def _checked(mask, shape, name, device):

@@ -28,16 +28,14 @@ KEEP_EVERY = 2048                       # at most
 
 
 def keep_every_for(batch: int, hidden_size: int, directions: int, derives: bool = False) -> int:
-    """The default of ``keep_every``: a power of two from 16 to 2048, the largest for which backward's workspace stays
-    under 512 MiB in 16-bit types (640 MiB in fp32).
+    """The default of ``keep_every``: the most steps, from 16 to 2048, for which backward's workspace stays under 512 MiB
+    in 16-bit types (640 MiB in fp32).
 
     derives    whether the backward loop computes its coefficients (``Plan.derives_coefficients``). The workspace has
                then 12 bytes for each unit, row and step, 20 in fp32, in place of 32 and 40
     """
-    steps, most = KEEP_EVERY, BACKWARD_ELEMENTS * (2 if derives else 1)
-    while steps > 16 and steps * batch * hidden_size * directions > most:
-        steps //= 2
-    return steps
+    elements = BACKWARD_ELEMENTS * (2 if derives else 1)
+    return min(max(elements // max(batch * hidden_size * directions, 1), 16), KEEP_EVERY)
 
 
 def precision_for(dtype: torch.dtype, tf32: bool) -> str:

@@ -97,8 +97,8 @@ def count(workload, keep_gates=None):
 
 
 def show(workloads):
-    """Print launches and megabytes of each of ``workloads``, forward and backward together, as Markdown: recomputing the
-    gates, keeping them, and by default."""
+    """Print launches and megabytes of each of ``workloads``, forward and backward together, as Markdown: with the gates
+    recomputed, with the gates kept, and by default."""
     print("| workload | launches, recomputing | keeping | by default | MB, recomputing | keeping | by default |\n"
           "| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for w in workloads:

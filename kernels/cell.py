@@ -80,6 +80,13 @@ def near_tanh(x):
 
 
 @triton.jit
+def coefficients_from(i, f, g, o, tanh_c, c_prev):
+    """The six coefficients of a backward step (see ``portable_backward``), from activated gates, tanh of c after the
+    step and c before it."""
+    return (tanh_c * o * (1 - o), o * (1 - tanh_c * tanh_c), g * i * (1 - i), c_prev * f * (1 - f), i * (1 - g * g), f)
+
+
+@triton.jit
 def zoneout(seed, rate_h, rate_c, d, time, row, unit, ZONEOUT: tl.constexpr):
     """The shares m_h and m_c of their earlier h and c that some units keep at a step: fp32, by row and unit.
 

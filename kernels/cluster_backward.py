@@ -4,7 +4,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .cell import near_sigmoid, near_tanh
+from .cell import coefficients_from, near_sigmoid, near_tanh
 from .cluster_exchange import add_shares, allocate_mbarriers, send_shares
 from .layouts import (
     buffers,
@@ -20,7 +20,7 @@ from .layouts import (
     unit_layout,
 )
 from .precision import round_tf32
-from .rows import FRESH, LIVE, chunk_shift, padded_or_packed, rows_at
+from .rows import FRESH, LIVE, chunk_shift, of_live_steps, padded_or_packed, rows_at
 
 
 @gluon.jit
@@ -108,15 +108,10 @@ def coefficients_of(inputs, flags_ptr):
     c = inputs[4]
     if flags_ptr is not None:
         c = gl.where((inputs[7] & FRESH) == 0, c, 0.)
-    tanh_c = near_tanh(f * c + i * g)
-    ko, kh = tanh_c * o * (1 - o), o * (1 - tanh_c * tanh_c)
-    ki, kf, kg = g * i * (1 - i), c * f * (1 - f), i * (1 - g * g)
+    k = coefficients_from(i, f, g, o, near_tanh(f * c + i * g), c)
     if flags_ptr is not None:
-        live = (inputs[7] & LIVE) != 0
-        ko, kh, ki = gl.where(live, ko, 0.), gl.where(live, kh, 0.), gl.where(live, ki, 0.)
-        kf, kg = gl.where(live, kf, 0.), gl.where(live, kg, 0.)
-        f = gl.where(live, gl.where((inputs[7] & FRESH) == 0, f, 0.), 1.)
-    return ko, kh, ki, kf, kg, f
+        k = of_live_steps(k, inputs[7])
+    return k
 
 
 @gluon.jit

@@ -16,10 +16,10 @@ m_c dc go to the earlier state directly, and the step gets (1 - m_h) dh, which i
 import triton
 import triton.language as tl
 
-from .cell import sigmoid, tanh, zoneout
+from .cell import coefficients_from, near_sigmoid, near_tanh, sigmoid, tanh, zoneout
 from .exchange import add_shares, flag_of, send_shares
 from .precision import load_operand, narrow, operand, product
-from .rows import BEFORE, CUT, END, FRESH, LIVE, chunk_shift, load_flags, padded_or_packed, rows_at
+from .rows import BEFORE, CUT, END, FRESH, LIVE, chunk_shift, load_flags, of_live_steps, padded_or_packed, rows_at
 from .waiting import BACKWARD_GRID
 
 
@@ -36,8 +36,8 @@ def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, T, S, B, first, steps, keep_
     steps     that a program goes through; c was kept before the first of them
     flags, offsets, seed   as in ``portable_forward.forward_resident``
 
-    grid (blocks of rows and units, D, S / steps rounded up). A step that is not live has no da and passes dc on. Before a fresh step dc ends:
-    f is then zero, but with zoneout the loop sees to it.
+    grid (blocks of rows and units, D, S / steps rounded up). A step that is not live has no da and passes dc on. Before
+    a fresh step dc ends: f is then zero, but with zoneout the loop sees to it.
     """
     COUNT: tl.constexpr = 6 if ZONEOUT is None else 8
     seed = 0
@@ -71,9 +71,7 @@ def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, T, S, B, first, steps, keep_
             flags = load_flags(flags_ptr, (d * T + time).to(tl.int64), row, B)
             c_prev = tl.where((flags & FRESH) == 0, c, 0.)
         c = f * c_prev + i * g
-        tanh_c = tanh(c)
-        ko, kh = tanh_c * o * (1 - o), o * (1 - tanh_c * tanh_c)
-        ki, kf, kg = g * i * (1 - i), c_prev * f * (1 - f), i * (1 - g * g)
+        ko, kh, ki, kf, kg, f = coefficients_from(i, f, g, o, tanh(c), c_prev)
         if ZONEOUT is not None:
             m_h, m_c = zoneout(seed, rate_h, rate_c, d, time, row, unit, ZONEOUT)
             ko, kh = (1 - m_h) * ko, (1 - m_h) * kh
@@ -142,6 +140,27 @@ def load_coefficients(k, mask, H: tl.constexpr, COUNT: tl.constexpr):
     for n in tl.static_range(COUNT):
         k_all += (tl.load(k + n * H, mask=mask, other=1. if n >= 5 else 0.),)
     return k_all
+
+
+@triton.jit
+def load_gates(a, mask, H: tl.constexpr):
+    """The pre-activations of the four gates of some units; 0 outside of ``mask``."""
+    gates = ()
+    for n in tl.static_range(4):
+        gates += (tl.load(a + n * H, mask=mask, other=0.),)
+    return gates
+
+
+@triton.jit
+def coefficients_near(gates, c, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
+    """``coefficients_from``, with activations that are exact enough for the products."""
+    i, f, g, o = gates[0].to(tl.float32), gates[1].to(tl.float32), gates[2].to(tl.float32), gates[3].to(tl.float32)
+    if INTERPRET or PRECISION == "tf32x3":
+        i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
+        return coefficients_from(i, f, g, o, tanh(f * c + i * g), c)
+    else:
+        i, f, g, o = near_sigmoid(i), near_sigmoid(f), near_tanh(g), near_sigmoid(o)
+        return coefficients_from(i, f, g, o, near_tanh(f * c + i * g), c)
 
 
 @triton.jit
@@ -286,10 +305,12 @@ def backward_grid(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, T, S, B, f
                   H: tl.constexpr, DIRECTIONS: tl.constexpr, R_SLICES: tl.constexpr, BLOCK_H: tl.constexpr,
                   PROGRAMS: tl.constexpr, PADDED_PROGRAMS: tl.constexpr, HELD: tl.constexpr, BLOCK_K: tl.constexpr,
                   BLOCK_B: tl.constexpr, DY_UNIT: tl.constexpr, PRECISION: tl.constexpr, INTERPRET: tl.constexpr,
-                  dy_ptr=None, flags_ptr=None, offsets_ptr=None, COUNT: tl.constexpr = 6, stuck_ptr=None, limit=None):
+                  dy_ptr=None, flags_ptr=None, offsets_ptr=None, COUNT: tl.constexpr = 6, stuck_ptr=None, limit=None,
+                  kept_ptr=None):
     """As ``backward_resident``, but the programs of a group share R as in ``portable_forward.forward_grid``.
 
     share         memory for the shares of dh, of ``exchange.new_shares``
+    kept          as in ``cluster_backward.backward_cluster``
     stuck, limit  see ``waiting``
 
     grid (programs, groups, D). A program multiplies da of its own units by its own rows of R, which gives a share of dh
@@ -326,7 +347,11 @@ def backward_grid(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, T, S, B, f
             flags = load_flags(flags_ptr, d * T + time, row, B)
             live = (flags & LIVE) != 0
         # loads that wait for no other program come first, to be on their way together with the shares
-        k = load_coefficients(coef_ptr + at * (COUNT * H) + unit[None, :], here, H, COUNT)
+        if kept_ptr is not None:
+            gates = load_gates(coef_ptr + at * (4 * H) + unit[None, :], here, H)
+            c = tl.load(kept_ptr + s.to(tl.int64) * DIRECTIONS * B * H + at_state, mask=mask, other=0.)
+        else:
+            k = load_coefficients(coef_ptr + at * (COUNT * H) + unit[None, :], here, H, COUNT)
         dc = tl.load(dc_ptr + at_state, mask=mask, other=0.)
         if dy_ptr is not None:
             dy_t = dy_ptr + padded_or_packed(offsets_ptr, time, base) * stride_dyt * DY_UNIT
@@ -349,6 +374,12 @@ def backward_grid(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, T, S, B, f
                 tl.store(dh_ptr + at_state, dh, mask=mask & ((flags & BEFORE) != 0))
         if dy_ptr is not None:
             dh += dy
+        if kept_ptr is not None:
+            if flags_ptr is not None:
+                c = tl.where((flags & FRESH) == 0, c, 0.)
+            k = coefficients_near(gates, c, PRECISION, INTERPRET)
+            if flags_ptr is not None:
+                k = of_live_steps(k, flags)
         i, f, g, o, dc = gate_gradients(k, da_ptr + at * (4 * H) + unit[None, :], dh, dc, here, H, INTERPRET)
         if COUNT == 8:
             tl.store(dh_ptr + at_state, k[6] * dh, mask=mask)

@@ -69,6 +69,16 @@ def load_flags(flags_ptr, time, row, B):
     return tl.load(flags_ptr + time * B + row, mask=row < B, other=0)
 
 
+@triton.jit
+def of_live_steps(k, flags):
+    """The six coefficients k of a backward step, with those of a step that is not live in their place: it has no da
+    and passes dc on. Before a fresh step dc ends."""
+    live = (flags & LIVE) != 0
+    passed = tl.where((flags & FRESH) == 0, k[5], 0.)
+    return (tl.where(live, k[0], 0.), tl.where(live, k[1], 0.), tl.where(live, k[2], 0.), tl.where(live, k[3], 0.),
+            tl.where(live, k[4], 0.), tl.where(live, passed, 1.))
+
+
 # -- written by the host ----------------------------------------------------------------------------------------------
 
 def step_flags(T, B, D, lengths, reset, device):

@@ -45,8 +45,8 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
 
     Returns y (T, B, D H) or packed (rows, D H), h_n and c_n (D, B, H), and what backward needs beside y: ``kept``
     (-, D, B, H) fp32, c before every ``plan.keep_every``-th step except the first, or with ``keep_gates`` before every
-    step; and ``gates`` (rows, 4H) of x's type, the pre-activations of all steps and directions, chunk by chunk. Both are
-    empty without ``save``, gates without ``keep_gates``.
+    step; and ``gates`` (rows, 4H) of x's type, the pre-activations of all steps and directions, chunk by chunk. Both
+    are empty without ``save``, gates without ``keep_gates``.
     """
     run = launcher or launch.launch_kernel
     B, D, H = h0.shape[1], plan.directions, plan.hidden_size
@@ -125,7 +125,7 @@ def _rows_before(rows, D, first):
 
 
 def _gates_of(gates, rows, spans, first):
-    """The part of ``gates`` that belongs to the chunk of step ``first``, in which the directions take times ``spans``."""
+    """The part of ``gates`` that belongs to the chunk of step ``first``, whose times are ``spans``."""
     start = _rows_before(rows, len(spans), first)
     return gates[start:start + sum(rows.count(*span) for span in spans)]
 
@@ -227,7 +227,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
         most = rows.most(D, min(K, T))
         count = 6 if zoneout is None else 8
         keep_gates = gates is not None and len(gates) > 0
-        derives, coef = plan.derives_coefficients, None
+        derives, coef = plan.derives_coefficients and zoneout is None, None
         buffer = x.new_empty(most, 4 * H)
         if not derives:
             coef = dh.new_empty(most, count * H)
@@ -273,8 +273,8 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
                 run(launch.STATES, plan, (blocks, D), of_gates, c0, kept, states, T, S, B, first, K, waits=False,
                     flags_ptr=flags, offsets_ptr=rows.offsets, BLOCK=256)
             # from here on a and its buffer hold da
-            run(loop.kernel, plan, grid, of_gates if derives else coef, r_as_read, buffer, dh, dc, *shares, T, S, B, first, *tiles, *strides,
-                waits=plan.exchanges, flags_ptr=flags, offsets_ptr=rows.offsets, **constants)
+            run(loop.kernel, plan, grid, of_gates if derives else coef, r_as_read, buffer, dh, dc, *shares, T, S, B,
+                first, *tiles, *strides, waits=plan.exchanges, flags_ptr=flags, offsets_ptr=rows.offsets, **constants)
             with products_in(plan.precision):
                 for d in range(D):
                     if dw is not None:

@@ -76,27 +76,36 @@ def test_every_kind_with_lengths_resets_packed(change, kind):
         wanted.check(wanted.ours(plan=PLANS[kind](wanted), keep_gates=True))
 
 
-@pytest.mark.parametrize("ctas", [1, pytest.param(2, marks=CLUSTERS)])
+@pytest.mark.parametrize("kind", ["resident", pytest.param("cluster", marks=CLUSTERS), "grid"])
 @pytest.mark.parametrize("shape, dtype, change, keep_gates", [
     ((1, 1, 1, 1, 2), BF16, dict(), True), ((3, 17, 4, 33, 2), FP16, dict(), True),
     ((3, 17, 4, 33, 2), FP32, dict(), False), ((5, 3, 4, 60, 1), BF16, dict(bias=False), False),
     ((5, 4, 3, 20, 2), BF16, dict(ragged=True, resets=True), True),
     ((5, 4, 3, 20, 2), FP32, dict(ragged=True, resets=True), False), ((4, 17, 3, 20, 2), FP32, dict(packed=True), True),
     ((4, 17, 3, 20, 2), BF16, dict(packed=True), False)], ids=str)
-def test_loops_that_compute_the_coefficients(shape, dtype, change, keep_gates, ctas):
+def test_loops_that_compute_the_coefficients(shape, dtype, change, keep_gates, kind):
     wanted = problem(shape, dtype, **change)
-    arch = 80 if ctas == 1 and keep_gates else 90
+    arch = 80 if kind != "cluster" and keep_gates else 90
     with mock.patch.object(Plan, "derives_coefficients", True), harness.emulator(arch, memory="weak"):
-        wanted.check(wanted.ours(plan=wanted.cluster_plan(ctas), keep_gates=keep_gates))
+        wanted.check(wanted.ours(plan=PLANS[kind](wanted), keep_gates=keep_gates))
+
+
+def test_exact_fp32_that_computes_the_coefficients():
+    """In three TF32 products, whose loop has the exact activations. In the interpreter, then in the emulator."""
+    wanted = Problem(4, 5, 3, 33, 2, resets=True, ragged=True)
+    for way in (harness.interleaved(1), harness.emulator(90, memory="weak")):
+        with mock.patch.object(Plan, "derives_coefficients", True), way:
+            wanted.check(wanted.ours(plan=wanted.shared_plan("grid"), keep_gates=True))
 
 
 def test_which_loops_compute_the_coefficients():
-    """Those of one CTA and of clusters, where 40 programs or more run."""
-    for batch, derives in ((624, False), (640, True)):
+    """Those of one CTA, of clusters and of portable grid plans, from 32,768 units in all rows on."""
+    for batch, derives in ((255, False), (256, True)):
         plan = make_plan(batch, 128, BF16, limits=H200)
-        assert (plan.kind, plan.launched, plan.derives_coefficients) == ("resident", batch // 16, derives)
+        assert plan.kind == "resident" and plan.derives_coefficients == derives
         assert ("coefficients" in compile_plan(plan, BF16, 90, keep_gates=True)) == (not derives)
         assert ("states" if derives else "coefficients") in compile_plan(plan, BF16, 90)
+    assert make_plan(128, 1024, FP16, limits=H200).backward.derives_coefficients
     assert not make_plan(640, 128, BF16, limits=PORTABLE).derives_coefficients
 
 
@@ -129,10 +138,10 @@ def test_several_tiles():
 
 
 def test_zoneout():
-    """The masks of a step do not depend on which program computes its coefficients."""
+    """The masks of a step do not depend on which program computes its coefficients. It is never the loop."""
     x, w, r = torch.randn(5, 3, 4), torch.randn(40, 4) / 3, torch.randn(40, 10) / 3
     found = []
-    with harness.interpreter():
+    with harness.interpreter(), mock.patch.object(Plan, "derives_coefficients", True):
         for keep_gates in (False, True):
             torch.manual_seed(1)
             leaves = [t.clone().requires_grad_() for t in (x, w, r)]
@@ -227,7 +236,8 @@ def test_a_layer_decides_for_all_its_layers(num_layers, kept):
     layer, x = triton_lstm.LSTM(4, 6, num_layers), torch.randn(7, 2, 4)
     real = harness.interpreted_sequence.forward
     triton_lstm.op.plan_or_reason.cache_clear()
-    with harness.interpreter(), mock.patch.object(search, "KEEP_EVERY", 16), mock.patch.object(harness.interpreted_sequence, "forward", side_effect=real) as forward:
+    with (harness.interpreter(), mock.patch.object(search, "KEEP_EVERY", 16),
+          mock.patch.object(harness.interpreted_sequence, "forward", side_effect=real) as forward):
         layer(x)
         assert [call.kwargs["keep_gates"] for call in forward.call_args_list] == [kept] * num_layers
         for layer.keep_gates in (True, False):

@@ -21,9 +21,9 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
 
     Nothing is launched. Bytes of training are those of both ways, keeping the gates and recomputing them: what is saved
     for backward beside x, y and the weights (``Plan.saved_bytes``), and the workspace of backward
-    (``Plan.backward_bytes``). With ``proj_size`` o tanh(c), H elements a row and step, is saved too and counted. Cycles are predicted by
-    ``triton_lstm.plan.step_cycles``, whose constants are read from machine code; ``python -m bench`` puts what it
-    predicts beside what it measures.
+    (``Plan.backward_bytes``). With ``proj_size`` o tanh(c), H elements a row and step, is saved too. Cycles are
+    predicted by ``triton_lstm.plan.step_cycles``, whose constants are read from machine code; ``python -m bench`` puts
+    what it predicts beside what it measures.
     Raises TypeError for another layer or an input that is no tensor, ValueError for one of another shape.
     """
     if not isinstance(layer, (LSTM, _TorchLSTM)):

@@ -19,7 +19,7 @@ WARP_GROUP_ROWS = 64                    # of a batch tile for each warp group, o
 WARP_GROUP_BYTES = 512                  # along a row of R, between two looks at h by a warp group; half at the end
 FUSED_INPUTS = 16                       # features that a Gluon forward loop multiplies by W itself, at most
 FORWARD_BYTES = 1 << 28                 # of pre-activations, or of slots for h, that forward has at a time, if it can
-DERIVING_PROGRAMS = 40                  # from which on a backward loop computes the coefficients itself
+DERIVING_UNITS = 1 << 15                # of all rows, from which on a backward loop computes the coefficients itself
 SPLIT_TARGETS = 512                     # units whose shares a split program computes at a time, at most
 
 
@@ -203,10 +203,11 @@ class Plan:
         """Whether the backward loop computes its coefficients itself, from the gates' pre-activations and c.
 
         It then reads 20 bytes or less for each unit, row and step in place of 24, and no kernel has to write these 24,
-        but a step takes longer. With many programs the bytes decide. With few, a kernel of its own has the whole chip
-        for the coefficients.
+        but a step takes longer. With many rows the bytes decide. With few, a kernel of its own has the whole chip for
+        the coefficients.
         """
-        return self.kind in ("resident", "cluster") and self.launched >= DERIVING_PROGRAMS
+        return (self.kind in ("resident", "cluster", "grid")
+                and self.batch * self.hidden_size * self.directions >= DERIVING_UNITS)
 
     def multiplies_input(self, input_size):
         """Whether the forward time loop computes x W^T itself, so that no pre-activations go through device memory.
@@ -219,8 +220,8 @@ class Plan:
                 and (self.precision == "native" or self.launched >= 64))
 
     def keeps_gates(self, T, layers=1):
-        """Whether forward keeps the gates and every c of T steps by default: where backward would recompute the steps of
-        all ``layers`` at once anyway. They then take no more than what it would write for one chunk."""
+        """Whether forward keeps the gates and every c of T steps by default: where backward would recompute as many
+        steps as ``layers`` have together at a time. They take no more memory than those that it would recompute."""
         return layers * T <= self.keep_every
 
     def saved_bytes(self, T, gates=None):
@@ -254,7 +255,7 @@ class Plan:
             return self.backward.backward_bytes(T, input_size, element, zoneout, keep_gates)
         chunk = min(T, self.keep_every) * self.batch
         coefficients = 8 if zoneout else 6
-        if self.derives_coefficients:
+        if self.derives_coefficients and not zoneout:
             coefficients = 0 if keep_gates else 1
         unit = 4 * element + 4 * coefficients
         work = chunk * (self.directions * self.hidden_size * unit + input_size * element)

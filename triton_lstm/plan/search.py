@@ -28,7 +28,7 @@ KEEP_EVERY = 2048                       # at most
 
 
 def keep_every_for(batch: int, hidden_size: int, directions: int, derives: bool = False) -> int:
-    """The default of ``keep_every``: the most steps, from 16 to 2048, for which backward's workspace stays under 512 MiB
+    """The default of ``keep_every``: the most steps, from 16 to 2048, for which backward's workspace is at most 512 MiB
     in 16-bit types (640 MiB in fp32).
 
     derives    whether the backward loop computes its coefficients (``Plan.derives_coefficients``). The workspace has

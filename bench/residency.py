@@ -33,7 +33,7 @@ cycles a step      lower bound for all batch tiles of a program, with assumed la
                    each tile. It leaves out waiting for other programs, and waves of clusters if not all fit at once
 
 Loops of workloads with resets have step flags. Those of resident and cluster plans with few input features multiply
-them by W, where the plan says so."""
+them by W, where the plan says so. Forward loops of training workloads that keep the gates for backward store them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +67,15 @@ def read_plans(workloads, arch=90):
         try:
             plan = make_plan(w.batch, w.hidden_size, dtype_of(w.dtype), w.directions, limits=LIMITS[arch])
             inputs = w.input_size if plan.multiplies_input(w.input_size) else OTHER_INPUTS
-            keys[w.name] = plan, w.dtype, w.sequences == "resets", inputs
+            gates = w.mode == "train" and plan.keeps_gates(w.steps, w.layers)
+            keys[w.name] = plan, w.dtype, w.sequences == "resets", inputs, gates
         except PlanError as error:
             reasons[w.name] = str(error)
     loops = dict.fromkeys(keys.values())
     for key in progress(loops, lambda key: f"compiling {key[0].kind} H={key[0].hidden_size} B={key[0].batch} {key[1]} "
                                            f"for sm_{arch}"):
-        plan, dtype, flagged, inputs = key
-        kernels = compile_plan(plan, dtype_of(dtype), arch, flagged=flagged, inputs=inputs)
+        plan, dtype, flagged, inputs, gates = key
+        kernels = compile_plan(plan, dtype_of(dtype), arch, flagged=flagged, inputs=inputs, keep_gates=gates)
         loops[key] = [next(read(kernel) for name, kernel in kernels.items() if name.startswith(which))
                       for which in ("forward", "backward")]
     return [Residency(w.name, w.dtype, keys[w.name][0], *loops[keys[w.name]]) if w.name in keys else

@@ -19,22 +19,32 @@ def jobs(layers, batch=16, dtype=None, lengths=False):
 
 
 def test_each_plan_once():
-    """Widths that the time loop does not multiply make no kernels of their own, equal layers neither."""
+    """Widths that the time loop does not multiply make no kernels of their own, equal layers neither. Kernels that keep
+    the gates and kernels that do not are both compiled, unless a layer never keeps them."""
     deep = triton_lstm.LSTM(100, 64, num_layers=3, bidirectional=True).bfloat16()
     few = triton_lstm.LSTM(8, 64).bfloat16()
     found = jobs([deep, few, triton_lstm.LSTM(200, 64, bidirectional=True).bfloat16()])
     assert found == [
-        (make_plan(16, 64, torch.bfloat16, 2), torch.bfloat16, dict(flagged=False, zoneout=None, inputs=64)),
-        (make_plan(16, 64, torch.bfloat16), torch.bfloat16, dict(flagged=False, zoneout=None, inputs=8))]
-    assert found[1][0].multiplies_input(8)
+        (plan, torch.bfloat16, dict(flagged=False, zoneout=None, inputs=inputs, keep_gates=keep_gates))
+        for plan, inputs in ((make_plan(16, 64, torch.bfloat16, 2), 64), (make_plan(16, 64, torch.bfloat16), 8))
+        for keep_gates in (False, True)]
+    assert found[2][0].multiplies_input(8)
+    few.keep_gates = False
+    assert jobs([few]) == found[2:3]
+    few.keep_gates = True
+    assert jobs([few]) == found[2:]
 
 
 def test_options_reach_the_compiler():
     zoned, own = triton_lstm.LSTM(100, 64, zoneout=0.1), triton_lstm.LSTM(100, 64)
     own.plan = dataclasses.replace(make_plan(16, 64, torch.float16), keep_every=7)
-    (plan, dtype, options), (of_own, _, _) = jobs([zoned, own], dtype=torch.float16, lengths=True)
-    assert dtype == torch.float16 and options == dict(flagged=True, zoneout="drawn", inputs=64)
+    found = jobs([zoned, own], dtype=torch.float16, lengths=True)
+    (plan, dtype, options), _, (of_own, _, _) = found       # calls with a plan of their own keep no gates
+    assert dtype == torch.float16
+    assert options == dict(flagged=True, zoneout="drawn", inputs=64, keep_gates=False)
     assert plan == make_plan(16, 64, torch.float16, zoneout=True) and of_own == own.plan
+    own.keep_gates = True
+    assert [options["keep_gates"] for _, _, options in jobs([own])] == [False, True]
     assert jobs([triton_lstm.LSTM(3, 4).double(), triton_lstm.LSTM(3, 20000)]) == []       # torch's own computes these
 
 
@@ -58,7 +68,8 @@ def test_warm():
             mock.patch.object(triton_lstm.op, "avoided", lambda device: frozenset()), \
             pytest.warns(UserWarning, match="could not compile .*no compiler"):
         assert triton_lstm.warm(model, 16, seconds=5.) == [plan]
-    assert compiled == [([(plan, torch.float32, dict(flagged=False, zoneout=None, inputs=64))], 90, 5.)]
+    options = dict(flagged=False, zoneout=None, inputs=64)
+    assert compiled == [([(plan, torch.float32, dict(options, keep_gates=kept)) for kept in (False, True)], 90, 5.)]
     with pytest.raises(ValueError, match="no triton_lstm.LSTM in Linear"):
         triton_lstm.warm(torch.nn.Linear(2, 3), 16)
 

@@ -1,4 +1,5 @@
 """``warm``: compiles the kernels that a model's layers will launch, on all cores, before the first call."""
+import itertools
 import warnings
 from typing import cast
 
@@ -19,8 +20,9 @@ def warm(model: torch.nn.Module, batch: int, dtype: torch.dtype | None = None, *
     lengths   whether calls will have lengths or resets, whose kernels are others
     seconds   how long it may take; what is not compiled by then is compiled by the first call
 
-    Kernels depend on the batch and the type, and not on the number of steps. They are compiled in processes of their
-    own, one for each plan and on all cores, into Triton's cache on disk, where this process and later ones find them.
+    Kernels depend on the batch and the type. The number of steps decides only whether forward keeps the gates for
+    backward, so the kernels of both ways are compiled, unless the layer never keeps them. They are compiled in
+    processes of their own, on all cores, into Triton's cache on disk, where this process and later ones find them.
     Without it the first call compiles them one after the other. Returns the plans. Layers that torch's own LSTM
     computes are left out.
 
@@ -39,7 +41,7 @@ def warm(model: torch.nn.Module, batch: int, dtype: torch.dtype | None = None, *
         of_device = [layer for layer in layers if device_of(layer) == device]
         major, minor = torch.cuda.get_device_capability(device)
         jobs = jobs_of(of_device, batch, dtype, device, lengths)
-        plans += [plan for plan, _, _ in jobs]
+        plans += dict.fromkeys(plan for plan, _, _ in jobs)
         for (plan, _, _), error in compile_apart(jobs, 10 * major + minor, seconds):
             if error is not None:
                 warnings.warn(f"triton_lstm could not compile {plan}: {error}", stacklevel=2)
@@ -57,10 +59,12 @@ def jobs_of(layers, batch, dtype, device, lengths):
             of_layer in DTYPES) else (None, None)
         if plan is None:
             continue
+        # None: the number of steps decides, but not in calls with a plan of their own
+        ways = [False] if layer.keep_gates is False or layer.plan and not layer.keep_gates else [False, True]
         widths = [layer.input_size] + [D * (layer.proj_size or H)] * (layer.num_layers > 1)
-        for width in widths:
+        for width, keep_gates in itertools.product(widths, ways):
             # only a width that the time loop multiplies makes other kernels
             options = dict(flagged=lengths, zoneout="drawn" if zoned else None,
-                           inputs=width if plan.multiplies_input(width) else 64)
+                           inputs=width if plan.multiplies_input(width) else 64, keep_gates=keep_gates)
             jobs.setdefault((plan, of_layer, *options.values()), (plan, of_layer, options))
     return list(jobs.values())

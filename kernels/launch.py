@@ -1,5 +1,6 @@
 """From a plan to a launch: which kernel runs a loop, with which constants, and how it is compiled and launched."""
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from .portable_forward import forward_grid, forward_resident
 from .precision import INTERPRET
 from .split_backward import backward_split
 from .split_forward import forward_split
+from .step_forward import forward_step
 from .wgmma_forward import forward_wgmma
 
 log = logging.getLogger("triton_lstm")
@@ -71,6 +73,41 @@ LOOPS = {
         _grid(plan), R_SLICES=plan.r_slices, BLOCK_B=plan.block_b)),
 }
 COEFFICIENTS, STATES = coefficients, states
+STEP = forward_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """How ``forward_step`` computes a layer, in the place of a plan. It needs none: no program waits for another, and
+    nothing stays on the chip."""
+    hidden_size: int
+    directions: int
+    inputs: int
+    block_b: int
+    block_k: int
+    precision: str
+    block_h = 16            # few units, so that many programs share the reading of the weights
+    num_warps = 4
+    kind = "step"
+    programs = 1
+
+    def grid(self, batch):
+        # triton.cdiv takes the host longer than an allocation
+        return -(-self.hidden_size // self.block_h), -(-batch // self.block_b), self.directions
+
+    @property
+    def constants(self):
+        return dict(INPUTS=self.inputs, BLOCK_B=self.block_b, BLOCK_H=self.block_h, BLOCK_K=self.block_k,
+                    PRECISION=self.precision, INTERPRET=INTERPRET)
+
+
+@functools.lru_cache
+def step_of(batch, inputs, hidden_size, directions, precision):
+    """The ``Step`` of a layer. Wider blocks spill registers; tiles of 64 rows would be products of another kind, by
+    wgmma and tcgen05."""
+    block_b = 16 if batch <= 16 else 32
+    block_k = {"native": 2048 // block_b, "tf32": 64, "tf32x3": 1024 // block_b}[precision]
+    return Step(hidden_size, directions, inputs, block_b, block_k, precision)
 
 
 def grid_of(plan):

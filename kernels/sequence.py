@@ -130,6 +130,33 @@ def _gates_of(gates, rows, spans, first):
     return gates[start:start + sum(rows.count(*span) for span in spans)]
 
 
+def one_step(x, weights, h0, c0, shape, directions, precision, with_y=True, launcher=None):
+    """One step (T = 1) of a stack of layers without gradients, by one launch a layer: (y, h_n, c_n).
+
+    x          (..., I): a row for each row of the batch
+    weights    (W (4H, I), R (4H, H), b_ih, b_hh) of each direction of each layer, in nn.LSTM's order. A bias is (4H,)
+               or None; b_hh alone may be None too
+    h0, c0     (layers D, B, H), or None for zeros
+    shape      of h_n and c_n, which have so many elements
+    with_y     whether y (..., D H) is wanted; otherwise it is None
+    launcher   as for ``forward_chunks``
+    """
+    run, D, H = launcher or launch.launch_kernel, directions, shape[-1]
+    B = x.shape[:-1].numel()
+    if h0 is not None:
+        h0, c0 = h0.contiguous(), c0.contiguous()
+    h_n, c_n, y = x.new_empty(shape), x.new_empty(shape), None
+    for first in range(0, len(weights), D):
+        x, own = x.contiguous(), [None if t is None else t.contiguous() for of in weights[first:first + D] for t in of]
+        y = x.new_empty(*x.shape[:-1], D * H) if with_y or first + D < len(weights) else None
+        if B:
+            step = launch.step_of(B, x.shape[-1], H, D, precision)
+            run(launch.STEP, step, step.grid(B), x, *own, *(None,) * (8 - len(own)), h0, c0, y, h_n, c_n, B, first,
+                waits=False, **step.constants)
+        x = y
+    return y, h_n, c_n
+
+
 def _state(y, h0, flags, rows, first):
     """h (B, D H) before the step that each direction takes as its ``first``, which is not 0."""
     H, states = h0.shape[-1], []

@@ -31,7 +31,7 @@ def poison():
         return run
 
     with contextlib.ExitStack() as stack:
-        single, several = ("forward", "backward"), ("_forward", "_backward")
+        single, several = ("forward", "backward", "one_step"), ("_forward", "_backward")
         for module, names in ((harness.interpreted_sequence, single), (harness.compiled_sequence, single),
                               (wavefront, several)):
             for name in names:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.modules.rnn import LSTM as _TorchLSTM  # stays torch's where a program puts ours in torch.nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import apart, wavefront
+from . import apart, one_step, wavefront
 from .functional import DTYPES, lstm, runs_kernels, zoneout_rates
 from .op import on_device
 from .plan import Plan
@@ -99,6 +99,8 @@ class LSTM(torch.nn.RNNBase):
         ``lengths``, ``reset`` and ``plan``. Raises ValueError for ``lengths`` or ``reset`` with a packed sequence.
         """
         masked = lengths is not None or reset is not None
+        if not masked and (found := self._one_step(input, hx)) is not None:
+            return found
         if masked and isinstance(input, PackedSequence):
             raise ValueError(f"lengths and reset are for padded input, got {type(input).__name__}")
         weights = [getattr(self, name) for name in self._flat_weights_names]    # once: they may be parametrized
@@ -156,6 +158,20 @@ class LSTM(torch.nn.RNNBase):
         for old, s in zip(state, new):
             old.copy_(s)
         return y.squeeze(time), state
+
+    def _one_step(self, input, hx):
+        """``forward`` of T = 1 where no gradient is wanted, by one launch a layer; None for other calls, for wrong
+        input, and where something needs the general way."""
+        if (torch.compiler.is_compiling() or self.plan is not None or self.zoneout or self.proj_size
+                or not isinstance(input, torch.Tensor) or input.dim() != 3 or input.shape[-1] != self.input_size
+                or input.shape[1 if self.batch_first else 0] != 1 or self.training and self.dropout
+                or not runs_kernels(input, input.dtype)):
+            return None
+        D, H, layers = 2 if self.bidirectional else 1, self.hidden_size, self.num_layers
+        found = one_step.layers(input, hx, [getattr(self, name) for name in self._flat_weights_names],
+                                (layers, D, self.input_size, H, self.bias),
+                                (layers * D, input.shape[0 if self.batch_first else 1], H))
+        return found and (found[0], found[1:])
 
     def _packed(self, input, hx, weights):
         """``forward`` of a packed sequence. States are in the caller's order of rows."""

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import apart
+from . import apart, one_step
 from .functional import lstm, runs_kernels
 from .layer import LSTM
 from .op import on_device
@@ -26,6 +26,8 @@ class LSTMCell(torch.nn.LSTMCell):
 
     def forward(self, input: torch.Tensor, hx: Sequence[torch.Tensor] | None = None
                 ) -> tuple[torch.Tensor, torch.Tensor]:
+        if (found := self._one_step(input, hx)) is not None:
+            return found
         if not self._natively(input, hx):
             return super().forward(input, hx)       # pyright: ignore[reportArgumentType] - a list will do too
         dtype = LSTM._compute_dtype(input)
@@ -36,6 +38,16 @@ class LSTMCell(torch.nn.LSTMCell):
         _, (h, c) = lstm(x, self.weight_ih.to(dtype), self.weight_hh.to(dtype), bias, hx)
         shape = (*input.shape[:-1], self.hidden_size)
         return h.reshape(shape), c.reshape(shape)
+
+    def _one_step(self, input, hx):
+        """``LSTM._one_step`` of a cell."""
+        if (torch.compiler.is_compiling() or not isinstance(input, torch.Tensor) or input.dim() not in (1, 2)
+                or input.shape[-1] != self.input_size or not runs_kernels(input, input.dtype)):
+            return None
+        weights = [self.weight_ih, self.weight_hh, *((self.bias_ih, self.bias_hh) if self.bias else ())]
+        found = one_step.layers(input, hx, weights, (1, 1, self.input_size, self.hidden_size, self.bias),
+                                (*input.shape[:-1], self.hidden_size), with_y=False)
+        return found and found[1:]
 
     def _natively(self, input, hx):
         """Whether the kernels compute this call. False also for wrong input, for which nn.LSTMCell then raises its

@@ -17,7 +17,10 @@ from . import faults
 from .kernels import sequence
 from .kernels.rows import lengths_and_reset
 from .plan import Limits, Plan, PlanError, check_plan, make_plan
+from .plan.search import precision_for
 from .reference import lstm_reference, packed_reference, zoneout_shares
+
+STEP = "one step"       # the kernel for T = 1 without gradients, as ``faults`` and ``check`` name it
 
 
 def interpreted():
@@ -88,6 +91,12 @@ def plan_for(x, h0, text, keep_every, zoneout):
     return plan
 
 
+def one_step_precision(dtype, device):
+    """How the kernel for one step without gradients computes products; None if the check found it wrong there."""
+    precision = precision_for(dtype, tf32_allowed())
+    return None if (STEP, "forward", precision) in avoided(device) else precision
+
+
 def _zoneout(seed, rate_h, rate_c):
     """The argument ``zoneout`` of the kernels and of ``reference``: None if both rates are 0."""
     return (seed, rate_h, rate_c) if rate_h or rate_c else None
@@ -103,6 +112,11 @@ def _lstm(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | N
           c0: torch.Tensor, flags: torch.Tensor | None, batch_sizes: torch.Tensor | None, plan: str, keep_every: int,
           save: bool, keep_gates: bool = False, seed: torch.Tensor | None = None, rate_h: float = 0.,
           rate_c: float = 0.) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if (not (save or plan or rate_h or rate_c) and flags is None and batch_sizes is None and len(x) == 1
+            and (precision := one_step_precision(x.dtype, x.device))):
+        weights = [(w[d], r[d], None if b is None else b[d], None) for d in range(len(r))]
+        y, h_n, c_n = sequence.one_step(x, weights, h0, c0, h0.shape, len(r), precision)
+        return y, h_n, c_n, x.new_empty(0, *h0.shape, dtype=torch.float32), x.new_empty(0)
     with without_autocast(x):
         zoneout = _zoneout(seed, rate_h, rate_c)
         chosen = plan_for(x, h0, plan, keep_every, zoneout is not None)

@@ -7,3 +7,4 @@ a multiple of REMOTE that names the CTA's rank.  Generic addresses of shared mem
 GLOBAL_BASE = 1 << 40  # address of the first byte of the global arena
 SHARED_GENERIC = 1 << 60  # generic address of byte 0 of the CTA's own shared memory
 REMOTE = 1 << 24  # shared::cluster address of rank r: (r + 1) * REMOTE + offset
+PARAMETER_PAGE = 4096  # bytes of the parameter space for each parameter

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 
+from .addresses import PARAMETER_PAGE
 from .errors import Unsupported
 from .formats import BITS, UINT
 from .instructions import build
@@ -51,7 +52,8 @@ class Program:
         self.cluster = int(cluster.group(1)) if cluster else 1
         self.lane = np.arange(self.threads) & 31
 
-        self.symbols = {}  # variable -> (space, offset)
+        # variable -> (space, offset); each parameter has a page of its own
+        self.symbols = {name: ("param", n * PARAMETER_PAGE) for n, (name, _, _) in enumerate(self.params)}
         self.globals = {}  # global and constant variables -> (bytes, initial data)
         self.static_shared, self.local_size = 0, 0
         self.dynamic = []  # names of the dynamic shared memory

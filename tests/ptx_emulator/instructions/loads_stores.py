@@ -3,10 +3,10 @@
 import numpy as np
 
 from .. import shared_memory
-from ..addresses import SHARED_GENERIC
-from ..errors import OutOfBounds
+from ..addresses import PARAMETER_PAGE, SHARED_GENERIC
+from ..errors import OutOfBounds, Unsupported
 from ..formats import BITS, UINT
-from ..operands import Symbol, address, writer
+from ..operands import Register, Symbol, address, writer
 from .async_copies import build_st_async
 from .modifiers import access_type, destinations, sources, space_of, strength, vector_length
 from .registry import builds
@@ -30,6 +30,17 @@ def is_shared(addr, mask):
 def load_parameter(prog, args, ty):
     write, n = writer(prog, args[0], f"b{BITS[ty]}"), BITS[ty] // 8
     base = args[1].base
+    if isinstance(base, Register):  # which holds the address of one parameter or of another
+        addr = address(prog, args[1])
+
+        def from_address(cta, mask):
+            chosen = {int(x) for x in (addr(cta) if mask is None else addr(cta)[mask])}
+            if len(chosen) != 1:
+                raise Unsupported(f"threads of one instruction load several parameters, {cta.where()}")
+            page, offset = divmod(chosen.pop(), PARAMETER_PAGE)
+            value = int.from_bytes(cta.device.params[prog.params[page][0]][offset:offset + n], "little")
+            write(cta, mask, np.full(cta.n, value, UINT[8 * n]))
+        return from_address
     offset = args[1].offset + (base.offset if isinstance(base, Symbol) else 0)
 
     def fn(cta, mask):

@@ -81,8 +81,9 @@ def test_a_worker_that_does_not_start():
     (None, set(check.VARIANTS) - {"portable resident"})], ids=["Hopper", "Triton 3.6", "Ampere", "portable", "none"])
 def test_cases_of_a_device(limits, missing):
     cases = check.cases(limits)
-    assert {case.kind for case in cases if not case.plan} == missing
-    assert all(case.reason for case in cases if not case.plan)
+    assert {case.kind for case in cases if not case.runs} == missing
+    assert all(case.reason for case in cases if not case.runs)
+    assert {case.dtype for case in cases if case.kind == op.STEP} == set(check.DTYPES)
     for case in cases:
         assert check.Case.decode(case.encode()) == case
         if not case.plan:
@@ -112,8 +113,8 @@ def case_of(kind, what, dtype="fp16", limits=FULL):
 
 @pytest.mark.parametrize("kind, what, dtype", [
     ("resident", "layer", "fp16"), ("split", "lengths", "bf16"), ("wgmma", "one step", "fp16"),
-    ("grid", "zoneout", "bf16"), ("streamed", "packed", "bf16"), ("portable resident", "layers", "tf32"),
-    ("grid", "gates", "tf32")])
+    ("grid", "zoneout", "bf16"), ("one step", "layer", "bf16"), ("one step", "layer", "fp32"),
+    ("streamed", "packed", "bf16"), ("portable resident", "layers", "tf32"), ("grid", "gates", "tf32")])
 def test_a_right_kernel_is_right(kind, what, dtype):
     """In the emulator. It is the same as on a GPU, except for timing."""
     case = case_of(kind, what, dtype, OLDER)

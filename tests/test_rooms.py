@@ -28,7 +28,8 @@ def imported(path):
 
 def with_kernels():
     """The modules of kernels/ that define kernels which are launched."""
-    launched = {loop.kernel.__name__ for loop in launch.LOOPS.values()} | {launch.COEFFICIENTS.__name__}
+    launched = {kernel.__name__ for kernel in (launch.COEFFICIENTS, launch.STEP,
+                                               *(loop.kernel for loop in launch.LOOPS.values()))}
     names = lambda path: {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
     found = {stem for stem, path in KERNELS.items() if names(path) & launched}
     assert launched == set().union(*(names(KERNELS[stem]) & launched for stem in found))
@@ -37,7 +38,7 @@ def with_kernels():
 
 def test_no_kernel_module_imports_another():
     kernel_modules = with_kernels()
-    assert len(kernel_modules) == 7 and all(stem.endswith(("_forward", "_backward")) for stem in kernel_modules)
+    assert len(kernel_modules) == 8 and all(stem.endswith(("_forward", "_backward")) for stem in kernel_modules)
     for stem in kernel_modules:
         assert not imported(KERNELS[stem])[0] & kernel_modules, stem
 

@@ -3,6 +3,7 @@ from .conversion import Conversion, convert, to_torch
 from .dropconnect import drop_connect
 from .explanation import explain
 from .functional import lstm
+from .graphed import make_graphed
 from .inspection import Gates, gates, plot_gates
 from .kernels.waiting import set_wait_limit, wait_report
 from .layer import LSTM
@@ -11,5 +12,6 @@ from .plan import Plan, PlanError, make_plan
 from .warming import warm
 
 __all__ = ["Conversion", "Gates", "LSTM", "LSTMCell", "Plan", "PlanError", "convert", "drop_connect", "explain",
-           "gates", "lstm", "make_plan", "plot_gates", "set_wait_limit", "to_torch", "wait_report", "warm"]
+           "gates", "lstm", "make_graphed", "make_plan", "plot_gates", "set_wait_limit", "to_torch", "wait_report",
+           "warm"]
 __version__ = "0.1.0"

@@ -110,7 +110,7 @@ def run_check(args):
     limits = Limits(**facts["limits"]) if gpu else None
     cases = [case for case in check.cases(limits) if not args.kind or case.kind in args.kind]
     if not cases:
-        sys.exit(f"no such kind; there are {', '.join(check.VARIANTS)}")
+        sys.exit(f"no such kind; there are {', '.join(check.KINDS)}")
     if args.list:
         print("\n".join(case.label + (f": {case.reason}" if case.reason else "") for case in cases))
         return 0
@@ -126,8 +126,8 @@ def run_check(args):
         print("No GPU: the kernels that run by themselves are checked in Triton's interpreter.", flush=True)
     lines, file = [], open(args.out, "w") if args.out else sys.stdout
     try:
-        possible = [(case, case.encode()) for case in cases if case.plan]
-        none = [(case, {"outcome": "not here", "message": case.reason}, 0.) for case in cases if not case.plan]
+        possible = [(case, case.encode()) for case in cases if case.runs]
+        none = [(case, {"outcome": "not here", "message": case.reason}, 0.) for case in cases if not case.runs]
         worker, environment = check.child("worker")
         results = runner.run(possible, worker, end - time.monotonic(), SHARE[gpu], {**environment, **more})
         for case, found, seconds in itertools.chain(none, results):
@@ -154,8 +154,8 @@ def run_case(kind):
     gpu = torch.cuda.is_available() and not op.interpreted()
     device = torch.device("cuda" if gpu else "cpu")
     case = next(case for case in check.cases(op.limits_of(device) if gpu else None)
-                if case.kind == kind and (case.what == "layer" or not case.plan))
-    if not case.plan or not gpu and not op.interpreted():
+                if case.kind == kind and (case.what == "layer" or not case.runs))
+    if not case.runs or not gpu and not op.interpreted():
         print(f"{kind}: not here: {case.reason or 'no GPU'}")
         return 0
     found = check.run(case, device)
@@ -175,14 +175,14 @@ def main(arguments=None):
     commands = root.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     p = commands.add_parser("check", help="every kernel against float64", description=CHECK)
     p.add_argument("--seconds", type=_positive, default=90., metavar="N", help="for all of it (default: 90)")
-    p.add_argument("--kind", action="append", metavar="NAME", choices=list(check.VARIANTS),
-                   help=f"only this; may be repeated: {', '.join(check.VARIANTS)}")
+    p.add_argument("--kind", action="append", metavar="NAME", choices=check.KINDS,
+                   help=f"only this; may be repeated: {', '.join(check.KINDS)}")
     p.add_argument("--out", metavar="FILE", help="where the lines of JSON go (default: standard output)")
     p.add_argument("--list", action="store_true", help="list the cases and run none")
     for hidden in ("worker", "facts"):      # of ``check``'s own processes
         commands.add_parser(hidden)
     p = commands.add_parser("case", help="one small case of a kind, in this process: for sanitizers and profilers")
-    p.add_argument("kind", choices=list(check.VARIANTS))
+    p.add_argument("kind", choices=check.KINDS)
     args = root.parse_args(arguments)
     if args.command == "check":
         return run_check(args)

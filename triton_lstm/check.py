@@ -19,6 +19,7 @@ from .functional import lstm
 from .kernels.waiting import wait_report
 from .layer import LSTM
 from .plan import Plan, PlanError, candidates, check_plan, make_plan
+from .plan.search import precision_for
 from .reference import lstm_reference, packed_reference, zoneout_shares
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
@@ -29,6 +30,7 @@ TOLERANCE = {"bf16": 4e-2, "fp16": 1e-2, "tf32": 1e-2, "fp32": 1e-5}
 # Units at which each variant has several programs, chunks of R and units of padding.
 VARIANTS = {"portable resident": 33, "resident": 33, "grid": 100, "split": 100, "wgmma": 100, "streamed": 100,
             "cluster 2": 33, "cluster 4": 100, "cluster 8": 200, "cluster 16": 300}
+KINDS = (*VARIANTS, op.STEP)
 KEEP_EVERY = 4          # fewer than the steps, for several chunks
 REUSES = 50
 
@@ -37,7 +39,7 @@ REUSES = 50
 class Case:
     """What is checked.
 
-    kind    the variant of the plan
+    kind    the variant of the plan, or ``op.STEP``, whose kernel needs none
     what    "layer", "gates" (the same with ``keep_gates``), "many rows", "many rows, gates", "lengths", "packed",
             "zoneout", "one step", "layers", "wavefront", "graph", "stream", "reuse" or "two processes"
     plan    encoded; "" if there is none here, and then ``reason`` says why
@@ -59,6 +61,11 @@ class Case:
     @staticmethod
     def decode(text):
         return Case(**json.loads(text))
+
+    @property
+    def runs(self):
+        """Whether the device has such a kernel."""
+        return bool(self.plan) or self.kind == op.STEP
 
     @property
     def label(self):
@@ -112,6 +119,8 @@ def cases(limits):
         except PlanError as error:
             found.append(Case(variant, dtype, what, reason=str(error), **sizes))
 
+    for dtype in DTYPES:
+        found.append(Case(op.STEP, dtype, "layer", 1, 17, 20, 100, 2))
     has = lambda variant, dtype: dtype != "fp32" or variant in ("portable resident", "grid", "streamed")
     for variant, H in VARIANTS.items():
         add(variant, "fp16", "one step", 1, 1, 20, H)
@@ -144,9 +153,9 @@ def cases(limits):
         add("grid", "fp16", "two processes", 9, 17, 20, 100)
     missing = {}        # one line for each variant and type that the device does not have
     for case in found:
-        if not case.plan:
+        if not case.runs:
             missing.setdefault((case.kind, case.dtype), case)
-    return [case for case in found if case.plan or missing[case.kind, case.dtype] is case]
+    return [case for case in found if case.runs or missing[case.kind, case.dtype] is case]
 
 
 def _problem(case, seed):
@@ -267,6 +276,16 @@ def _graph(case, device):
     return dict(y=y, h_n=h_n, c_n=c_n)
 
 
+def _one_step(case, device):
+    """y, h_n, c_n of the kernel for one step without gradients, even where it is avoided."""
+    x, w, r, b, h0, c0 = (t.to(device, DTYPES[case.dtype]) for t in _problem(case, 0)[0].values())
+    precision = precision_for(x.dtype, case.dtype == "tf32")
+    # half of the bias as each of nn.LSTM's two
+    weights = [(w[d], r[d], b[d] / 2, b[d] / 2) for d in range(case.directions)]
+    y, h_n, c_n = op.sequence.one_step(x, weights, h0, c0, h0.shape, case.directions, precision)
+    return dict(y=y, h_n=h_n, c_n=c_n)
+
+
 def _layers(case, device):
     """Results of several layers, and of nn.LSTM in float64: three layers as a wavefront, or two in both directions."""
     torch.manual_seed(0)
@@ -310,6 +329,9 @@ def measure(case, device):
     with _precision(case):
         if case.what in ("layers", "wavefront"):
             return compare(case, *_layers(case, device))
+        if case.kind == op.STEP:
+            right = exact(case)
+            return compare(case, _one_step(case, device), {name: right[name] for name in ("y", "h_n", "c_n")})
         if case.what == "graph":
             right = exact(case, 1)
             return compare(case, _graph(case, device), {name: right[name] for name in ("y", "h_n", "c_n")})

@@ -45,7 +45,7 @@ def layers(x, hx, weights, sizes, state, with_y=True):
     for t in tensors:
         if t is None or t.dtype != dtype or t.device != device or gradients and t.requires_grad:
             return None
-    if [t.shape for t in tensors] != _shapes(*sizes, hx and state):
+    if [t.shape for t in tensors] != _shapes(*sizes, None if hx is None else state):
         return None
     precision = op.one_step_precision(dtype, device)
     if precision is None:

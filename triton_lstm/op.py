@@ -116,7 +116,7 @@ def _lstm(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | N
             and (precision := one_step_precision(x.dtype, x.device))):
         weights = [(w[d], r[d], None if b is None else b[d], None) for d in range(len(r))]
         y, h_n, c_n = sequence.one_step(x, weights, h0, c0, h0.shape, len(r), precision)
-        return y, h_n, c_n, x.new_empty(0, *h0.shape, dtype=torch.float32), x.new_empty(0)
+        return y, h_n, c_n, x.new_empty(0, *h0.shape, dtype=torch.float32), x.new_empty(0, 4 * h0.shape[-1])
     with without_autocast(x):
         zoneout = _zoneout(seed, rate_h, rate_c)
         chosen = plan_for(x, h0, plan, keep_every, zoneout is not None)

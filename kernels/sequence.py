@@ -151,8 +151,9 @@ def one_step(x, weights, h0, c0, shape, directions, precision, with_y=True, laun
         y = x.new_empty(*x.shape[:-1], D * H) if with_y or first + D < len(weights) else None
         if B:
             step = launch.step_of(B, x.shape[-1], H, D, precision)
-            run(launch.STEP, step, step.grid(B), x, *own, *(None,) * (8 - len(own)), h0, c0, y, h_n, c_n, B, first,
-                waits=False, **step.constants)
+            with waiting.explained():       # an error may be that of an earlier kernel
+                run(launch.STEP, step, step.grid(B), x, *own, *(None,) * (8 - len(own)), h0, c0, y, h_n, c_n, B, first,
+                    waits=False, **step.constants)
         x = y
     return y, h_n, c_n
 

@@ -58,6 +58,13 @@ def test_each_schedule(H, schedule):
     assert ("; resident is taken wherever it fits" in text) == (schedule == "resident")
 
 
+def test_one_step():
+    """It says so where a call without gradients needs no plan."""
+    said = "without gradients this one step is one launch a layer"
+    assert said in explain(128, meta(1, 16, 64)) and said in explain(20000, meta(1, 16, 64))
+    assert said not in explain(128, meta(2, 16, 64)) and said not in explain(128, meta(1, 16, 64), zoneout=0.1)
+
+
 def test_bidirectional_fp32_batch_first():
     """Both directions run in one launch, sizes of c and of stored gates are those of both, and the plan is in TF32,
     like nn.LSTM."""

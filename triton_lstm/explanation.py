@@ -41,6 +41,8 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
     title = (f"LSTM({layer.extra_repr()}) on T={T}, B={B} in {str(dtype).removeprefix('torch.')}, planned for {whose}: "
              f"{limits.multiprocessors} multiprocessors, {_size(limits.shared_memory)} of shared memory a program")
     zoned = any(zoneout_rates(getattr(layer, "zoneout", 0.)))
+    single = "\n  without gradients this one step is one launch a layer, for which there is no plan" * (
+        T == 1 and own is None and not zoned and not layer.proj_size)
     if dtype not in DTYPES:
         instead = "torch operators compute step by step" if zoned else "torch's own LSTM computes"
         return f"{title}\n{instead}: {dtype}"
@@ -62,7 +64,7 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
             reason = too_large_together(decide(1)[0])
         if reason is not None:
             instead = "no plan for the kernels with zoneout" if zoned else "torch's own LSTM computes"
-            return f"{title}\n{instead}: {reason}"
+            return f"{title}\n{instead}: {reason}{single}"
     assert plan is not None
     steps, order = plan.forward_steps(T, dtype.itemsize), []
     if layer.num_layers > 1:
@@ -108,7 +110,7 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
                          for keeps in (True, False)))]
     lines += [f"  not {schedule}: {_why_not(schedule, plan, dtype, limits, zoned)}"
               for schedule in SCHEDULES if schedule != plan.schedule]
-    return "\n".join(lines)
+    return "\n".join(lines) + single
 
 
 def _memory(gates, keeping, recomputing):

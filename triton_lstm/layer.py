@@ -30,7 +30,8 @@ class LSTM(torch.nn.RNNBase):
     ``TRITON_INTERPRET=1``. Each layer is then one call of ``triton_lstm.lstm``, or several layers overlap in time if
     they fit on the chip side by side. On other devices torch's own LSTM computes. It also computes, after one warning,
     what the kernels do not cover: float64, R too large for the device, and with ``proj_size`` a product R W_hr (4H, H)
-    too large for the chip, because the kernels use that product instead of R.
+    too large for the chip, because the kernels use that product instead of R. One step (T = 1) without gradients is one
+    launch a layer, and R of any size will do.
 
     Wrong input raises what nn.LSTM raises. Weights are read again at each call, so a weight may be replaced by
     assignment, parametrizations, ``torch.func.functional_call`` or FSDP.
@@ -135,7 +136,7 @@ class LSTM(torch.nn.RNNBase):
 
         Returns y (B, H), which is the last layer's new h, and the new state. With ``proj_size`` y and h have that many
         units. Nothing makes the host wait for the GPU. Hooks of the layer run. In training mode dropout between layers
-        and zoneout draw new masks at every step.
+        and zoneout draw new masks at every step. ``triton_lstm.make_graphed`` makes a CUDA graph of a step.
 
         Raises what the layer raises. Raises ValueError for a bidirectional layer, because its reverse direction begins
         at the end of the sequence; for x that is not (B, I); for ``inplace`` without a state; and for ``inplace`` with

@@ -23,8 +23,8 @@ def warm(model: torch.nn.Module, batch: int, dtype: torch.dtype | None = None, *
     Kernels depend on the batch and the type. The number of steps decides only whether forward keeps the gates for
     backward, so the kernels of both ways are compiled, unless the layer never keeps them. They are compiled in
     processes of their own, on all cores, into Triton's cache on disk, where this process and later ones find them.
-    Without it the first call compiles them one after the other. Returns the plans. Layers that torch's own LSTM
-    computes are left out.
+    Without it the first call compiles them one after the other. The kernel for one step without gradients belongs to no
+    plan, and is compiled by its first call. Returns the plans. Layers that torch's own LSTM computes are left out.
 
     Raises ValueError where there is no such layer, or one is not on a CUDA device. Warns of a plan that fails to
     compile.

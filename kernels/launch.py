@@ -93,7 +93,7 @@ class Step:
 
     def grid(self, batch):
         # triton.cdiv takes the host longer than an allocation
-        return -(-self.hidden_size // self.block_h), -(-batch // self.block_b), self.directions
+        return -(-batch // self.block_b), -(-self.hidden_size // self.block_h), self.directions
 
     @property
     def constants(self):

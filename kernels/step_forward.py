@@ -41,7 +41,7 @@ def forward_step(x_ptr, w_ptr, r_ptr, b_ih_ptr, b_hh_ptr, reverse_w_ptr, reverse
     y          (B, D H) or None, if nobody needs it
     h_n, c_n   as h0 and c0, in memory of their own: other programs still read h0
 
-    grid (tiles of BLOCK_H units, tiles of BLOCK_B rows, D). Each program reads the weights of its units once.
+    grid (tiles of BLOCK_B rows, tiles of BLOCK_H units, D). Each program reads the weights of its units once.
     """
     d = tl.program_id(2)
     dtype: tl.constexpr = h_n_ptr.dtype.element_ty
@@ -51,14 +51,14 @@ def forward_step(x_ptr, w_ptr, r_ptr, b_ih_ptr, b_hh_ptr, reverse_w_ptr, reverse
             b_ih_ptr = tl.where(d == 0, b_ih_ptr, reverse_b_ih_ptr)
         if b_hh_ptr is not None:
             b_hh_ptr = tl.where(d == 0, b_hh_ptr, reverse_b_hh_ptr)
-    row = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None].to(tl.int64)
+    row = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None].to(tl.int64)
     has_row = row < B
     # one product for the four gates; columns are (gate's high bit, unit, gate's low bit)
     n = tl.arange(0, 4 * BLOCK_H)[None, :]
-    n_unit = tl.program_id(0) * BLOCK_H + n // 2 % BLOCK_H
+    n_unit = tl.program_id(1) * BLOCK_H + n // 2 % BLOCK_H
     has_column = n_unit < H
     column = (n // (2 * BLOCK_H) * 2 + n % 2) * H + n_unit
-    unit = (tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
+    unit = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
     mask = has_row & (unit < H)
     state = (first + d).to(tl.int64) * B * H
     at = state + row * H + unit

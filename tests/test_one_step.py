@@ -11,6 +11,7 @@ import triton_lstm
 import triton_lstm.graphed
 from bench.machine_code import read
 from problems import BUDGET, Problem, assert_apart, error, floor
+from ptx_emulator import EmulatorError
 from triton_lstm import faults, layer, op
 from triton_lstm.kernels import offline
 
@@ -104,6 +105,18 @@ def test_a_row_does_not_depend_on_its_place_or_neighbours(dtype):
             others = [n for n in range(40) if n not in (3, 20, 39)]
             assert torch.equal(t[:, others], bad[:, others])
             assert bad[:, 3].isnan().all() and bad[0, 20].isnan().sum() == 1
+
+
+@pytest.mark.parametrize("old, new", [
+    ("mask=has_row & (k[None, :] < K)", "mask=k[None, :] < K"),         # rows past the last
+    ("has_column & (k[:, None] < K)", "has_column"),              # features of the next row of R, or past the last
+    ("tl.where(d == 0, r_ptr, reverse_r_ptr)", "r_ptr"), ("+= tl.load(b_hh_ptr", "+= 2 * tl.load(b_hh_ptr"),
+], ids=["rows", "features", "direction", "bias"])
+def test_a_broken_kernel_is_noticed(old, new, tmp_path):
+    problem = Problem(1, 17, 5, 20, 2, FP16)
+    with harness.edited("step_forward", tmp_path, old, new), harness.emulator(), \
+            pytest.raises((EmulatorError, AssertionError)):
+        check(problem, kernel(problem, halves=True))
 
 
 LAYERS = [dict(), dict(bias=False), dict(num_layers=2), dict(bidirectional=True), dict(num_layers=2, batch_first=True),

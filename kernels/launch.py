@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -74,6 +75,9 @@ LOOPS = {
 }
 COEFFICIENTS, STATES = coefficients, states
 STEP = forward_step
+# That ``forward_step`` reads through L2, tile by tile: predicted to take about 0.15 ms, which the host takes for
+# a call of the general way. With more rows and units, products of larger tiles are worth that.
+STEP_BYTES = 1 << 29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +96,7 @@ class Step:
     programs = 1
 
     def grid(self, batch):
+        """Programs along the tiles of rows, the tiles of units and the directions."""
         # triton.cdiv takes the host longer than an allocation
         return -(-batch // self.block_b), -(-self.hidden_size // self.block_h), self.directions
 
@@ -108,6 +113,15 @@ def step_of(batch, inputs, hidden_size, directions, precision):
     block_b = 16 if batch <= 16 else 32
     block_k = {"native": 2048 // block_b, "tf32": 64, "tf32x3": 1024 // block_b}[precision]
     return Step(hidden_size, directions, inputs, block_b, block_k, precision)
+
+
+@functools.lru_cache
+def step_pays(batch, inputs, hidden_size, directions, element):
+    """Whether the programs of ``forward_step`` read at most ``STEP_BYTES``, of weights and rows that have ``element``
+    bytes for each feature and unit."""
+    step = step_of(batch, inputs, hidden_size, directions, "native")
+    each = (step.block_b + 4 * step.block_h) * (inputs + hidden_size) * element
+    return math.prod(step.grid(batch)) * each <= STEP_BYTES
 
 
 def grid_of(plan):

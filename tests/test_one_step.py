@@ -14,6 +14,7 @@ from problems import BUDGET, Problem, assert_apart, error, floor
 from ptx_emulator import EmulatorError
 from triton_lstm import faults, layer, op
 from triton_lstm.kernels import offline
+from triton_lstm.plan.search import precision_for
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NAMES = "y", "h_n", "c_n"
@@ -24,7 +25,7 @@ def kernel(problem, halves=False):
     (x, w, r, b, h0, c0), _ = problem.tensors()
     bias = lambda d: (None, None) if b is None else (b[d] / 2, b[d] / 2) if halves else (b[d], None)
     weights = [(w[d], r[d], *bias(d)) for d in range(problem.D)]
-    precision = op.one_step_precision(x.dtype, x.device)
+    precision = precision_for(x.dtype, op.tf32_allowed())
     return dict(zip(NAMES, op.sequence.one_step(x, weights, h0, c0, h0.shape, problem.D, precision)))
 
 
@@ -80,8 +81,8 @@ def test_without_bias_state_or_y(dtype):
     weights = [(w[d], r[d], None, None) for d in range(2)]
     with harness.interpreter():
         check(problem, kernel(problem))
-        call = lambda *state, **more: op.sequence.one_step(x, weights, *state, h0.shape, 2, op.one_step_precision(
-            dtype, x.device), **more)
+        call = lambda *state, **more: op.sequence.one_step(x, weights, *state, h0.shape, 2, precision_for(
+            dtype, op.tf32_allowed()), **more)
         for ours, zeros in zip(call(None, None), call(torch.zeros_like(h0), torch.zeros_like(c0)), strict=True):
             assert torch.equal(ours, zeros)
         y, h_n, _ = call(h0, c0, with_y=False)
@@ -94,7 +95,7 @@ def test_a_row_does_not_depend_on_its_place_or_neighbours(dtype):
     problem = Problem(1, 40, 6, 20, 1, dtype)
     (x, w, r, b, h0, c0), _ = problem.tensors()
     run = lambda x, h0, c0: op.sequence.one_step(x, [(w[0], r[0], b[0], None)], h0, c0, h0.shape, 1,
-                                                 op.one_step_precision(dtype, x.device))
+                                                 precision_for(dtype, op.tf32_allowed()))
     order = torch.randperm(40)
     with harness.emulator():
         right = run(x, h0, c0)
@@ -217,6 +218,28 @@ def test_r_need_not_fit():
         got = lstm(x)[0]
     assert len(found) == 1
     torch.testing.assert_close(got, torch.nn.LSTM.forward(lstm, x)[0])
+
+
+def test_many_rows_of_large_layers_go_the_general_way():
+    """Where programs of 32 rows and 16 units would read more than ``STEP_BYTES``, in layers, cells and the operator."""
+    pays = op.launch.step_pays
+    assert pays(1, 1024, 4096, 1, 4)
+    # 32 tiles of rows, 32 tiles of units, 96 rows of x or W, and of h or R
+    read = lambda features: 32 * 32 * 96 * (features + 512) * 4
+    assert read(853) <= op.launch.STEP_BYTES < read(854)
+    assert pays(1024, 853, 512, 1, 4) and not pays(1024, 854, 512, 1, 4) and pays(1024, 854, 512, 1, 2)
+    torch.manual_seed(0)
+    x, lstm, cell = torch.randn(1, 40, 6), triton_lstm.LSTM(6, 9), triton_lstm.LSTMCell(6, 9)
+    w, r, b_ih, b_hh = (p.detach() for p in lstm.parameters())
+    calls = [lambda: lstm(x), lambda: cell(x[0]), lambda: triton_lstm.lstm(x, w, r, b_ih + b_hh)]
+    read = 2 * 1 * 96 * (6 + 9) * 4
+    for most, name in ((read, "forward_step"), (read - 1, "forward_resident")):
+        op.launch.step_pays.cache_clear()
+        with counted() as found, torch.no_grad(), mock.patch.object(op.launch, "STEP_BYTES", most):
+            for call in calls:
+                call()
+        assert [kernel for kernel, _ in found] == [name] * 3
+    op.launch.step_pays.cache_clear()
 
 
 def test_what_the_check_found_wrong_is_avoided():

@@ -1,6 +1,7 @@
 """One step (T = 1) without gradients: one launch a layer, and little work for the host before it.
 
-Such a call needs no plan, so it also runs where R fits no plan. ``layers`` is for eager calls, whose host time counts;
+Such a call needs no plan, so it also runs where R fits no plan. Large layers with many rows go the general way, where
+larger tiles read the weights less often. ``layers`` is for eager calls, whose host time counts;
 the operator of ``op.py`` takes the same kernel for all other calls.
 """
 import functools
@@ -47,10 +48,10 @@ def layers(x, hx, weights, sizes, state, with_y=True):
             return None
     if [t.shape for t in tensors] != _shapes(*sizes, None if hx is None else state):
         return None
-    precision = op.one_step_precision(dtype, device)
+    num_layers, D, I, H, bias = sizes
+    precision = op.one_step_precision(x, max(I, D * H) if num_layers > 1 else I, H, D)
     if precision is None:
         return None
-    _, D, _, _, bias = sizes
     of = [weights[n:n + 4] for n in range(0, len(weights), 4)] if bias else [
         (*weights[n:n + 2], None, None) for n in range(0, len(weights), 2)]
     return op.sequence.one_step(x, of, *(hx or (None, None)), state, D, precision, with_y)

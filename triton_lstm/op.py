@@ -14,7 +14,7 @@ import torch
 from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
 
 from . import faults
-from .kernels import sequence
+from .kernels import launch, sequence
 from .kernels.rows import lengths_and_reset
 from .plan import Limits, Plan, PlanError, check_plan, make_plan
 from .plan.search import precision_for
@@ -91,10 +91,13 @@ def plan_for(x, h0, text, keep_every, zoneout):
     return plan
 
 
-def one_step_precision(dtype, device):
-    """How the kernel for one step without gradients computes products; None if the check found it wrong there."""
-    precision = precision_for(dtype, tf32_allowed())
-    return None if (STEP, "forward", precision) in avoided(device) else precision
+def one_step_precision(x, inputs, hidden_size, directions):
+    """How the kernel for one step without gradients computes products; None if the check found it wrong on x's device,
+    or if it would read too many bytes (``launch.step_pays``). inputs: features of the widest layer."""
+    if not launch.step_pays(x.shape[:-1].numel(), inputs, hidden_size, directions, x.element_size()):
+        return None
+    precision = precision_for(x.dtype, tf32_allowed())
+    return None if (STEP, "forward", precision) in avoided(x.device) else precision
 
 
 def _zoneout(seed, rate_h, rate_c):
@@ -113,7 +116,7 @@ def _lstm(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | N
           save: bool, keep_gates: bool = False, seed: torch.Tensor | None = None, rate_h: float = 0.,
           rate_c: float = 0.) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if (not (save or plan or rate_h or rate_c) and flags is None and batch_sizes is None and len(x) == 1
-            and (precision := one_step_precision(x.dtype, x.device))):
+            and (precision := one_step_precision(x, x.shape[-1], r.shape[-1], len(r)))):
         weights = [(w[d], r[d], None if b is None else b[d], None) for d in range(len(r))]
         y, h_n, c_n = sequence.one_step(x, weights, h0, c0, h0.shape, len(r), precision)
         return y, h_n, c_n, x.new_empty(0, *h0.shape, dtype=torch.float32), x.new_empty(0, 4 * h0.shape[-1])

@@ -51,8 +51,11 @@ def build(folder):
 
 def stand_ins():
     """(owner, name, value) of what to replace so that layers treat any tensors as those of an H100."""
-    def add_product(total, a, b):       # as on CUDA: one product, or one and a sum
-        total.addmm_(a.t(), b) if a.dtype == torch.float32 else total.add_(torch.mm(a.t(), b))
+    def add_product(total, a, b, begun):        # as on CUDA: one product, or one and a sum
+        if begun:
+            total.addmm_(a.t(), b) if a.dtype == torch.float32 else total.add_(torch.mm(a.t(), b))
+        else:
+            torch.mm(a.t(), b, out=total) if a.dtype == total.dtype else torch.mm(a.t(), b)
     runs_kernels = lambda x, dtype: dtype in functional.DTYPES
     return [(functional, "runs_kernels", runs_kernels), (layer, "runs_kernels", runs_kernels),
             (op, "limits_of", lambda device: H100), (sequence, "_add_product", add_product)]

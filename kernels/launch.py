@@ -74,6 +74,7 @@ LOOPS = {
         _grid(plan), R_SLICES=plan.r_slices, BLOCK_B=plan.block_b)),
 }
 COEFFICIENTS, STATES = coefficients, states
+BEFORE_LOOPS = {"coefficients", "states"}       # kernels that run before a backward loop, by name: no R, no products
 STEP = forward_step
 # That ``forward_step`` reads through L2, tile by tile: predicted to take about 0.15 ms, which the host takes for
 # a call of the general way. With more rows and units, products of larger tiles are worth that.

@@ -207,14 +207,21 @@ def _previous(y, h0, flags, rows, d, span):
     return [(slice(None), h.view(-1, H))]
 
 
-def _add_product(total, a, b):
-    """total += a^T b, accumulated in fp32 whatever the operands' type."""
-    if a.dtype == torch.float32:
+def _add_product(total, a, b, begun):
+    """Add a^T b, in fp32 whatever the operands' type, to ``total``, which has no value yet unless it has ``begun``."""
+    options = {}
+    if a.dtype != torch.float32:
+        if a.is_cuda and "dtype" in torch.ops.aten.mm.overloads():
+            if begun:
+                total += torch.mm(a.t(), b, out_dtype=torch.float32)
+                return
+            options = dict(out_dtype=torch.float32)
+        else:
+            a, b = a.float(), b.float()
+    if begun:
         total.addmm_(a.t(), b)
-    elif a.is_cuda and "dtype" in torch.ops.aten.mm.overloads():
-        total += torch.mm(a.t(), b, out_dtype=torch.float32)
     else:
-        total.addmm_(a.t().float(), b.float())
+        torch.mm(a.t(), b, out=total, **options)
 
 
 def backward(*args, **kwargs):
@@ -243,9 +250,12 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
     state = lambda g: (torch.zeros(D, B, H, device=x.device) if g is None else
                        g.to(torch.float32, copy=True, memory_format=torch.contiguous_format))
     dh, dc = state(dh_n), state(dc_n)
-    total = lambda need, *shape: torch.zeros(shape, device=x.device) if need else None
+    # without steps or rows all is zero
+    total = lambda need, *shape: (dh.new_empty if T and B else dh.new_zeros)(shape) if need else None
     dw, dr, db = total(needs[1], *w.shape), total(needs[2], D, 4 * H, H), total(needs[3], D, 4 * H)
-    dx = (x.new_zeros if D == 2 else x.new_empty)(x.shape) if needs[0] else None
+    # of one chunk, the second direction adds to what the first has written
+    adds = D == 2 and T > K
+    dx = (x.new_zeros if adds else x.new_empty)(x.shape) if needs[0] else None
     if T and B:
         r_as_read, c0, h0 = _as_read(r, plan), c0.float().contiguous(), h0.contiguous()
         # packed, the first two are one
@@ -275,7 +285,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
     yield dx
     if T and B:
         for first in reversed(range(0, T, K)):
-            S = min(K, T - first)
+            S, begun = min(K, T - first), first + K < T
             spans = [times_of(d, first, S, T) for d in range(D)]
             a = rows.split(buffer, spans)
             previous = [_previous(y, h0, flags, rows, d, spans[d]) for d in range(D)]
@@ -309,15 +319,18 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
                         if flags is not None and batch_sizes is None:
                             # past a row's end da is zero, but x may be anything
                             of_x[d] = of_x[d].masked_fill(~has(flags[d, slice(*spans[d])], LIVE).view(-1, 1), 0)
-                        _add_product(dw[d], a[d], of_x[d])
+                        _add_product(dw[d], a[d], of_x[d], begun)
                     if dr is not None:
-                        for chosen, h in previous[d]:
-                            _add_product(dr[d], a[d][chosen], h)
+                        for n, (chosen, h) in enumerate(previous[d]):
+                            _add_product(dr[d], a[d][chosen], h, begun or n > 0)
                     if db is not None:
-                        db[d].add_(a[d].sum(0, dtype=torch.float32))
+                        if begun:
+                            db[d].add_(a[d].sum(0, dtype=torch.float32))
+                        else:
+                            torch.sum(a[d], 0, dtype=torch.float32, out=db[d])
                     if dx is not None:
                         out = rows.of(dx, *spans[d])
-                        out.addmm_(a[d], w[d]) if D == 2 else torch.mm(a[d], w[d], out=out)
+                        out.addmm_(a[d], w[d]) if d or adds else torch.mm(a[d], w[d], out=out)
             del previous, of_x          # which may be copies, before the next chunk makes its own
             yield
     cast = lambda g, need: g.to(x.dtype) if need else None

@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from triton_lstm.kernels.launch import BEFORE_LOOPS
 from triton_lstm.kernels.offline import compile_plan
 
 import harness
@@ -113,7 +114,7 @@ def test_read_a_plan(arch, schedule, hidden_size):
         assert loop.bound >= loop.chain > 0 and loop.issue == loop.instructions * plan.num_warps / 4
         # every product of a step once: 16 rows, 4 gates, m16n8k16
         units = hidden_size if schedule == "resident" else plan.block_h
-        products = 0 if name == "coefficients" else 16 * 4 * units * hidden_size // (16 * 8 * 16) // plan.num_warps
+        products = 0 if name in BEFORE_LOOPS else 16 * 4 * units * hidden_size // (16 * 8 * 16) // plan.num_warps
         assert loop.counts["HMMA"] == products
         assert loop.held == (plan.held_bytes if products else 0)
         assert loop.counts["STG"] > 0 and (loop.counts["MUFU"] > 0) == (not name.startswith("backward"))

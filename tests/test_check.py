@@ -222,7 +222,9 @@ def test_candidates():
         for plan in found:
             check_plan(plan, FULL)
         assert chosen.backward in found or dataclasses.replace(chosen, backward_plan=None) in found
-        assert any(dataclasses.replace(plan, backward_plan=chosen.backward_plan) == chosen for plan in found)
+        # keep_every is that of the backward plan
+        both = dict(backward_plan=chosen.backward_plan, keep_every=chosen.keep_every)
+        assert any(dataclasses.replace(plan, **both) == chosen for plan in found)
 
 
 def line(outcome, kind="split", dtype="bf16", what="layer", backward=None, **more):

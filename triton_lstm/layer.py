@@ -193,7 +193,8 @@ class LSTM(torch.nn.RNNBase):
                 layers = [self._stacked(weights, layer, dtype)[:3] for layer in range(self.num_layers)]
                 return wavefront.lstm_layers(x, hx, layers, plan, self.dropout if self.training else 0.)
         keep_gates, h_n, c_n = self.keep_gates, [], []
-        if keep_gates is None and self.num_layers > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if (keep_gates is None and self.num_layers > 1 and torch.is_grad_enabled() and runs_kernels(x, dtype)
+                and not torch.compiler.is_compiling()):
             T, B = x.shape[:2] if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
             plan, _ = on_device(B, self.hidden_size, dtype, D, x.device, zoneout=self._zoned())
             if plan is not None and not plan.keeps_gates(T, self.num_layers):

@@ -81,15 +81,9 @@ def make_plan(batch: int, hidden_size: int, dtype: torch.dtype, directions: int 
         loops = [loop for loop, plan in (("forward", forward), ("backward", backward)) if plan is None]
         raise PlanError("; ".join(reasons) if not plans else
                         f"every kernel that fits is known to be wrong here, {' and '.join(loops)}")
-    if keep_every is None:
-        K = keep_every_for(batch, hidden_size, directions, backward.derives_coefficients)
-        same = forward is backward
-        backward = dataclasses.replace(backward, keep_every=K)
-        forward = backward if same else dataclasses.replace(
-            forward, keep_every=K, backward_plan=backward if forward.backward_plan else None)
     if forward is backward or forward.kind == "wgmma":
         return forward
-    return dataclasses.replace(forward, backward_plan=backward)
+    return dataclasses.replace(forward, backward_plan=backward, keep_every=backward.keep_every)
 
 
 def candidates(batch: int, hidden_size: int, dtype: torch.dtype, directions: int = 1, *, limits: Limits | None = H200,
@@ -113,7 +107,7 @@ def _candidates(batch, hidden_size, dtype, directions, limits, tf32, schedule, k
         raise PlanError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
     precision = precision_for(dtype, tf32)
     layer = dict(hidden_size=hidden_size, directions=directions, batch=batch, precision=precision,
-                 keep_every=keep_every or keep_every_for(batch, hidden_size, directions))
+                 keep_every=keep_every or KEEP_EVERY)
     gluon = limits is not None and limits.cluster > 0 and precision != "tf32x3" and not zoneout
     plans, reasons = [], []
     for plan in itertools.chain(_resident(layer, gluon), _cluster(layer), _grid(layer, limits),
@@ -123,6 +117,9 @@ def _candidates(batch, hidden_size, dtype, directions, limits, tf32, schedule, k
                 reasons.append(f"{schedule}: " + ("R does not fit on the chip" if plan.kind == "streamed" else
                                                   "all of R fits on the chip"))
             continue
+        if keep_every is None:
+            steps = keep_every_for(batch, hidden_size, directions, plan.derives_coefficients)
+            plan = dataclasses.replace(plan, keep_every=steps)
         plans += _fitting([plan], limits, zoneout, reasons)
     return plans, list(dict.fromkeys(reasons))
 

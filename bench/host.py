@@ -8,6 +8,7 @@ works while a GPU does: in a long run a call takes the longer of the two times, 
 ``pretend`` changes the whole process, which should do nothing else.
 """
 import ctypes
+import hashlib
 import importlib.util
 import os
 import pathlib
@@ -34,7 +35,8 @@ def build(folder):
     folder.mkdir(parents=True, exist_ok=True)
     include = pathlib.Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "include"
     root = pathlib.Path(torch.__file__).parent
-    driver, operators = folder / "libcuda.so.1", folder / f"operators-{torch.__version__}.so"
+    source = hashlib.sha256((STUBS / "operators.cpp").read_bytes()).hexdigest()[:8]
+    driver, operators = folder / "libcuda.so.1", folder / f"operators-{torch.__version__}-{source}.so"
     if not driver.exists():
         subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", "-I", include,
                         STUBS / "libcuda.c", "-o", driver], check=True)

@@ -26,6 +26,7 @@ Tensor sumdim(const Tensor&a,at::OptionalIntArrayRef d,bool k,std::optional<at::
   if(d&&d->size()==1&&!k){s.erase(s.begin()+((*d)[0]<0?(*d)[0]+a.dim():(*d)[0]));return at::empty(s,o);} 
   if(d&&d->size()==2&&!k){ std::vector<int64_t> r; for(int64_t i=0;i<a.dim();i++) if(i!=(*d)[0]&&i!=(*d)[1]) r.push_back(s[i]); return at::empty(r,o);} 
   return at::empty({},o);} 
+Tensor& sum_out(const Tensor&a,at::OptionalIntArrayRef d,bool k,std::optional<at::ScalarType> t,Tensor&o){return o;}
 Tensor cat(const at::ITensorListRef& l,int64_t dim){
   auto m=l.materialize(); auto s=m[0].get().sizes().vec(); if(dim<0)dim+=s.size(); s[dim]=0; for(const Tensor&t:m) s[dim]+=t.size(dim); return at::empty(s,m[0].get().options());}
 Tensor masked_fill(const Tensor&a,const Tensor&m,const Scalar&){return at::empty(at::infer_size(a.sizes(),m.sizes()),a.options());}
@@ -35,7 +36,7 @@ TORCH_LIBRARY_IMPL(aten, CPU, m){
  m.impl("fill_.Scalar",fill_); m.impl("zero_",zero_); m.impl("copy_",copy_);
  m.impl("mm",mm); m.impl("mm.out",mm_out); m.impl("addmm",addmm); m.impl("addmm.out",addmm_out); m.impl("addmm_",addmm_); m.impl("bmm",bmm);
  m.impl("add.Tensor",add); m.impl("add_.Tensor",add_); m.impl("mul.Tensor",mul); m.impl("mul_.Tensor",mul_); m.impl("bitwise_and.Tensor",band);
- m.impl("bitwise_not",bnot); m.impl("eq.Tensor",cmp); m.impl("lt.Tensor",cmp); m.impl("where.self",where); m.impl("sum.dim_IntList",sumdim);
+ m.impl("bitwise_not",bnot); m.impl("eq.Tensor",cmp); m.impl("lt.Tensor",cmp); m.impl("where.self",where); m.impl("sum.dim_IntList",sumdim); m.impl("sum.IntList_out",sum_out);
  m.impl("cat",cat); m.impl("gather",gather); m.impl("masked_fill.Scalar",masked_fill); m.impl("bernoulli_.float",bern);
 }
 #include <Python.h>

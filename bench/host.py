@@ -27,6 +27,7 @@ from .correctness import dtype_of
 
 STUBS = pathlib.Path(__file__).parent / "host_stubs"
 WARM_UP = 5             # calls that are not counted
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4       # of glibc's malloc.h
 
 
 def build(folder):
@@ -80,6 +81,11 @@ def pretend(folder):
             self.set_current_device = lambda device: None
 
     ctypes.CDLL(str(folder / "libcuda.so.1"), ctypes.RTLD_GLOBAL)      # found by its name from here on
+    # Memory that was freed is taken again without a system call, as torch's allocator for CUDA does.
+    libc = ctypes.CDLL(None)
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
+        if not libc.mallopt(option, value):
+            raise OSError(f"mallopt refused option {option}")
     driver.set_active(Driver())
     for owner, name, value in stand_ins():
         setattr(owner, name, value)

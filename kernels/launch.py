@@ -150,14 +150,18 @@ def options(kernel, plan, waits, constants):
 _compiled = {}          # by everything that Triton compiles a kernel for
 
 
-def _specialised(arg):
-    """What Triton may compile a kernel for of a run-time argument. Finer than Triton's own rule for integers that it
-    does not specialise on, which costs another entry and no other kernel."""
-    if isinstance(arg, torch.Tensor):
-        return arg.dtype, arg.data_ptr() % 16 == 0
-    if isinstance(arg, int):
-        return arg % 16 == 0, arg == 1, -2 ** 31 <= arg < 2 ** 31
-    return type(arg)
+def _specialised(args):
+    """What Triton may compile a kernel for of run-time arguments: tensors, integers and None. Finer than Triton's own
+    rule for integers that it does not specialise on, which costs another entry and no other kernel."""
+    found = []
+    for arg in args:
+        if arg is None:
+            found.append(None)
+        elif type(arg) is int:
+            found.append((arg % 16 == 0, arg == 1, -2 ** 31 <= arg < 2 ** 31))
+        else:
+            found += arg.dtype, arg.data_ptr() % 16 == 0
+    return found
 
 
 def launch_kernel(kernel, plan, grid, *args, waits, **constants):
@@ -178,8 +182,9 @@ def _launch(kernel, plan, grid, args, waits, constants):
     that kernel with the same arguments, which takes a tenth of the time."""
     device = driver.active.get_current_device()
     key = (id(kernel), device, waits, plan.hidden_size, plan.directions, plan.num_warps, plan.programs,
-           *map(_specialised, args), *constants,
-           *[_specialised(value) if isinstance(value, torch.Tensor) else value for value in constants.values()])
+           *_specialised(args), *constants,
+           *[(value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, torch.Tensor) else value
+             for value in constants.values()])
     found = _compiled.get(key)
     hooks = triton.knobs.runtime        # such as those of Triton's profiler: only Triton's own launch calls them
     if found is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:

@@ -99,9 +99,7 @@ def step_flags(T, B, D, lengths, reset, device):
         place = torch.arange(T, device=device)[:, None] - ends
         flags = table.to(device, non_blocking=True)[:, place.clamp_(-2, 1).add_(2)]
     if reset is not None:
-        fresh = reset.to(torch.uint8)
-        if lengths is not None:
-            fresh *= flags[0] & LIVE.value
+        fresh = reset if lengths is None else reset & flags[0].bitwise_and(LIVE.value).bool()
         begins = [fresh] if D == 1 else [fresh, torch.cat([fresh[1:], torch.zeros_like(fresh[:1])])]
         for d, of_direction in enumerate(begins):
             flags[d].add_(of_direction, alpha=FRESH.value)

@@ -25,7 +25,7 @@ def forward(*args, **kwargs):
 
 
 def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zoneout=None, launcher=None, steps=None,
-                   keep_gates=False):
+                   keep_gates=False, all_live=False):
     """The layer over all steps, as a generator that runs one chunk of steps at a time.
 
     x            (T, B, I), or packed (rows, I)
@@ -39,6 +39,7 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     launcher     stands in for ``launch.launch_kernel``, to compile or emulate instead
     steps        of a chunk; None: as many as the plan takes at a time
     keep_gates   with ``save``: whether backward gets the gates' pre-activations and every c, and recomputes nothing
+    all_live     whether every step of ``flags`` is known to be live, as where only resets made them
 
     The first ``next`` allocates all that outlives a chunk and yields y, not yet written. Each further one runs a chunk.
     x is read only in the chunk that needs it.
@@ -106,7 +107,7 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
         yield
     if batch_sizes is not None:
         last = y[:, :H].index_select(0, rows.begins[1])
-    elif flags is not None:
+    elif flags is not None and not all_live:
         live = has(flags[0], LIVE)
         ends = (live.sum(0) - 1).clamp(min=0)
         last = y[:, :, :H].gather(0, ends.expand(1, B, H))[0]
@@ -114,7 +115,7 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
         last = y[T - 1, :, :H]
     # not stack: inside an operator it returns a view, which the caller could not detach_() or edit in place
     h_n = torch.cat([last[None], rows.of(y, 0, 1)[None, :, H:]] if D == 2 else [last[None]])
-    if batch_sizes is None and flags is not None:
+    if batch_sizes is None and flags is not None and not all_live:
         h_n = torch.where(live.any(0), h_n, h0)
     return y, h_n, c.to(x.dtype), kept, gates
 
@@ -185,7 +186,7 @@ def _input_product(rows, w, b, d, out):
         torch.addmm(b[d], rows, w[d].t(), out=out)
 
 
-def _previous(y, h0, flags, rows, d, span):
+def _previous(y, h0, flags, rows, d, span, all_live):
     """h before the steps at times ``span``: (rows of the chunk, matrix) pairs. The first step's h is h0."""
     (lo, hi), T, B, H = span, rows.T, rows.B, h0.shape[-1]
     columns = rows.of(y, 0, T)[:, d * H:(d + 1) * H]
@@ -203,7 +204,9 @@ def _previous(y, h0, flags, rows, d, span):
     if flags is None:
         return pairs
     h, of = torch.cat([matrix for _, matrix in pairs]).view(hi - lo, B, H), flags[d, lo:hi]
-    h = torch.where(has(of, START), h0[d], h).masked_fill(has(of, FRESH), 0)
+    if not all_live:
+        h = torch.where(has(of, START), h0[d], h)
+    h.masked_fill_(has(of, FRESH), 0)
     return [(slice(None), h.view(-1, H))]
 
 
@@ -230,7 +233,7 @@ def backward(*args, **kwargs):
 
 
 def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, plan, needs, batch_sizes=None,
-                    zoneout=None, launcher=None):
+                    zoneout=None, launcher=None, all_live=False):
     """The gradients of ``forward``, as a generator that runs one chunk of ``plan.keep_every`` steps at a time, from the
     last: it recomputes the gates by products over the whole chunk, unless forward kept them, turns them into
     coefficients, unless the loop does so, then runs the time loop backwards.
@@ -238,6 +241,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
     dy, dh_n, dc_n   gradients of y, h_n, c_n, or None
     y, kept, gates   what ``forward`` returned; gates may also be None
     needs            which of the six gradients are wanted; the others are None
+    all_live         as for ``forward_chunks``
 
     The first ``next`` allocates all that outlives a chunk and yields dx, not yet written. Each further one runs a
     chunk. dy is read only in the chunk that needs it. Returns (dx, dw, dr, db, dh0, dc0).
@@ -288,7 +292,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
             S, begun = min(K, T - first), first + K < T
             spans = [times_of(d, first, S, T) for d in range(D)]
             a = rows.split(buffer, spans)
-            previous = [_previous(y, h0, flags, rows, d, spans[d]) for d in range(D)]
+            previous = [_previous(y, h0, flags, rows, d, spans[d], all_live) for d in range(D)]
             of_x = [rows.of(x, *span) for span in spans]
             if keep_gates:
                 of_gates = _gates_of(gates, rows, spans, first)
@@ -316,7 +320,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
             with products_in(plan.precision):
                 for d in range(D):
                     if dw is not None:
-                        if flags is not None and batch_sizes is None:
+                        if flags is not None and batch_sizes is None and not all_live:
                             # past a row's end da is zero, but x may be anything
                             of_x[d] = of_x[d].masked_fill(~has(flags[d, slice(*spans[d])], LIVE).view(-1, 1), 0)
                         _add_product(dw[d], a[d], of_x[d], begun)

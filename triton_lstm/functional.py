@@ -130,7 +130,7 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
         raise ValueError(f"keep_every must be at least 1, got {keep_every}")
     if weight_hr is not None and P >= H:
         raise ValueError(f"a projection must have fewer units than the layer, got {P} of {H}")
-    lengths, reset = _checked(lengths, (B,), "lengths", x.device), _checked(reset, (T, B), "reset", x.device)
+    lengths, reset = checked(lengths, (B,), "lengths", x.device), checked(reset, (T, B), "reset", x.device)
     rates, seed = zoneout_rates(zoneout), None
     if any(rates) and weight_hr is not None:
         raise ValueError(f"zoneout={zoneout} with a projection is not implemented")
@@ -156,10 +156,7 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
         if hx is not None and lengths is not None:
             h_n = torch.where((lengths > 0)[:, None], h_n, h0)
         return project(m, weight_hr), (h_n if T else h0.clone(), c_n)
-    if packed:
-        sizes = batch_sizes.to(x.device, non_blocking=True)
-        lengths = (torch.arange(B, device=x.device) < sizes[:, None]).sum(0)
-    flags = None if lengths is None and reset is None else step_flags(T, B, D, lengths, reset, x.device)
+    flags = flags_of(T, B, D, lengths, reset, batch_sizes, x.device)
     # vmap hides whether what it wraps requires grad
     save = torch.is_grad_enabled() and (transformed() or any(t is not None and t.requires_grad for t in inputs))
     steps = keep_every if plan is None else plan.keep_every
@@ -203,7 +200,15 @@ def _symbolic_keep_every(B, H, D):
     return torch.sym_min(torch.sym_max(steps, 16), KEEP_EVERY)
 
 
-def _checked(mask, shape, name, device):
+def flags_of(T, B, D, lengths, reset, batch_sizes, device):
+    """The step flags of a call with these arguments, or None if it needs none."""
+    if batch_sizes is not None:
+        sizes = batch_sizes.to(device, non_blocking=True)
+        lengths = (torch.arange(B, device=device) < sizes[:, None]).sum(0)
+    return None if lengths is None and reset is None else step_flags(T, B, D, lengths, reset, device)
+
+
+def checked(mask, shape, name, device):
     """``lengths`` or ``reset``, moved to the device. Raises unless the shape and type are right."""
     if mask is None:
         return None

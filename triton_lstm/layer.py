@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.modules.rnn import LSTM as _TorchLSTM  # stays torch's where a program puts ours in torch.nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import apart, one_step, wavefront
+from . import apart, eager, one_step, wavefront
 from .functional import DTYPES, lstm, runs_kernels, zoneout_rates
 from .op import on_device
 from .plan import Plan
@@ -192,6 +192,13 @@ class LSTM(torch.nn.RNNBase):
             if plan is not None:
                 layers = [self._stacked(weights, layer, dtype)[:3] for layer in range(self.num_layers)]
                 return wavefront.lstm_layers(x, hx, layers, plan, self.dropout if self.training else 0.)
+        if not torch.compiler.is_compiling() and not (self.plan or self.proj_size or self.zoneout) and (
+                runs_kernels(x, dtype)):
+            found = eager.layers(x, hx, [w.to(dtype) for w in weights],
+                                 (self.num_layers, D, self.input_size, self.hidden_size, self.bias),
+                                 self.dropout if self.training else 0., self.keep_gates, batch_sizes, **masks)
+            if found is not None:
+                return found
         keep_gates, h_n, c_n = self.keep_gates, [], []
         if (keep_gates is None and self.num_layers > 1 and torch.is_grad_enabled() and runs_kernels(x, dtype)
                 and not torch.compiler.is_compiling()):

@@ -4,22 +4,11 @@ Such a call needs no plan, so it also runs where R fits no plan. Large layers wi
 larger tiles read the weights less often. ``layers`` is for eager calls, whose host time counts;
 the operator of ``op.py`` takes the same kernel for all other calls.
 """
-import functools
-
 import torch
 from torch.autograd import forward_ad
 
 from . import op
-
-
-@functools.lru_cache
-def _shapes(num_layers, directions, input_size, hidden_size, bias, state):
-    """The shapes of the weights in the order of nn.LSTM, followed by those of h0 and c0 if there is a ``state``."""
-    shapes = []
-    for layer in range(num_layers):
-        own = [(4 * hidden_size, directions * hidden_size if layer else input_size), (4 * hidden_size, hidden_size)]
-        shapes += (own + [(4 * hidden_size,)] * (2 if bias else 0)) * directions
-    return shapes + ([state, state] if state else [])
+from .eager import shapes_of
 
 
 def layers(x, hx, weights, sizes, state, with_y=True):
@@ -46,7 +35,7 @@ def layers(x, hx, weights, sizes, state, with_y=True):
     for t in tensors:
         if t is None or t.dtype != dtype or t.device != device or gradients and t.requires_grad:
             return None
-    if [t.shape for t in tensors] != _shapes(*sizes, None if hx is None else state):
+    if [t.shape for t in tensors] != [*shapes_of(*sizes), *([] if hx is None else [state] * 2)]:
         return None
     num_layers, D, I, H, bias = sizes
     precision = op.one_step_precision(x, max(I, D * H) if num_layers > 1 else I, H, D)

@@ -309,6 +309,11 @@ def plain(*tensors):
             and not torch._C._len_torch_dispatch_stack() and torch._C._get_tracing_state() is None)
 
 
+def batched(*tensors):
+    """Whether ``is_grads_batched`` runs over ``tensors``, which have the types of others."""
+    return any(t is not None and is_legacy_batchedtensor(t) for t in tensors)
+
+
 def differentiable(op, *args):
     """``op`` of ``args``, with gradients to any order.
 
@@ -316,7 +321,7 @@ def differentiable(op, *args):
     and refuses what custom operators register for autograd. Everything else sees the operator.
     """
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    if plain(*tensors) and not any(map(is_legacy_batchedtensor, tensors)):
+    if plain(*tensors) and not batched(*tensors):
         function, differentiated = _eager[op]
         needed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         return differentiated.apply(*args) if needed else function(*args)

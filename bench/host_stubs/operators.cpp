@@ -30,6 +30,7 @@ Tensor& sum_out(const Tensor&a,at::OptionalIntArrayRef d,bool k,std::optional<at
 Tensor cat(const at::ITensorListRef& l,int64_t dim){
   auto m=l.materialize(); auto s=m[0].get().sizes().vec(); if(dim<0)dim+=s.size(); s[dim]=0; for(const Tensor&t:m) s[dim]+=t.size(dim); return at::empty(s,m[0].get().options());}
 Tensor masked_fill(const Tensor&a,const Tensor&m,const Scalar&){return at::empty(at::infer_size(a.sizes(),m.sizes()),a.options());}
+Tensor& masked_fill_(Tensor&a,const Tensor&,const Scalar&){return a;}
 Tensor& bern(Tensor&a,double,std::optional<at::Generator>){return a;}
 Tensor gather(const Tensor&a,int64_t,const Tensor&i,bool){return at::empty(i.sizes(),a.options());}
 TORCH_LIBRARY_IMPL(aten, CPU, m){
@@ -37,7 +38,7 @@ TORCH_LIBRARY_IMPL(aten, CPU, m){
  m.impl("mm",mm); m.impl("mm.out",mm_out); m.impl("addmm",addmm); m.impl("addmm.out",addmm_out); m.impl("addmm_",addmm_); m.impl("bmm",bmm);
  m.impl("add.Tensor",add); m.impl("add_.Tensor",add_); m.impl("mul.Tensor",mul); m.impl("mul_.Tensor",mul_); m.impl("bitwise_and.Tensor",band);
  m.impl("bitwise_not",bnot); m.impl("eq.Tensor",cmp); m.impl("lt.Tensor",cmp); m.impl("where.self",where); m.impl("sum.dim_IntList",sumdim); m.impl("sum.IntList_out",sum_out);
- m.impl("cat",cat); m.impl("gather",gather); m.impl("masked_fill.Scalar",masked_fill); m.impl("bernoulli_.float",bern);
+ m.impl("cat",cat); m.impl("gather",gather); m.impl("masked_fill.Scalar",masked_fill); m.impl("masked_fill_.Scalar",masked_fill_); m.impl("bernoulli_.float",bern);
 }
 #include <Python.h>
 static PyModuleDef d={PyModuleDef_HEAD_INIT,"noop",0,-1,0};

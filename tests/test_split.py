@@ -94,48 +94,64 @@ def test_nans_arrive(dtype):
     run(NotFinite(4, 4, 2, 33, dtype=dtype, tf32=dtype == FP32))
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_wide_nans_arrive(dtype):
+    run(NotFinite(4, 4, 2, 33, dtype=dtype, tf32=dtype == FP32), room=0)
+
+
 BROKEN = Problem(4, 12, 2, 33, dtype=BF16)          # has rows in both halves of a tile
 
 
-def caught(**options):
-    return harness.caught(BROKEN, BROKEN.split_plan(), seeds=4, memory="weak", **options)
+def caught(room=None, **options):
+    return harness.caught(BROKEN, BROKEN.split_plan(room=room), seeds=4, memory="weak", **options)
 
 
+@pytest.mark.parametrize("room", [None, 0])
 @pytest.mark.parametrize("wait, broken", [("@!", ""), ("vote.sync.any", "vote.sync.all")],
                          ids=["no wait", "a wait for any"])
-def test_a_broken_wait_is_caught(wait, broken):
+def test_a_broken_wait_is_caught(wait, broken, room):
     """Edits the loop of a wait in the PTX. Threads of a warp wait for h of two programs."""
     def edit(ptx):
         start, end = ptx.index("LOOK:"), ptx.index("bra LOOK")
         assert wait in ptx[start:end]
         return ptx[:start] + ptx[start:end].replace(wait, broken) + ptx[end:]
 
-    assert not caught()
-    assert caught(edit=edit, only=["forward_split"])
+    assert not caught(room)
+    assert caught(room, edit=edit, only=["forward_split"])
 
 
-@pytest.mark.parametrize("which", [-1, -2])
-def test_a_missing_barrier_is_caught(which):
+@pytest.mark.parametrize("which, room", [(-1, None), (-2, None), (-1, 0), (-2, 0)])
+def test_a_missing_barrier_is_caught(which, room):
     """A step has two barriers: before the products of the warps are added up, and before the next products overwrite
     them."""
     def edit(ptx):
         at = [m.start() for m in re.finditer(r"bar\.sync", ptx)][which]
         return ptx[:at] + "//" + ptx[at:]
 
-    assert caught(edit=edit, only=["forward_split"])
+    assert caught(room, edit=edit, only=["forward_split"])
 
 
-def test_a_lost_store_is_caught():
+@pytest.mark.parametrize("room", [None, 0])
+def test_a_lost_store_is_caught(room):
     def edit(ptx):
         return re.sub(r"st\.relaxed[^;]*;", "", ptx, count=1)
 
     with harness.emulator(edit=edit, only=["forward_split"]), pytest.raises(Deadlock):
-        BROKEN.ours(plan=BROKEN.split_plan())
+        BROKEN.ours(plan=BROKEN.split_plan(room=room))
+
+
+def test_a_lost_part_of_r_is_caught():
+    """R in shared memory is stored once, before the time loop."""
+    def edit(ptx):
+        return re.sub(r"st\.shared[^;]*;", "", ptx, count=1)
+
+    assert caught(0, edit=edit, only=["forward_split"])
 
 
 def check_compiled(plan, dtype, arch=90, flagged=False):
     """In both time loops R is in registers, in a wide plan a part of it, a step has at most two barriers, and nothing
-    spills. In forward R in shared memory is read once a step, 512 bytes by a warp at a time."""
+    spills. R in shared memory is read once a step, 512 bytes by a warp at a time. In backward every warp reads the
+    four da of 16 rows likewise."""
     kernels = compile_plan(plan, dtype, arch, flagged=flagged)
     for name in ("forward_split", *["backward_split"] * (plan.backward.kind == "split")):
         report = read(kernels[name])
@@ -145,9 +161,11 @@ def check_compiled(plan, dtype, arch=90, flagged=False):
         least = min(plan.register_bytes, 4 * plan.block_h * plan.hidden_size * dtype.itemsize)
         assert loop.held >= (plan.register_bytes if "forward" in name else least), name
         assert report.shared <= plan.shared_bytes
+        target = 4 * plan.block_h * dtype.itemsize              # bytes of R, for one target
+        held = target * sum(width for _, width in plan.target_slices) if "backward" in name else plan.held_bytes
+        first = 16 * target if "backward" in name else 0
+        assert loop.counts["LDSM"] == max(held - plan.register_room, 0) / (512 * plan.num_warps) + first / 512, name
         assert kernels[name].metadata.num_ctas == 1 and kernels[name].metadata.launch_cooperative_grid
-    loop = read(kernels["forward_split"]).time_loop
-    assert loop.counts["LDSM"] == (plan.held_bytes - plan.register_bytes) / (512 * plan.num_warps)
 
 
 @pytest.mark.parametrize("arch, limits", [(80, A100), (89, RTX_4090), (90, dataclasses.replace(H200, cluster=1))],

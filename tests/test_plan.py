@@ -65,6 +65,23 @@ def test_chosen_clusters():
     assert make_plan(16, 512, torch.bfloat16, limits=dataclasses.replace(CLUSTERS, cluster=1)).schedule == "grid"
 
 
+def test_wide_or_streamed():
+    """A wide split plan is chosen for few rows. For many rows backward's streamed tiles of 32 rows are cheaper, and in
+    forward wgmma plans where R fits the shared memory of their programs."""
+    def kinds(batch, H, dtype=torch.bfloat16, directions=1):
+        plan = make_plan(batch, H, dtype, directions, limits=H200)
+        return plan.variant, plan.backward.variant
+
+    assert {kinds(batch, H) for batch in (1, 17, 32, 48) for H in (1088, 1150)} == {("wide split",) * 2}
+    assert kinds(100, 1150) == ("wgmma", "wide split") and kinds(100, 2048) == ("wide split",) * 2
+    assert kinds(512, 1088) == kinds(512, 1150) == ("wgmma", "streamed")
+    assert kinds(512, 2048) == ("wide split", "streamed")
+    assert kinds(80, 1150, torch.float32) == kinds(512, 1150, torch.float32) == ("wide split",) * 2
+    assert kinds(16, 2112) == ("wide split",) * 2 and kinds(16, 2128)[1] == "streamed"
+    # two directions take twice as many programs
+    assert kinds(16, 1056, directions=2) == ("wide split",) * 2 and kinds(16, 1072, directions=2)[1] == "streamed"
+
+
 def test_cluster_bytes():
     """R of 4 gates x 512 units x 512 units is shared by 8 programs. Half of it is in registers."""
     plan = make_plan(16, 512, torch.bfloat16, limits=dataclasses.replace(CLUSTERS, cluster=8), schedule="cluster")

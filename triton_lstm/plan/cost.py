@@ -26,9 +26,11 @@ WIDE_STEP = {("native", "forward"): 1060, ("native", "backward"): 720, ("tf32", 
              ("tf32", "backward"): 530}
 WIDE_PRODUCTS = {("native", "forward"): 0.61, ("native", "backward"): 1.47, ("tf32", "forward"): 0.83,
                  ("tf32", "backward"): 1.17}
-# A pass of a streamed tile over ``block_k`` units whose part of R is read from L2, and what its backward loop takes
-# beside passes. Backward passes over fewer than 64 units take longer, and more so with more rows.
-STREAMED_PASS, STREAMED_STEP = {"forward": 250, "backward": 475}, 1400
+# A pass of a streamed tile over ``block_k`` units whose part of R is read from L2. What its backward loop takes beside
+# passes, and in all at least. Backward passes over fewer than 64 units take longer, and more so with more rows.
+STREAMED_PASS, STREAMED_STEP, STREAMED_LEAST = {"forward": 250, "backward": 475}, 1400, 3700
+# What 16-bit types multiply that by where rows of R do not start at multiples of 16 bytes, so that loads are shorter.
+STREAMED_UNALIGNED = 1.15
 # What to multiply the mean of both loops by to get one of them, where the two differ much.
 LOOP_SHARE = {("split", "forward"): 0.9, ("split", "backward"): 1.1, ("grid", "forward"): 1.15,
               ("grid", "backward"): 0.85}
@@ -75,7 +77,9 @@ def _streamed_cycles(plan, multiprocessors, loop):
         tile = TILE_STEP + plan.hidden_size + TILE_WORK * (work + h / L2_BYTES) + STREAMED_PASS[loop] * passes
     else:
         longer = (64 / block_k * plan.block_b / 16) ** 0.5 if block_k < 64 else 1
-        tile = STREAMED_STEP + STREAMED_PASS[loop] * longer * passes
+        tile = max(STREAMED_STEP + STREAMED_PASS[loop] * longer * passes, STREAMED_LEAST)
+    if plan.precision == "native" and plan.hidden_size % 8:
+        tile *= STREAMED_UNALIGNED
     tile = max(tile, plan.streamed_bytes / L2_BYTES)
     return plan.tiles * tile + max(L2_EXCHANGE - (plan.tiles - 1) * tile, 0)
 

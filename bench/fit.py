@@ -20,7 +20,7 @@ CONSTANTS = [("RESIDENT_STEP", None), ("TILE_STEP", None), ("TILE_WORK", None), 
              *(("STREAMED_PASS", loop) for loop in ("forward", "backward")),
              *((name, key) for name in ("GLUON_STEP", "SPLIT_STEP", "SPLIT_PRODUCTS", "WARP_GROUP_STEP",
                                         "WARP_GROUP_UNIT", "WARP_GROUP_LOOK") for key in ("native", "tf32")),
-             *(("LOOP_SHARE", key) for key in model.LOOP_SHARE)]
+             *((name, key) for name in ("WIDE_PRODUCTS", "LOOP_SHARE") for key in getattr(model, name))]
 ROUNDS, DIFFERENCE = 60, 1e-4
 
 

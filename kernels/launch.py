@@ -67,9 +67,9 @@ LOOPS = {
     ("streamed", "forward"): _grid_forward,
     ("streamed", "backward"): _grid_backward,
     ("split", "forward"): Loop(forward_split, lambda plan: dict(
-        _grid(plan), R_SLICES=plan.r_slices, UNITS_PER_WARP=plan.held // plan.num_warps)),
+        _grid(plan), R_SLICES=plan.r_slices, UNITS_PER_WARP=plan.held // plan.num_warps, HELD=plan.register_room)),
     ("split", "backward"): Loop(backward_split, lambda plan: dict(
-        _grid(plan), TARGET_SLICES=plan.target_slices, PROGRAMS=plan.programs)),
+        _grid(plan), TARGET_SLICES=plan.target_slices, PROGRAMS=plan.programs, HELD=plan.register_room)),
     ("wgmma", "forward"): Loop(forward_wgmma, lambda plan: dict(
         _grid(plan), R_SLICES=plan.r_slices, BLOCK_B=plan.block_b)),
 }

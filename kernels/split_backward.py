@@ -1,7 +1,7 @@
 """The backward time loop for few batch rows: ``backward_split``.
 
 Programs share R and exchange shares of dh through the second-level cache, as in ``portable_backward.backward_grid``.
-Each has its rows of R in registers.
+Each has its rows of R in registers, and in shared memory what does not fit there.
 
 A thread has one unit of one row, or two adjacent ones. Each warp waits by itself for the shares of dh of its units from
 all programs. The four da of all units of the program then meet in shared memory, once a step, where every warp reads
@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .exchange import flag_of, flagged, look_at_words, unflagged, wait_for_shares
-from .layouts import load_r, load_there, powers, shared_layout, split_unit_layout
+from .layouts import in_registers, load_r, load_there, powers, shared_layout, split_unit_layout
 from .precision import round_tf32
 from .rows import BEFORE, CUT, END, FRESH, LIVE, chunk_shift, load_flags, padded_or_packed, rows_at
 from .waiting import BACKWARD_SPLIT
@@ -29,8 +29,8 @@ def sent_layout(width, warps):
 
 
 @gluon.jit
-def load_r_targets(r_ptr, p, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr, R: gl.constexpr):
-    """The rows of R of program p's units, gates innermost, for WIDTH targets, as second operand."""
+def load_r_targets(r_ptr, p, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr):
+    """The rows of R of program p's units, gates innermost, for WIDTH targets in the order of a second operand."""
     W: gl.constexpr = gl.num_warps()
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [W, 1], [1, 0])
     k = gl.arange(0, 4 * BLOCK_H, gl.SliceLayout(1, LAYOUT))[:, None]
@@ -38,25 +38,27 @@ def load_r_targets(r_ptr, p, start, WIDTH: gl.constexpr, H: gl.constexpr, BLOCK_
     unit = p * BLOCK_H + k // 4
     r = load_r(r_ptr + (k % 4 * H + unit) * H + target, (unit < H) & (target < H))
     r = r.reshape(4 * BLOCK_H, WIDTH // (16 * W), W, 4, 2, 2).permute(0, 1, 4, 2, 3, 5)
-    return gl.convert_layout(r.reshape(4 * BLOCK_H, WIDTH), R)
+    return r.reshape(4 * BLOCK_H, WIDTH)
 
 
 @gluon.constexpr_function
-def stores(count, groups, row, group):
+def stores(count, groups, row, group, together):
     """Assembly that stores the ``count`` words of a thread, and the constraints of its operands, words and then
     addresses. It uses the first address only. Eight words, four adjacent ones in each of two rows ``row`` bytes apart,
-    make a group; groups are ``group`` bytes apart."""
+    make a group; groups are ``group`` bytes apart. If the warp goes on ``together`` the assembler moves no product from
+    behind the stores to before them."""
     lines = []
     for n in range(0, count, 4):
         words = ", ".join(f"${count + n + i}" for i in range(4))
         behind = n // 4 % 2 * row + n // 8 * group
         lines += [f"st.relaxed.gpu.global.v4.b32 [${2 * count}+{behind}], {{{words}}};"]
-    lines += [f"mov.b32 ${n}, 0;" for n in range(count)]
+    lines += [f"mov.b32 ${n}, 0;" for n in range(count)] + ["bar.warp.sync -1;"] * together
     return " ".join(lines), ",".join(["=r"] * count + ["r"] * count + ["l"] * count)
 
 
 @gluon.jit
-def send_shares(slot, share, p, flag, START: gl.constexpr, PROGRAMS: gl.constexpr, BLOCK_H: gl.constexpr):
+def send_shares(slot, share, p, flag, START: gl.constexpr, PROGRAMS: gl.constexpr, BLOCK_H: gl.constexpr,
+                WIDE: gl.constexpr):
     """Send program p's shares of dh to the programs that have the units. ``share``: an accumulator of the targets from
     START on; ``slot``: the half of the memory for shares, at the tile."""
     W: gl.constexpr = gl.num_warps()
@@ -70,7 +72,7 @@ def send_shares(slot, share, p, flag, START: gl.constexpr, PROGRAMS: gl.constexp
     to = (target // BLOCK_H * OWNER + p * AREA + gl.arange(0, 16, gl.SliceLayout(1, TO))[:, None] * BLOCK_H
           + target % BLOCK_H)
     COUNT: gl.constexpr = WIDTH // (2 * W)
-    ASM: gl.constexpr = stores(COUNT, WIDTH // (16 * W), 8 * BLOCK_H * 4, 16 * W // BLOCK_H * OWNER * 4)
+    ASM: gl.constexpr = stores(COUNT, WIDTH // (16 * W), 8 * BLOCK_H * 4, 16 * W // BLOCK_H * OWNER * 4, WIDE)
     gl.inline_asm_elementwise(ASM[0], ASM[1], [bits, (slot + to).to(gl.uint64)], dtype=gl.int32, is_pure=False,
                               pack=COUNT)
 
@@ -167,13 +169,14 @@ def step(inputs, dh, staged, da_ptr, dc_ptr, dy_ptr, flags_ptr, offsets_ptr, s, 
 def backward_split(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, T, S, B, first, tiles, stride_dyt, stride_dyb,
                    stride_dyh,
                    H: gl.constexpr, DIRECTIONS: gl.constexpr, TARGET_SLICES: gl.constexpr, BLOCK_H: gl.constexpr,
-                   PROGRAMS: gl.constexpr, PADDED_PROGRAMS: gl.constexpr, DY_UNIT: gl.constexpr,
+                   PROGRAMS: gl.constexpr, PADDED_PROGRAMS: gl.constexpr, HELD: gl.constexpr, DY_UNIT: gl.constexpr,
                    PRECISION: gl.constexpr,
                    dy_ptr=None, flags_ptr=None, offsets_ptr=None, stuck_ptr=None, limit=None, BATCH: gl.constexpr = 64):
     """As ``portable_backward.backward_grid`` in tiles of 16 rows, without zoneout.
 
-    TARGET_SLICES cut the targets into powers of two, 16 targets for each warp at least. BATCH: how many words of shares
-    a thread waits for at a time.
+    TARGET_SLICES cut the targets into powers of two, 16 targets for each warp at least. R of the first of them, as many
+    as fit HELD bytes, is in registers, that of the others in shared memory. BATCH: how many words of shares a thread
+    waits for at a time; twice as many where part of R is in shared memory.
     """
     p, group, d = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     dtype: gl.constexpr = da_ptr.dtype.element_ty
@@ -184,7 +187,11 @@ def backward_split(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, T, S, B, 
     ACC: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, W], [16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 32 // BITS)
     R: gl.constexpr = gl.DotOperandLayout(1, ACC, 32 // BITS)
-    PER_BATCH: gl.constexpr = BATCH * 16 // BLOCK_H
+    TARGET_BYTES: gl.constexpr = 4 * BLOCK_H * BITS // 8        # of R, for one target
+    # Then many programs share R, and fewer registers have it. But the products of all slices at once, which is the
+    # order that the assembler prefers, would take more than there are.
+    WIDE: gl.constexpr = (TARGET_SLICES[-1][0] + TARGET_SLICES[-1][1]) * TARGET_BYTES > HELD
+    PER_BATCH: gl.constexpr = (2 * BATCH if WIDE else BATCH) * 16 // BLOCK_H
     of_tile = gl.to_tensor(PADDED_PROGRAMS * PROGRAMS * AREA).to(gl.int64)       # many tiles of wide layers pass 2^31
     share_ptr += (d * gl.num_programs(1) + group) * tiles * of_tile
     half = gl.num_programs(2) * gl.num_programs(1) * tiles * of_tile
@@ -195,7 +202,13 @@ def backward_split(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, T, S, B, 
     inside = None if PROGRAMS * BLOCK_H == H else unit < H
     r = ()
     for j in gl.static_range(len(TARGET_SLICES)):
-        r += (load_r_targets(r_ptr, p, TARGET_SLICES[j][0], TARGET_SLICES[j][1], H, BLOCK_H, R),)
+        part = load_r_targets(r_ptr, p, TARGET_SLICES[j][0], TARGET_SLICES[j][1], H, BLOCK_H)
+        if (TARGET_SLICES[j][0] + TARGET_SLICES[j][1]) * TARGET_BYTES <= HELD:
+            part = gl.convert_layout(part, R)
+        else:
+            part = gl.allocate_shared_memory(dtype, part.shape, shared_layout(BITS, 1024 // BITS, [0, 1], None, 1),
+                                             part)
+        r += (part,)
     # Two buffers for da, so a step ends with da of the next step: see ``layouts.buffers``.
     staged = gl.allocate_shared_memory(dtype, [2, 16, 4 * BLOCK_H], shared_layout(BITS, 1024 // BITS, [1, 0], None, 1))
     n, s, m = 0, S - 1, 0
@@ -217,8 +230,8 @@ def backward_split(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, share_ptr, T, S, B, 
         slot = share_ptr + m * of_tile + turn % 2 * half
         for j in gl.static_range(len(TARGET_SLICES)):
             share = gl.full((16, TARGET_SLICES[j][1]), 0., gl.float32, ACC)
-            share = mma_v2(da, r[j], share, input_precision="tf32")
-            send_shares(slot, share, p, flag_of(turn), TARGET_SLICES[j][0], PROGRAMS, BLOCK_H)
+            share = mma_v2(da, in_registers(r[j], R), share, input_precision="tf32")
+            send_shares(slot, share, p, flag_of(turn), TARGET_SLICES[j][0], PROGRAMS, BLOCK_H, WIDE)
         n, s, m = n + 1, next_s, next_m
         if s >= 0:
             row = (group * tiles + m) * 16 + rows

@@ -3,9 +3,10 @@
 Programs share R and exchange h through the second-level cache, as in ``portable_forward.forward_grid``. The warps of a
 program split the units that feed among themselves.
 
-A warp has R of its part of these units, for all columns of the program, in registers. It waits for h of these units
-only, and loads h from the cache into the registers from which the tensor core reads it. The products of the warps are
-added up through shared memory, once a step. Columns are hidden units, gates innermost.
+A warp has R of its part of these units, for all columns of the program, in registers, and in shared memory what does
+not fit there. It waits for h of these units only, and loads h from the cache into the registers from which the tensor
+core reads it. The products of the warps are added up through shared memory, once a step. Columns are hidden units,
+gates innermost.
 
 The head and the tail of a step are the same as in ``wgmma_forward``. As helpers for both they compile to the same
 instructions in another order, in TF32 to others. So they are written out in both files: a change belongs in both.
@@ -16,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .cell import cell_for
 from .exchange import bits_of, send, wait_for_words
-from .layouts import load_gates, load_r, powers, split_unit_layout, store_gates, unit_of
+from .layouts import in_registers, load_gates, load_r, powers, split_unit_layout, store_gates, unit_of
 from .precision import round_tf32
 from .rows import FRESH, LIVE, chunk_shift, load_flags, rows_at
 from .waiting import FORWARD_SPLIT
@@ -50,6 +51,14 @@ def sent_layout(bits, units, warps):
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 1]], lane_bases=[[0, 0]] + [[0, 2 * n] for n in powers(8)] + [[1, 0]],
         warp_bases=[[2 * n, 0] for n in powers(warps)], block_bases=[], shape=[16, units])
+
+
+@gluon.constexpr_function
+def by_warp_layout(bits, width):
+    """Shared memory (warps, units, columns) of a slice of R: ldmatrix reads 16 bytes of each of eight columns. A column
+    has 128 bytes, which fill the banks once, or if ``width`` units take less several columns fill them."""
+    columns = max(1024 // (width * bits), 1)
+    return gl.SwizzledSharedLayout(128 // bits, columns, 8 // columns, [1, 2, 0])
 
 
 @gluon.jit
@@ -109,10 +118,11 @@ def send_units(tile, h, p, UNITS: gl.constexpr):
 @gluon.jit(do_not_specialize=["T", "S", "B", "first", "keep_every", "tiles", "limit"])
 def forward_split(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B, first, keep_every, tiles,
                   H: gl.constexpr, DIRECTIONS: gl.constexpr, R_SLICES: gl.constexpr, BLOCK_H: gl.constexpr,
-                  PADDED_PROGRAMS: gl.constexpr, UNITS_PER_WARP: gl.constexpr, PRECISION: gl.constexpr,
+                  PADDED_PROGRAMS: gl.constexpr, UNITS_PER_WARP: gl.constexpr, HELD: gl.constexpr,
+                  PRECISION: gl.constexpr,
                   flags_ptr=None, offsets_ptr=None, stuck_ptr=None, limit=None, KEEP_GATES: gl.constexpr = False):
     """As ``portable_forward.forward_grid``, without zoneout, in tiles of 16 rows. R_SLICES cut the UNITS_PER_WARP units
-    of a warp."""
+    of a warp. The first of them, as many as fit HELD bytes, are in registers, the others in shared memory."""
     p, group, d = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     BITS: gl.constexpr = dtype.primitive_bitwidth
@@ -124,13 +134,17 @@ def forward_split(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B
     ACC: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 32 // BITS)
     R: gl.constexpr = gl.DotOperandLayout(1, ACC, 32 // BITS)
+    UNIT_BYTES: gl.constexpr = W * 4 * BLOCK_H * BITS // 8          # of R, for one unit of each warp
     sent_ptr += ((d * gl.num_programs(1) + group) * tiles).to(gl.int64) * AREA
     step_of_sent = (gl.num_programs(2) * gl.num_programs(1) * tiles).to(gl.int64) * AREA
     r_ptr += d * (4 * H * H)
     x_ptr += chunk_shift(offsets_ptr, d, T, S, B, first) * (4 * H)
     r = ()
     for k in gl.static_range(len(R_SLICES)):
-        r += (load_r_by_warp(r_ptr, p, R_SLICES[k][0], R_SLICES[k][1], UNITS_PER_WARP, H, BLOCK_H, R),)
+        part = load_r_by_warp(r_ptr, p, R_SLICES[k][0], R_SLICES[k][1], UNITS_PER_WARP, H, BLOCK_H, R)
+        if (R_SLICES[k][0] + R_SLICES[k][1]) * UNIT_BYTES > HELD:
+            part = gl.allocate_shared_memory(dtype, part.shape, by_warp_layout(BITS, R_SLICES[k][1]), part)
+        r += (part,)
     partial = gl.allocate_shared_memory(gl.float32, [W, 16, 4 * BLOCK_H], gl.SwizzledSharedLayout(4, 1, 8, [2, 1, 0]))
     rows = gl.arange(0, 16, gl.SliceLayout(1, UNIT))[:, None]
     unit = p * BLOCK_H + gl.arange(0, BLOCK_H, gl.SliceLayout(0, UNIT))[None, :]
@@ -174,7 +188,7 @@ def forward_split(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B
         watch = (stuck_ptr, limit, first, s, m)
         for k in gl.static_range(len(R_SLICES)):
             h = words_as_operand_by_warp(wait_for_words(words[k], at[k], watch, 0, W, FORWARD_SPLIT), dtype, A)
-            a = mma_v2(h, r[k], a, input_precision="tf32")
+            a = mma_v2(h, in_registers(r[k], R), a, input_precision="tf32")
         partial.store(a)
         a = gl.sum(partial.load(sums_layout(BLOCK_H, W)), 0).reshape(16, BLOCK_H, 2, 2)
         even, odd = a.split()

@@ -5,7 +5,7 @@ import torch
 
 import triton_lstm
 from triton_lstm.plan import H200
-from triton_lstm.plan.plan import split_slices, wgmma_slices
+from triton_lstm.plan.plan import HELD_BYTES, split_slices, wgmma_slices
 from triton_lstm.reference import lstm_reference
 
 PORTABLE = dataclasses.replace(H200, cluster=0)     # limits of a device on which only the portable kernels run
@@ -213,12 +213,14 @@ class Problem:
             block_h=block_h, block_b=rows, num_warps=warps, tiles=tiles, groups=-(-self.B // (rows * tiles)),
             r_slices=wgmma_slices(self.H, backward.precision))
 
-    def split_plan(self, block_h=16, tiles=1, keep_every=2):
-        """A plan of the split kernels; make_plan would choose none for so small a layer."""
+    def split_plan(self, block_h=16, tiles=1, keep_every=2, room=None):
+        """A plan of the split kernels; make_plan would choose none for so small a layer. Registers hold ``room`` bytes
+        of R at most; None: all of it."""
         plan = self.plan(keep_every=keep_every)
         return dataclasses.replace(
             plan, kind="split", block_k=0, programs=-(-self.H // block_h), block_h=block_h, block_b=16, num_warps=8,
-            tiles=tiles, groups=-(-self.B // (16 * tiles)), r_slices=split_slices(self.H, plan.precision))
+            tiles=tiles, groups=-(-self.B // (16 * tiles)), register_room=HELD_BYTES if room is None else room,
+            r_slices=split_slices(self.H, plan.precision, block_h, room))
 
     def check(self, ours):
         """Every result in ``ours`` is finite, and its error is at most BUDGET times that of nn.LSTM or ``floor``."""

@@ -149,7 +149,7 @@ def test_step_cycles_counts_tiles_and_the_streamed_part():
     loop = lambda start, end, cycles, op: machine_code.Loop(start, end, collections.Counter([op]), 0, 0, 0, 0, cycles)
     outer, stream, spin = loop(0, 99, 1000, "HMMA"), loop(10, 20, 700, "HMMA"), loop(30, 40, 500, "LDG")
     report = machine_code.Report(255, 0, 0, (outer, stream, spin))
-    plan = make_plan(32, 2048, torch.bfloat16)
+    plan = make_plan(32, 2048, torch.bfloat16, limits=PORTABLE)
     passes = -(-(2048 - plan.held) // plan.block_k)
     assert plan.schedule == "streamed" and passes > 1
     assert residency.step_cycles(plan, report) == plan.tiles * (1000 + 700 * (passes - 1))

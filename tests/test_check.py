@@ -77,7 +77,7 @@ def test_a_worker_that_does_not_start():
 @pytest.mark.parametrize("limits, missing", [
     (FULL, set()), (OLDER, {"cluster 2", "cluster 4", "cluster 8", "cluster 16"}),
     (dataclasses.replace(A100, cluster=1), {"cluster 2", "cluster 4", "cluster 8", "cluster 16", "wgmma"}),
-    (PORTABLE, {"cluster 2", "cluster 4", "cluster 8", "cluster 16", "wgmma", "resident", "split"}),
+    (PORTABLE, {"cluster 2", "cluster 4", "cluster 8", "cluster 16", "wgmma", "resident", "split", "wide split"}),
     (None, set(check.VARIANTS) - {"portable resident"})], ids=["Hopper", "Triton 3.6", "Ampere", "portable", "none"])
 def test_cases_of_a_device(limits, missing):
     cases = check.cases(limits)
@@ -112,9 +112,10 @@ def case_of(kind, what, dtype="fp16", limits=FULL):
 
 
 @pytest.mark.parametrize("kind, what, dtype", [
-    ("resident", "layer", "fp16"), ("split", "lengths", "bf16"), ("wgmma", "one step", "fp16"),
-    ("grid", "zoneout", "bf16"), ("one step", "layer", "bf16"), ("one step", "layer", "fp32"),
-    ("streamed", "packed", "bf16"), ("portable resident", "layers", "tf32"), ("grid", "gates", "tf32")])
+    ("resident", "layer", "fp16"), ("split", "lengths", "bf16"), ("wide split", "lengths", "bf16"),
+    ("wgmma", "one step", "fp16"), ("grid", "zoneout", "bf16"), ("one step", "layer", "bf16"),
+    ("one step", "layer", "fp32"), ("streamed", "packed", "bf16"), ("portable resident", "layers", "tf32"),
+    ("grid", "gates", "tf32")])
 def test_a_right_kernel_is_right(kind, what, dtype):
     """In the emulator. It is the same as on a GPU, except for timing."""
     case = case_of(kind, what, dtype, OLDER)

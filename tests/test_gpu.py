@@ -149,7 +149,8 @@ def test_wgmma(shape, layout, dtype, flagged):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, layout", [
     ((1, 1, 1, 1, 2), dict()), ((40, 17, 6, 33, 2), dict()), ((30, 70, 6, 100, 1), dict(block_h=32)),
-    ((20, 300, 6, 100, 2), dict(tiles=4)), ((20, 16, 16, 512, 2), dict()), ((12, 100, 16, 256, 1), dict(tiles=3))],
+    ((20, 300, 6, 100, 2), dict(tiles=4)), ((20, 16, 16, 512, 2), dict()), ((12, 100, 16, 256, 1), dict(tiles=3)),
+    ((40, 17, 6, 33, 2), dict(room=0)), ((12, 33, 16, 300, 1), dict(room=1 << 15))],       # wide
     ids=str)
 def test_split(shape, layout, dtype, flagged):
     limits = Limits.of("cuda")

@@ -101,4 +101,4 @@ def test_forward_holds_few_pre_activations():
     assert plan.forward_steps(20, 2) == 20
     # For few rows, the slots for h take more than the pre-activations, because they have whole tiles of rows.
     few = triton_lstm.make_plan(1, 1024, torch.float32, limits=H200)
-    assert few.block_b == 64 and few.forward_steps(10_000, 4) * 64 * 1024 * 4 == 2**28
+    assert few.block_b == 16 and few.forward_steps(10_000, 4) * 16 * 1024 * 4 == 2**28

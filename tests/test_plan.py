@@ -29,7 +29,10 @@ def test_every_size_has_a_plan_that_fits(hidden_size, dtype, tf32, limits):
                 assert plan.register_bytes <= HELD_BYTES and plan.shared_bytes <= limits.shared_memory
                 assert 2 <= plan.programs <= limits.cluster
                 continue
-            assert plan.held_bytes <= (limits.shared_memory if plan.kind == "wgmma" else HELD_BYTES)
+            if plan.gluon:
+                assert plan.register_bytes <= HELD_BYTES and plan.shared_bytes <= limits.shared_memory
+            else:
+                assert plan.held_bytes <= HELD_BYTES
             assert plan.programs * plan.block_h >= hidden_size
             assert plan.groups * plan.tiles * plan.block_b >= batch
             if plan.schedule != "resident":
@@ -52,13 +55,31 @@ def test_chosen_clusters():
         batch, H, dtype, limits=limits, **kw).programs
     schedule = lambda *args, **kw: make_plan(16, *args, limits=CLUSTERS, **kw).schedule
     assert [schedule(H, torch.bfloat16) for H in (128, 129, 512, 640)] == ["resident", "cluster", "cluster", "grid"]
-    assert [schedule(H, torch.float32) for H in (64, 65, 512, 544)] == ["resident", "cluster", "cluster", "streamed"]
+    assert [schedule(H, torch.float32) for H in (64, 65, 512, 544, 1152, 1153)] == [
+        "resident", "cluster", "cluster", "grid", "grid", "streamed"]
     assert schedule(256, torch.float32, tf32=False) == "grid"
     assert [programs(H) for H in (129, 256, 300, 512)] == [8, 8, 16, 16]
     assert [programs(512, batch=batch) for batch in (128, 256, 1024)] == [16, 8, 8]
     assert [programs(H, torch.float32) for H in (100, 256, 512)] == [4, 8, 16]
     assert programs(512, limits=dataclasses.replace(CLUSTERS, cluster=8), schedule="cluster") == 8
     assert make_plan(16, 512, torch.bfloat16, limits=dataclasses.replace(CLUSTERS, cluster=1)).schedule == "grid"
+
+
+def test_wide_or_streamed():
+    """A wide split plan is chosen for few rows. For many rows backward's streamed tiles of 32 rows are cheaper, and in
+    forward wgmma plans where R fits the shared memory of their programs."""
+    def kinds(batch, H, dtype=torch.bfloat16, directions=1):
+        plan = make_plan(batch, H, dtype, directions, limits=H200)
+        return plan.variant, plan.backward.variant
+
+    assert {kinds(batch, H) for batch in (1, 17, 32, 48) for H in (1088, 1150)} == {("wide split",) * 2}
+    assert kinds(100, 1150) == ("wgmma", "wide split") and kinds(100, 2048) == ("wide split",) * 2
+    assert kinds(512, 1088) == kinds(512, 1150) == ("wgmma", "streamed")
+    assert kinds(512, 2048) == ("wide split", "streamed")
+    assert kinds(80, 1150, torch.float32) == kinds(512, 1150, torch.float32) == ("wide split",) * 2
+    assert kinds(16, 2112) == ("wide split",) * 2 and kinds(16, 2128)[1] == "streamed"
+    # two directions take twice as many programs
+    assert kinds(16, 1056, directions=2) == ("wide split",) * 2 and kinds(16, 1072, directions=2)[1] == "streamed"
 
 
 def test_cluster_bytes():
@@ -83,7 +104,7 @@ def test_bytes():
     # in tf32x3 R is two fp32 matrices
     assert make_plan(16, 256, torch.float32, tf32=False).held_bytes == 2 * make_plan(
         16, 256, torch.float32, limits=PORTABLE).held_bytes == 2 * 4 * 16 * 256 * 4
-    streamed = make_plan(16, 2048, torch.bfloat16)
+    streamed = make_plan(16, 2048, torch.bfloat16, limits=PORTABLE)
     assert streamed.held_bytes + streamed.streamed_bytes == 4 * 16 * 2048 * 2
 
 

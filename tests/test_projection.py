@@ -217,26 +217,26 @@ def test_state_is_checked_as_nn_lstm_does():
 
 
 def test_larger_than_the_chip():
-    """R W_hr of 1088 units does not fit on the chip, although R would. So torch's LSTM runs, for any batch, after one
+    """R W_hr of 2128 units does not fit on the chip, although R would. So torch's LSTM runs, for any batch, after one
     warning. With a plan of the user's, or with lengths, the kernels run."""
     with harness.emulator(), mock.patch.object(triton_lstm.layer, "_told", set()), \
             mock.patch.object(triton_lstm.layer, "runs_kernels", lambda x, dtype: True), \
             mock.patch.object(triton_lstm.layer, "lstm", side_effect=InterruptedError):
-        theirs, ours, _ = pair(4, 1088, proj_size=8, dtype=BF16)
+        theirs, ours, _ = pair(4, 2128, proj_size=8, dtype=BF16)
         x = torch.randn(1, 2, 4).to(BF16)
         with pytest.warns(UserWarning, match="torch's own LSTM: proj_size: the product of weight_hh and weight_hr, "
-                                             "4352 x 1088, does not fit on the chip"):
+                                             "8512 x 2128, does not fit on the chip"):
             got = ours(x)[0]
         assert torch.equal(got, theirs(x)[0])
         ours(x)             # a second warning would be an error
         assert torch.equal(ours(torch.cat([x] * 9, 1))[0], theirs(torch.cat([x] * 9, 1))[0])
         with pytest.raises(InterruptedError):
             ours(x, lengths=torch.tensor([1, 1]))
-        ours.plan = triton_lstm.make_plan(2, 1088, BF16)
+        ours.plan = triton_lstm.make_plan(2, 2128, BF16)
         with pytest.raises(InterruptedError):
             ours(x)
-        with pytest.raises(InterruptedError):       # R W_hr of 1024 units fits
-            triton_lstm.LSTM(4, 1024, proj_size=8).to(BF16)(x)
+        with pytest.raises(InterruptedError):       # R W_hr of 2112 units fits
+            triton_lstm.LSTM(4, 2112, proj_size=8).to(BF16)(x)
 
 
 def test_plan_attribute():

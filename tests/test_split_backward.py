@@ -67,6 +67,12 @@ def test_batches_of_shares(tmp_path):
         run(problem((3, 3, 2, 37, 1), BF16))
 
 
+def test_wide_batches_of_shares(tmp_path):
+    """Likewise, with R in shared memory, where a batch has twice as many shares: two of three."""
+    with harness.edited("split_backward", tmp_path, "BATCH: gl.constexpr = 64", "BATCH: gl.constexpr = 1"):
+        run(problem((3, 3, 2, 37, 1), BF16), room=0)
+
+
 class LastState(Problem):
     """A problem in which y has no gradient."""
 
@@ -83,23 +89,36 @@ def test_no_dy():
     run(LastState(5, 3, 2, 20, 1, dtype=BF16))
 
 
+@pytest.mark.parametrize("shape, dtype, room, change", [
+    ((3, 3, 2, 144, 1), BF16, 1 << 14, dict(ragged=True, resets=True)),    # half of R in registers
+    ((5, 33, 2, 20, 1), FP32, 0, dict(resets=True)),                        # three groups; the last has one row
+], ids=str)
+def test_wide_step_flags(shape, dtype, room, change):
+    p = problem(shape, dtype, **change)
+    plan = p.split_plan(room=room)
+    assert plan.wide and len(plan.target_slices) == (2 if room else 1)
+    run(p, room=room)
+
+
 BROKEN = Problem(4, 12, 2, 33, dtype=BF16)
 
 
-def caught(**options):
-    return harness.caught(BROKEN, BROKEN.split_plan(), seeds=3, memory="weak", **options)
+def caught(room=None, **options):
+    return harness.caught(BROKEN, BROKEN.split_plan(room=room), seeds=3, memory="weak", **options)
 
 
+@pytest.mark.parametrize("room", [None, 0])
 @pytest.mark.parametrize("old, new", [
     ('"@!p bra THERE;"', '"bra THERE;"'), ("for n in range(total):", "for n in range(total - 1):")],
     ids=["no wait", "part of a wait"])
-def test_a_broken_wait_is_caught(old, new, tmp_path):
-    assert not caught()
+def test_a_broken_wait_is_caught(old, new, room, tmp_path):
+    assert not caught(room)
     with harness.edited("exchange", tmp_path, old, new):
-        assert caught()
+        assert caught(room)
 
 
-def test_a_missing_barrier_is_caught():
+@pytest.mark.parametrize("room", [None, 0])
+def test_a_missing_barrier_is_caught(room):
     """A step has one barrier, between the stores of da to shared memory and the products."""
     def edit(ptx):
         head, loop, rest = re.split(r"(ldmatrix)", ptx, maxsplit=1)
@@ -107,15 +126,24 @@ def test_a_missing_barrier_is_caught():
         assert barrier
         return head + "// bar.sync" + tail + loop + rest
 
-    assert caught(edit=edit, only=[KERNEL])
+    assert caught(room, edit=edit, only=[KERNEL])
 
 
-def test_a_lost_store_is_caught():
+@pytest.mark.parametrize("room", [None, 0])
+def test_a_lost_store_is_caught(room):
     def edit(ptx):
         return re.sub(r"st\.relaxed[^;]*;", "", ptx, count=1)
 
     with harness.emulator(edit=edit, only=[KERNEL]), pytest.raises(Deadlock):
-        BROKEN.ours(plan=BROKEN.split_plan())
+        BROKEN.ours(plan=BROKEN.split_plan(room=room))
+
+
+def test_a_lost_part_of_r_is_caught():
+    """R in shared memory is stored once, before the time loop."""
+    def edit(ptx):
+        return re.sub(r"st\.shared[^;]*;", "", ptx, count=1)
+
+    assert caught(0, edit=edit, only=[KERNEL])
 
 
 @pytest.mark.parametrize("batch, hidden_size, dtype, flagged", [

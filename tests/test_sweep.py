@@ -817,7 +817,7 @@ def test_step_floor():
     narrow = make_plan(16, 8, torch.bfloat16, limits=PORTABLE)
     assert floors.step_floor(narrow, Case("grid", "forward", "bf16", 16, 10, 8, 8), (0., 0.), 1000,
                              math.inf, 132) == pytest.approx(16 * 8 * 10 / 16 / 1000)
-    wide = make_plan(16, 2048, torch.bfloat16)
+    wide = make_plan(16, 2048, torch.bfloat16, limits=PORTABLE)
     assert wide.streamed_bytes and floors.step_floor(
         wide, Case("grid", "forward", "bf16", 16, 10, 2048, 2048), (0., 0.), 1000, math.inf, 132) == pytest.approx(
         wide.streamed_bytes / 64 / 1000)

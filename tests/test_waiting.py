@@ -21,6 +21,7 @@ PLANS = dict(forward_grid=lambda p: p.shared_plan("grid"), backward_grid=lambda 
              forward_wgmma=lambda p: p.wgmma_plan(block_h=8),
              forward_split=lambda p: p.split_plan(), backward_split=lambda p: p.split_plan())
 STREAMED = dict.fromkeys(("forward_grid", "backward_grid"), lambda p: p.shared_plan("streamed"))
+WIDE = dict.fromkeys(("forward_split", "backward_split"), lambda p: p.split_plan(room=0))
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ def mute(program):
     return edit
 
 
-@pytest.mark.parametrize("kernel, make_plan", [*PLANS.items(), *STREAMED.items()])
+@pytest.mark.parametrize("kernel, make_plan", [*PLANS.items(), *STREAMED.items(), *WIDE.items()])
 def test_a_wait_for_a_mute_program_ends_with_a_record(kernel, make_plan, records):
     """Each turn of the emulator takes 10 ms, so the limit of 10 s is 1000 turns."""
     plan = make_plan(SMALL)

@@ -19,6 +19,7 @@ from .functional import lstm
 from .kernels.waiting import wait_report
 from .layer import LSTM
 from .plan import Plan, PlanError, candidates, check_plan, make_plan
+from .plan.plan import split_slices
 from .plan.search import precision_for
 from .reference import lstm_reference, packed_reference, zoneout_shares
 
@@ -29,7 +30,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, 
 TOLERANCE = {"bf16": 4e-2, "fp16": 1e-2, "tf32": 1e-2, "fp32": 1e-5}
 # Units at which each variant has several programs, chunks of R and units of padding.
 VARIANTS = {"portable resident": 33, "resident": 33, "grid": 100, "split": 100, "wgmma": 100, "streamed": 100,
-            "cluster 2": 33, "cluster 4": 100, "cluster 8": 200, "cluster 16": 300}
+            "wide split": 300, "cluster 2": 33, "cluster 4": 100, "cluster 8": 200, "cluster 16": 300}
+WIDE_ROOM = 1 << 15     # bytes of R in registers of a wide split plan: less than R of its layer takes
 KINDS = (*VARIANTS, op.STEP)
 KEEP_EVERY = 4          # fewer than the steps, for several chunks
 REUSES = 50
@@ -101,6 +103,10 @@ def plan_of(variant, batch, hidden_size, dtype, directions, limits):
             check_plan(plan, limits)
         return plan
     for plan in candidates(batch, hidden_size, DTYPES[dtype], directions, limits=limits, **options):
+        if plan.variant == "split" and variant == "wide split":     # registers would hold all of R of so narrow a layer
+            slices = split_slices(hidden_size, plan.precision, plan.block_h, WIDE_ROOM)
+            plan = dataclasses.replace(plan, r_slices=slices, register_room=WIDE_ROOM)
+            check_plan(plan, limits)
         if plan.variant == variant:
             return plan
     raise PlanError(f"no {variant} plan for H={hidden_size} in {dtype} on this device with this Triton")

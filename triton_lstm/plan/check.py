@@ -7,9 +7,11 @@ from .plan import (
     PRECISIONS,
     WARP_GROUP_BYTES,
     WARP_GROUP_ROWS,
+    WIDE_UNITS,
     Plan,
     PlanError,
     element_bytes,
+    split_slices,
     wgmma_slices,
 )
 
@@ -81,6 +83,11 @@ def _check_split(plan):
                         f"{plan.block_h}")
     if any(width % (64 // element_bytes(plan.precision)) for _, width in plan.r_slices):
         raise PlanError(f"four threads take 64 bytes of a row together, got {plan.r_slices}")
+    if plan.register_room > HELD_BYTES:
+        raise PlanError(f"registers hold {HELD_BYTES} bytes of R at most, got {plan.register_room}")
+    if plan.wide and plan.block_h == WIDE_UNITS and plan.r_slices != split_slices(
+            plan.hidden_size, plan.precision, plan.block_h, plan.register_room):
+        raise PlanError(f"slices of R in registers come first, got {plan.r_slices}")
 
 
 def _check_wgmma(plan):
@@ -105,7 +112,8 @@ def _check_limits(plan, limits):
         raise PlanError(f"{plan.launched} programs of {plan.block_h} units wait for each other but only "
                         f"{limits.multiprocessors} multiprocessors can run them at the same time")
     room = HELD_BYTES * plan.num_warps // NUM_WARPS
-    if plan.kind not in ("cluster", "wgmma") and plan.held_bytes > room:
+    shares_room = plan.kind in ("cluster", "wgmma") or plan.wide and plan.block_h == WIDE_UNITS
+    if not shares_room and plan.held_bytes > room:
         raise PlanError(f"{plan.held_bytes} bytes of R do not fit the registers of a program, which hold {room} beside "
                         f"what a step needs")
     if plan.gluon and plan.shared_bytes > limits.shared_memory:

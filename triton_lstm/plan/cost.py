@@ -21,9 +21,16 @@ WARP_GROUP_LOOK, WARP_GROUP_PRODUCT = {"native": 170, "tf32": 130}, 28
 WARP_GROUP_MULTIPLY_ADDS = {"native": 2048, "tf32": 1024}
 # A step of a split tile: cycles beyond its products, and which part of those is not hidden.
 SPLIT_STEP, SPLIT_PRODUCTS = {"native": 730, "tf32": 900}, {"native": 1., "tf32": 0.6}
-# A pass of a streamed tile over ``block_k`` units whose part of R is read from L2, and what its backward loop takes
-# beside passes. Backward passes over fewer than 64 units take longer, and more so with more rows.
-STREAMED_PASS, STREAMED_STEP = {"forward": 250, "backward": 475}, 1400
+# The same of a wide one, for each loop.
+WIDE_STEP = {("native", "forward"): 1060, ("native", "backward"): 720, ("tf32", "forward"): 880,
+             ("tf32", "backward"): 530}
+WIDE_PRODUCTS = {("native", "forward"): 0.61, ("native", "backward"): 1.47, ("tf32", "forward"): 0.83,
+                 ("tf32", "backward"): 1.17}
+# A pass of a streamed tile over ``block_k`` units whose part of R is read from L2. What its backward loop takes beside
+# passes, and in all at least. Backward passes over fewer than 64 units take longer, and more so with more rows.
+STREAMED_PASS, STREAMED_STEP, STREAMED_LEAST = {"forward": 250, "backward": 475}, 1400, 3700
+# What 16-bit types multiply that by where rows of R do not start at multiples of 16 bytes, so that loads are shorter.
+STREAMED_UNALIGNED = 1.15
 # What to multiply the mean of both loops by to get one of them, where the two differ much.
 LOOP_SHARE = {("split", "forward"): 0.9, ("split", "backward"): 1.1, ("grid", "forward"): 1.15,
               ("grid", "backward"): 0.85}
@@ -39,8 +46,8 @@ def step_cycles(plan: Plan, multiprocessors: int, loop: str | None = None) -> fl
     through L2 all run at the same time and compute their tiles in turn: while the h of one tile travels, they compute
     the others.
     """
-    if plan.kind in ("streamed", "resident", "cluster"):
-        cycles = _streamed_cycles if plan.kind == "streamed" else _wave_cycles
+    if plan.kind in ("streamed", "resident", "cluster") or plan.wide:
+        cycles = _streamed_cycles if plan.kind == "streamed" else _wide_cycles if plan.wide else _wave_cycles
         loops = [loop] if loop else ["forward", "backward"]
         return sum(cycles(plan, multiprocessors, loop) for loop in loops) / len(loops)
     return _mean_cycles(plan, multiprocessors) * (LOOP_SHARE.get((plan.kind, loop), 1) if loop else 1)
@@ -70,8 +77,18 @@ def _streamed_cycles(plan, multiprocessors, loop):
         tile = TILE_STEP + plan.hidden_size + TILE_WORK * (work + h / L2_BYTES) + STREAMED_PASS[loop] * passes
     else:
         longer = (64 / block_k * plan.block_b / 16) ** 0.5 if block_k < 64 else 1
-        tile = STREAMED_STEP + STREAMED_PASS[loop] * longer * passes
+        tile = max(STREAMED_STEP + STREAMED_PASS[loop] * longer * passes, STREAMED_LEAST)
+    if plan.precision == "native" and plan.hidden_size % 8:
+        tile *= STREAMED_UNALIGNED
     tile = max(tile, plan.streamed_bytes / L2_BYTES)
+    return plan.tiles * tile + max(L2_EXCHANGE - (plan.tiles - 1) * tile, 0)
+
+
+def _wide_cycles(plan, multiprocessors, loop):
+    products = 4 * plan.block_b * plan.block_h * plan.hidden_size / MULTIPLY_ADDS[plan.precision]
+    tile = WIDE_STEP[plan.precision, loop] + WIDE_PRODUCTS[plan.precision, loop] * products
+    h = plan.block_b * plan.hidden_size * element_bytes(plan.precision)
+    tile = max(tile, h / L2_BYTES * max(plan.launched / multiprocessors, 0.5))
     return plan.tiles * tile + max(L2_EXCHANGE - (plan.tiles - 1) * tile, 0)
 
 

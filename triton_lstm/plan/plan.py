@@ -19,6 +19,8 @@ WARP_GROUP_ROWS = 64                    # of a batch tile for each warp group, o
 WARP_GROUP_BYTES = 512                  # along a row of R, between two looks at h by a warp group; half at the end
 FUSED_INPUTS = 16                       # features that a Gluon forward loop multiplies by W itself, at most
 FORWARD_BYTES = 1 << 28                 # of pre-activations, or of slots for h, that forward has at a time, if it can
+WIDE_BYTES = HELD_BYTES * 3 // 4        # of R in registers of a split program that has the rest in shared memory
+WIDE_UNITS = 16                         # of such a program: with 32 its products would not fit beside R
 DERIVING_UNITS = 1 << 15                # of all rows, from which on a backward loop computes the coefficients itself
 SPLIT_TARGETS = 512                     # units whose shares a split program computes at a time, at most
 
@@ -37,7 +39,8 @@ class Plan:
                      "cluster": the programs of a thread-block cluster have the parts of R for different hidden units
                      and exchange h through their shared memory
                      "grid": programs have the parts of R for different hidden units and exchange h through L2
-                     "split": as "grid", in Gluon, for few batch rows: each warp of a program multiplies a part of h
+                     "split": as "grid", in Gluon, for few batch rows: each warp of a program multiplies a part of h.
+                     R is in registers, or in registers and shared memory
                      "wgmma": as "grid", in Gluon, for many batch rows: each warp group multiplies 64 rows, and R is in
                      shared memory. For the forward loop only
                      "streamed": as "grid", but a part of R is read from L2 at every step
@@ -58,6 +61,7 @@ class Plan:
     block_b          batch rows of a tile: 16; in grid and streamed plans 32 if a group has several tiles; in wgmma
                      plans 64 for every four warps
     backward_plan    the plan of the backward loop if it is another one, else None; see ``backward``
+    register_room    bytes of R that a Gluon program has in registers at most; see ``register_bytes``
     """
     kind: str
     hidden_size: int
@@ -74,6 +78,7 @@ class Plan:
     keep_every: int
     block_b: int = BLOCK_B
     backward_plan: "Plan | None" = None
+    register_room: int = HELD_BYTES
 
     @property
     def backward(self):
@@ -97,7 +102,10 @@ class Plan:
 
     @property
     def variant(self):
-        """The name of the kernels: the kind, and for a cluster also how many programs it has."""
+        """The name of the kernels: the kind, for a cluster also how many programs it has, and for a split plan whether
+        it is wide."""
+        if self.wide:
+            return "wide split"
         return f"cluster {self.programs}" if self.kind == "cluster" else self.kind
 
     @property
@@ -120,18 +128,21 @@ class Plan:
     def target_slices(self):
         """How a split backward loop cuts the units for which it computes shares of dh: (start, width) for each slice.
 
-        Each warp has at least 16 units of a slice.
+        Each warp has at least 16 units of a slice. Slices of R in registers come first.
         """
         least = 16 * self.num_warps
-        return _cut(-(-self.hidden_size // least) * least, SPLIT_TARGETS)
+        column = 4 * self.block_h * element_bytes(self.precision)
+        end = -(-self.hidden_size // least) * least
+        first = min(self.register_room // column // least * least, end)
+        return _cut(0, first, SPLIT_TARGETS) + _cut(first, end, SPLIT_TARGETS)
 
     @property
     def held_bytes(self):
         """Bytes of R that one program has on chip, padding included.
 
-        They are in registers. Those of a cluster plan are in shared memory too if they are more than ``HELD_BYTES``,
-        those of a wgmma plan are in shared memory, and for streamed plans the compiler decides. For the Gluon kinds
-        "resident" and "cluster" this is what the backward loop has, which pads both dimensions of R.
+        They are in registers. Those of a cluster or split plan are in shared memory too if they are more than
+        ``register_room``, those of a wgmma plan are in shared memory, and for streamed plans the compiler decides. For
+        the Gluon kinds "resident" and "cluster" this is what the backward loop has, which pads both dimensions of R.
         """
         if self.kind in ("resident", "cluster"):
             return 4 * self.block_h * self._units * element_bytes(self.precision)
@@ -156,19 +167,30 @@ class Plan:
     @property
     def register_bytes(self):
         """Bytes of R that a Gluon program has in registers. The rest is in shared memory."""
-        return 0 if self.kind == "wgmma" else min(self.held_bytes, HELD_BYTES)
+        if self.kind == "wgmma":
+            return 0
+        if self.kind == "split":        # whole slices
+            unit = self.held_bytes // sum(width for _, width in self.r_slices)
+            return max([unit * (start + width) for start, width in self.r_slices
+                        if unit * (start + width) <= self.register_room], default=0)
+        return min(self.held_bytes, self.register_room)
+
+    @property
+    def wide(self):
+        """Whether it is a split plan with a part of R in shared memory."""
+        return self.kind == "split" and self.register_bytes < self.held_bytes
 
     @property
     def shared_bytes(self):
         """Bytes of shared memory of a Gluon program.
 
-        In a split plan they are the products of all warps, in a wgmma plan R, otherwise the part of R that is not in
-        registers, the tiles of a step, and in a cluster two mbarriers.
+        In a wgmma plan they are R, otherwise the part of R that is not in registers, in a split plan the products of
+        all warps, in other plans the tiles of a step, and in a cluster two mbarriers.
         """
         if self.kind == "wgmma":
             return self.held_bytes
         if self.kind == "split":
-            return 4 * self.num_warps * self.block_b * 4 * self.block_h
+            return self.held_bytes - self.register_bytes + 4 * self.num_warps * self.block_b * 4 * self.block_h
         element, row = element_bytes(self.precision), self.block_b * self._units
         forward, backward = row * element, self.block_b * 4 * self.block_h * element
         if self.programs > 1:
@@ -291,7 +313,7 @@ class Plan:
         kib = lambda n: f"{n / 1024:.0f} KiB"
         chip = "shared memory" if self.kind == "wgmma" else "registers"
         where = f"{kib(self.held_bytes)} of R in the {chip} of each program"
-        if self.schedule == "cluster" and self.held_bytes > HELD_BYTES:
+        if self.schedule == "cluster" and self.held_bytes > self.register_room or self.wide:
             where = f"{kib(self.held_bytes)} of R in the registers and shared memory of each program"
         if self.streamed_bytes:
             where = (f"{kib(self.held_bytes)} of R on the chip in each program, {kib(self.streamed_bytes)} read from "
@@ -325,12 +347,12 @@ def element_bytes(precision):
 
 def r_slices(units, width):
     """The slices of R for ``units`` units, up to ``width`` wide. They end at 16, or at the next multiple of 32."""
-    return _cut(16 if units <= 16 else -(-units // 32) * 32, width)
+    return _cut(0, 16 if units <= 16 else -(-units // 32) * 32, width)
 
 
-def _cut(end, width):
-    """(start, size) of slices from 0 to ``end``. Sizes are powers of two up to ``width``, the largest first."""
-    slices, start = [], 0
+def _cut(start, end, width):
+    """(start, size) of slices from ``start`` to ``end``. Sizes are powers of two up to ``width``, the largest first."""
+    slices = []
     while start < end:
         size = min(width, 1 << ((end - start).bit_length() - 1))
         slices.append((start, size))
@@ -348,8 +370,15 @@ def wgmma_slices(units, precision):
     return tuple(slices)
 
 
-def split_slices(units, precision):
-    """``r_slices`` of a split plan, for the units of one warp. Four threads together read 64 bytes of a row of R."""
-    least = 64 // element_bytes(precision)
-    units_per_warp = -(-units // (NUM_WARPS * least)) * least
-    return _cut(units_per_warp, units_per_warp)
+def split_slices(units, precision, block_h=WIDE_UNITS, room=None):
+    """``r_slices`` of a split plan, for the units of one warp. Four threads together read 64 bytes of a row of R.
+
+    Slices of R in registers come first. They hold ``room`` bytes in programs of ``block_h`` units, or all of R if room
+    is None. Slices of R in shared memory have 128 bytes of a row at most, which fill the banks once.
+    """
+    element = element_bytes(precision)
+    least = 64 // element
+    units_per_warp = first = -(-units // (NUM_WARPS * least)) * least
+    if room is not None:
+        first = min(room // (NUM_WARPS * 4 * block_h * element) // least * least, units_per_warp)
+    return _cut(0, first, first) + _cut(first, units_per_warp, 2 * least)

@@ -13,6 +13,8 @@ from .plan import (
     NUM_WARPS,
     SCHEDULES,
     WARP_GROUP_ROWS,
+    WIDE_BYTES,
+    WIDE_UNITS,
     Plan,
     PlanError,
     element_bytes,
@@ -67,15 +69,16 @@ def make_plan(batch: int, hidden_size: int, dtype: torch.dtype, directions: int 
     plans, reasons = _candidates(batch, hidden_size, dtype, directions, limits, tf32, schedule, keep_every, zoneout)
     good = lambda plans, loop: [plan for plan in plans if (plan.variant, loop, plan.precision) not in avoid]
     cost = lambda plan, loop: 0 if limits is None else step_cycles(plan, limits.multiprocessors, loop)
-    # Where every program can have all of R, nothing is faster. Where R fits on the chip, it is not read from L2.
+    # Where every program can have all of R, nothing is faster. Where R fits on the chip, it is not read from L2. But
+    # wide split plans have small tiles only, so for many rows a streamed plan may be cheaper.
     alone = [plan for plan in plans if plan.schedule == "resident"]
-    on_chip = [plan for plan in plans if plan.kind != "streamed"]
-    backwards = good(alone, "backward") or good(on_chip, "backward") or good(plans, "backward")
+    on_chip = lambda plans: [plan for plan in plans if plan.kind != "streamed"]
+    best = lambda plans: plans if all(plan.wide for plan in on_chip(plans)) else on_chip(plans)
+    backwards = good(alone, "backward") or good(best(plans), "backward") or good(plans, "backward")
     backward = min(backwards, key=lambda plan: cost(plan, "backward"), default=None)
-    forwards = good(alone, "forward") or good(on_chip, "forward")
-    if backward and schedule in (None, "grid") and not alone:
-        forwards += good(_fitting(_wgmma(backward, limits), limits, zoneout), "forward")
-    forwards = forwards or good(plans, "forward")
+    more = _fitting(_wgmma(backward, limits), limits, zoneout) if (
+        backward and schedule in (None, "grid") and not alone) else []
+    forwards = good(alone, "forward") or good(best(plans + more), "forward") or good(plans, "forward")
     forward = min(forwards, key=lambda plan: cost(plan, "forward"), default=None)
     if forward is None or backward is None:
         loops = [loop for loop, plan in (("forward", forward), ("backward", backward)) if plan is None]
@@ -184,13 +187,18 @@ def _grid(layer, limits):
 
 
 def _split(layer, limits):
-    """Split plans: grid plans in which each warp of a program multiplies a part of the units of the earlier h."""
+    """Split plans: grid plans in which each warp of a program multiplies a part of the units of the earlier h. A wide
+    one if not all of R fits into registers."""
     for block_h in (16, 32):
         programs = -(-layer["hidden_size"] // block_h)
         most = limits.multiprocessors // (programs * layer["directions"])
-        yield Plan("split", programs=programs, block_h=block_h, num_warps=NUM_WARPS, block_k=0,
-                   r_slices=split_slices(layer["hidden_size"], layer["precision"]), **_groups(layer, most, BLOCK_B),
-                   **layer)
+        plan = Plan("split", programs=programs, block_h=block_h, num_warps=NUM_WARPS, block_k=0,
+                    r_slices=split_slices(layer["hidden_size"], layer["precision"]), **_groups(layer, most, BLOCK_B),
+                    **layer)
+        if block_h == WIDE_UNITS and plan.held_bytes > HELD_BYTES:
+            slices = split_slices(layer["hidden_size"], layer["precision"], block_h, WIDE_BYTES)
+            plan = dataclasses.replace(plan, r_slices=slices, register_room=WIDE_BYTES)
+        yield plan
 
 
 def _wgmma(backward, limits):

@@ -8,11 +8,11 @@ BY_NAME = {workload.name: workload for workload in WORKLOADS}
 
 
 @pytest.mark.parametrize("name, kept, recomputed", [
-    ("pufferlib_breakout", ((8, 9), (288, 488)), ((7, 13), (203, 808))),
-    ("r2d2", ((8, 9), (319, 555)), ((7, 13), (227, 917))),
-    ("cleanrl_atari", ((20, 20), (15, 34)), ((19, 22), (13, 44))),
-    ("crnn_ocr", ((30, 42), (413, 710)), ((28, 56), (309, 1136))),
-    ("tft_electricity", ((8, 10), (134, 325)), ((7, 13), (95, 428))),
+    ("pufferlib_breakout", ((7, 9), (271, 488)), ((6, 13), (186, 808))),
+    ("r2d2", ((7, 9), (300, 555)), ((6, 13), (208, 917))),
+    ("cleanrl_atari", ((10, 13), (13, 29)), ((9, 15), (10, 39))),
+    ("crnn_ocr", ((27, 42), (381, 710)), ((25, 56), (277, 1136))),
+    ("tft_electricity", ((7, 10), (127, 325)), ((6, 13), (87, 428))),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_launches_and_megabytes(name, kept, recomputed):
     """(forward, backward) launches and then megabytes of a training step. All of these keep the gates by default."""

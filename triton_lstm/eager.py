@@ -38,7 +38,9 @@ class _Layer(torch.autograd.Function):
         with op.without_autocast(x):
             y, h_n, c_n, kept, gates = op.sequence.forward(x, w, r, b, h0, c0, flags, plan, True, batch_sizes,
                                                            keep_gates=keep_gates, all_live=all_live)
-        ctx.save_for_backward(x, w, r, b, h0, c0, flags, batch_sizes, y, kept, gates, *own)
+        # of one direction w and r are views, which saved tensors should not be
+        stacks = (None, None) if plan.directions == 1 else (w, r)
+        ctx.save_for_backward(x, *stacks, b, h0, c0, flags, batch_sizes, y, kept, gates, *own)
         ctx.plan, ctx.all_live = plan, all_live
         ctx.set_materialize_grads(False)
         return y, h_n, c_n
@@ -48,8 +50,7 @@ class _Layer(torch.autograd.Function):
         needs, D = ctx.needs_input_grad, ctx.plan.directions
         if all(g is None for g in given):
             return (None,) * len(needs)
-        saved = ctx.saved_tensors
-        x, w, r, b, h0, c0, flags, batch_sizes, y, kept, gates, *own = saved
+        x, w, r, b, h0, c0, flags, batch_sizes, y, kept, gates, *own = ctx.saved_tensors
         kinds, of_own = len(own) // D, needs[8:]
         wanted = [needs[0], any(of_own[0::kinds]), any(of_own[1::kinds]),
                   kinds > 2 and any(of_own[2::kinds] + of_own[3::kinds]), needs[1], needs[2]]
@@ -60,6 +61,8 @@ class _Layer(torch.autograd.Function):
             found = op.differentiable(op.lstm_backward_op, *given, x, both(0), both(1), b, h0, c0, flags, batch_sizes,
                                       y, kept, gates, "", ctx.plan.keep_every, wanted, None, 0., 0.)
         else:
+            if D == 1:
+                w, r = own[0][None], own[1][None]
             with op.without_autocast(x):
                 found = op.sequence.backward(*given, x, w, r, b, h0, c0, flags, y, kept, gates, ctx.plan, wanted,
                                              batch_sizes, all_live=ctx.all_live)
@@ -92,8 +95,10 @@ def layers(x, hx, weights, sizes, dropout, keep_gates, batch_sizes=None, lengths
     num_layers, D, _, H, bias = sizes
     T, B = x.shape[:2] if batch_sizes is None else (
         len(batch_sizes), hx[0].shape[1] if hx is not None else int(batch_sizes[0]))
+    needed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *(hx or ())))
+    one_step = T == 1 and not needed and batch_sizes is lengths is reset is None        # has a kernel of its own
     plan, _ = op.on_device(B, H, dtype, D, device)
-    if plan is None:
+    if one_step or plan is None:
         return None
     if keep_gates is None:
         keep_gates = plan.keeps_gates(T, num_layers)
@@ -103,14 +108,13 @@ def layers(x, hx, weights, sizes, dropout, keep_gates, batch_sizes=None, lengths
     if hx is None:
         zeros = x.new_zeros(D, B, H)
         hx = zeros, zeros
-    per, gradients = (4 if bias else 2) * D, torch.is_grad_enabled()
-    states = []
+    per, states = (4 if bias else 2) * D, []
     for layer in range(num_layers):
         if layer and dropout:
             x = torch.nn.functional.dropout(x, dropout)
         own = weights[layer * per:(layer + 1) * per]
         h0, c0 = hx if len(hx[0]) == D else (s[layer * D:(layer + 1) * D] for s in hx)
-        if gradients and any(t.requires_grad for t in (x, h0, c0, *own)):
+        if needed and any(t.requires_grad for t in (x, h0, c0, *own)):
             x, *state = _Layer.apply(x, h0, c0, flags, batch_sizes, plan, keep_gates, all_live, *own)
         else:
             with op.without_autocast(x):

@@ -1,0 +1,122 @@
+"""Eager calls of a layer: which ones go the short way, and that it computes the same as the operator, bit by bit."""
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import harness
+import triton_lstm
+from problems import assert_apart
+from triton_lstm import eager, make_plan
+
+T, B, I, H = 6, 5, 4, 6
+LAYERS = [dict(), dict(bias=False), dict(num_layers=2), dict(bidirectional=True), dict(batch_first=True),
+          dict(num_layers=2, bidirectional=True), dict(num_layers=3, bidirectional=True, bias=False)]
+SEQUENCES = ["padded", "lengths", "resets", "both", "packed"]
+
+
+def arguments(options, sequences, state, dtype=torch.float32):
+    """A layer and the arguments of a call."""
+    torch.manual_seed(0)
+    layer = triton_lstm.LSTM(I, H, **options).to(dtype)
+    D = 2 if layer.bidirectional else 1
+    x = torch.randn((B, T, I) if layer.batch_first else (T, B, I), dtype=dtype).requires_grad_()
+    hx = tuple(torch.randn(layer.num_layers * D, B, H, dtype=dtype).requires_grad_() for _ in range(2))
+    masks, lengths = {}, torch.tensor([6, 4, 3, 3, 0 if sequences != "packed" else 1])
+    if sequences in ("lengths", "both"):
+        masks["lengths"] = lengths
+    if sequences in ("resets", "both"):
+        masks["reset"] = torch.rand(x.shape[:2]) < 0.3
+    given = lambda: pack_padded_sequence(x, lengths, batch_first=layer.batch_first) if sequences == "packed" else x
+    return layer, x, hx if state else None, lambda: layer(given(), hx if state else None, **masks)
+
+
+def gradients(layer, x, hx, call):
+    """{name: tensor} of what the call returns and of the gradients of a loss of all of it."""
+    y, (h_n, c_n) = call()
+    y = getattr(y, "data", y) if not isinstance(y, torch.Tensor) else y
+    leaves = dict(layer.named_parameters(), x=x, **dict(zip(("h0", "c0"), hx or ())))
+    for leaf in leaves.values():
+        leaf.grad = None
+    (y.sin().sum() + h_n.sin().sum() + c_n.cos().sum()).backward()
+    return dict(y=y.detach(), h_n=h_n.detach(), c_n=c_n.detach(), **{name: t.grad for name, t in leaves.items()})
+
+
+@pytest.mark.parametrize("keep_gates", [False, True])
+@pytest.mark.parametrize("sequences", SEQUENCES)
+@pytest.mark.parametrize("options", LAYERS, ids=str)
+def test_same_bits_as_the_operator(options, sequences, keep_gates):
+    layer, x, hx, call = arguments(options, sequences, state=options.get("num_layers") != 2)
+    layer.keep_gates = keep_gates
+    with harness.interpreter():
+        with mock.patch.object(eager._Layer, "apply", wraps=eager._Layer.apply) as applied:
+            got = gradients(layer, x, hx, call)
+        assert applied.call_count == layer.num_layers
+        with mock.patch.object(eager, "layers", lambda *args, **masks: None):
+            right = gradients(layer, x, hx, call)
+    for name, tensor in right.items():
+        assert torch.equal(got[name], tensor) and got[name].stride() == tensor.stride(), name
+    assert_apart(got)
+
+
+@pytest.mark.parametrize("sequences", SEQUENCES)
+@pytest.mark.parametrize("options", LAYERS, ids=str)
+def test_without_gradients(options, sequences):
+    layer, _, _, call = arguments(options, sequences, state=True)
+    with harness.interpreter(), torch.no_grad():
+        with mock.patch.object(eager._Layer, "apply") as applied:
+            got = call()
+        assert not applied.called
+        with mock.patch.object(eager, "layers", lambda *args, **masks: None):
+            right = call()
+    assert torch.equal(got[0][0], right[0][0])
+    assert all(map(torch.equal, got[1], right[1])) and not got[1][0].requires_grad
+
+
+def test_only_some_weights_want_gradients():
+    """Frozen ones get none, and the layer before the first one that is not frozen keeps nothing."""
+    layer, x, _, call = arguments(dict(num_layers=2), "padded", state=False)
+    x.requires_grad_(False)
+    for name, weight in layer.named_parameters():
+        weight.requires_grad_(name in ("weight_hh_l1", "bias_hh_l1"))
+    with harness.interpreter():
+        with mock.patch.object(eager._Layer, "apply", wraps=eager._Layer.apply) as applied:
+            call()[0].sum().backward()
+        assert applied.call_count == 1
+        got = {name: weight.grad for name, weight in layer.named_parameters()}
+        with mock.patch.object(eager, "layers", lambda *args, **masks: None):
+            layer.zero_grad()
+            call()[0].sum().backward()
+    for name, weight in layer.named_parameters():
+        assert (got[name] is None) == (weight.grad is None) == (name not in ("weight_hh_l1", "bias_hh_l1"))
+        assert weight.grad is None or torch.equal(got[name], weight.grad), name
+
+
+@pytest.mark.parametrize("case", ["plan", "zoneout", "projection", "weights"])
+def test_who_does_not_take_it(case):
+    """Calls with a plan of their own, with zoneout, with a projection, and with a weight of a wrong shape."""
+    torch.manual_seed(0)
+    layer = triton_lstm.LSTM(I, H, proj_size=3 if case == "projection" else 0, zoneout=0.1 if case == "zoneout" else 0.)
+    if case == "plan":
+        layer.plan = dataclasses.replace(make_plan(B, H, torch.float32, limits=None), keep_every=2)
+    with harness.interpreter(), mock.patch.object(eager._Layer, "apply") as applied:
+        if case == "weights":
+            layer.weight_hh_l0 = torch.nn.Parameter(torch.randn(4 * H, H + 1))
+            with pytest.raises(ValueError, match=r"weight_ih must have the shape \(1, 28, 4\), got \(1, 24, 4\)"):
+                layer(torch.randn(T, B, I))
+        else:
+            layer(torch.randn(T, B, I))
+    assert not applied.called
+
+
+def test_wrong_masks_raise_what_the_function_raises():
+    layer, x = triton_lstm.LSTM(I, H), torch.randn(T, B, I)
+    with harness.interpreter():
+        with pytest.raises(ValueError, match=r"lengths must have the shape \(5,\), got \(4,\)"):
+            layer(x, lengths=torch.ones(4, dtype=torch.int64))
+        with pytest.raises(ValueError, match="reset must be bool, got torch.uint8"):
+            layer(x, reset=torch.zeros(T, B, dtype=torch.uint8))
+        with pytest.raises(TypeError, match="lengths must be a tensor, got list"):
+            layer(x, lengths=[1] * B)

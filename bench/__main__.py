@@ -25,6 +25,7 @@ providers (--quick times only those with a *; --record times all except those wi
   triton_lstm SCHEDULE - the same with a plan of this schedule: resident, cluster, grid or streamed
   triton_lstm packed     the same on packed sequences; for ragged batches
   triton_lstm graph      the same, replayed from a CUDA graph
+  triton_lstm recompute - the same, without gates kept for backward
   cuDNN                * torch.nn.LSTM with flattened weights; in TF32 if torch allows it
   cuDNN graph            the same, replayed from a CUDA graph
   cuDNN packed         * torch.nn.LSTM on packed sequences; for ragged batches

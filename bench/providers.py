@@ -127,7 +127,7 @@ class Flagged(Wrapper):
 
     def __init__(self, lstm, problem):
         super().__init__(lstm)
-        self.plan = lstm.plan
+        self.timed_plan = lstm.timed_plan
         self.options = (dict(reset=problem.reset) if problem.reset is not None else
                         dict(lengths=problem.lengths.to(problem.x.device)))
 
@@ -247,7 +247,9 @@ class FlashRNN(Own):
         return states[0, :, :, 0].transpose(0, 1), (last[0, :, 0, 0][None], last[1, :, 0, 0][None])
 
 
-def _ours(schedule=None, packed=False):
+def _ours(schedule=None, packed=False, keep_gates=None):
+    """triton_lstm.LSTM as people use it, or with a plan of this schedule, or with this ``keep_gates``. The layer also
+    has the attribute ``timed_plan``."""
     def make(problem):
         case, x = problem.case, problem.x
         if packed and case.sequences != "ragged":
@@ -262,7 +264,9 @@ def _ours(schedule=None, packed=False):
                                              limits=Limits.of(x.device), tf32=tf32_allowed(), schedule=schedule)
         except triton_lstm.PlanError as error:
             raise Unavailable(str(error)) from error
-        layer.plan = plan
+        layer.timed_plan, layer.keep_gates = plan, keep_gates
+        if schedule:
+            layer.plan, layer.keep_gates = plan, plan.keeps_gates(case.steps, case.layers)
         if packed:
             return Packed(layer, problem.lengths)
         return layer if case.sequences == "padded" else Flagged(layer, problem)
@@ -312,6 +316,7 @@ def _rival(layer_class, module, function, sequences):
     return make
 
 
+RECOMPUTE = f"{OURS} recompute"
 PROVIDERS = {
     OURS: _ours(),
     CUDNN: _nn_lstm("padded"),
@@ -320,11 +325,12 @@ PROVIDERS = {
     CUDNN_GRAPH: _graph(_nn_lstm("padded")),
     f"{OURS} packed": _ours(packed=True),
     f"{OURS} graph": _graph(_ours()),
+    RECOMPUTE: _ours(keep_gates=False),
     **{f"{OURS} {schedule}": _ours(schedule) for schedule in SCHEDULES},
     "compiled loop": _compiled_loop,
     "TorchRL": _rival(TorchRL, "torchrl.modules.tensordict_module._rnn_triton", "lstm_triton", ("padded", "resets")),
     "FlashRNN": _rival(FlashRNN, "flashrnn", "flashrnn", ("padded",)),
 }
-# Single schedules and the compiled loop are left out. They only help to understand why the automatic plan is slow.
+# Single schedules, recomputing and the compiled loop are left out. They only help to understand why a layer is slow.
 COMPARED = tuple(name for name in PROVIDERS if name not in {f"{OURS} {s}" for s in SCHEDULES}
-                 | {"compiled loop"})
+                 | {RECOMPUTE, "compiled loop"})

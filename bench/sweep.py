@@ -123,7 +123,7 @@ def measure(case, providers, gpu, floors, environment, effort):
     sm_mhz, memory_mhz = gpu.clocks() if running else (None, None)
     for name, (figures, run) in running.items():
         p20, median, p80 = torch.tensor(samples[name]).quantile(torch.tensor([.2, .5, .8])).tolist()
-        if (plan := getattr(run.layer, "plan", None)) is not None:
+        if (plan := getattr(run.layer, "timed_plan", None)) is not None:
             floor_us, exchange_us = floors.step_us(plan, case, sm_mhz)
             cycles = case.layers * step_cycles(plan, gpu.multiprocessors, "forward")
             if case.mode == "train":
@@ -190,10 +190,13 @@ def compile_all(cases, limits, arch):
         backward = plan.backward_plan and dataclasses.replace(plan.backward_plan, **sizes)
         key = dataclasses.replace(plan, backward_plan=backward, **sizes)
         widths = {case.input_size, *[case.directions * case.hidden_size] * (case.layers > 1)}
+        gates = case.mode == "train" and plan.keeps_gates(case.steps, case.layers)
         for inputs in {width if plan.multiplies_input(width) else 64 for width in widths}:
-            wanted.setdefault((key, case.dtype, case.sequences != "padded", inputs), plan)
-    jobs = [(plan, dtype_of(dtype), dict(flagged=flagged, inputs=inputs))
-            for (_, dtype, flagged, inputs), plan in wanted.items()]
+            # the batch decides which kernels backward has
+            options = dict(flagged=case.sequences != "padded", inputs=inputs, keep_gates=gates)
+            wanted.setdefault((key, plan.backward.derives_coefficients, case.dtype, *options.values()),
+                              (plan, dtype_of(case.dtype), options))
+    jobs = list(wanted.values())
     for _ in progress(compile_apart(jobs, arch), lambda _: "compiling", len(jobs)):
         pass                            # if a kernel does not compile, its row will say so
     return time.monotonic() - began

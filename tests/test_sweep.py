@@ -233,8 +233,8 @@ def test_ours_computes_lengths_and_resets(name, sequences):
     with mock.patch.object(providers, "on_device", return_value=(make_plan(5, 10, torch.float32, limits=None), None)), \
             harness.interpreter():
         run, found, exact = results_of(case, providers.PROVIDERS[name])
-    assert getattr(run.layer, "lstm", run.layer).plan.hidden_size == 10 and set(found) == set(exact)
-    assert correctness.error(found, exact) < 1e-2           # our plan computes in TF32
+    assert getattr(run.layer, "lstm", run.layer).timed_plan.hidden_size == 10 and set(found) == set(exact)
+    assert correctness.error(found, exact) < 1e-2
 
 
 def test_ours_runs_by_the_schedule_that_its_name_has():
@@ -243,6 +243,10 @@ def test_ours_runs_by_the_schedule_that_its_name_has():
         for schedule in ("resident", "grid"):
             layer = providers.PROVIDERS[f"{OURS} {schedule}"](providers.Problem.of(CASES[0], "cpu"))
             assert isinstance(layer, triton_lstm.LSTM) and layer.plan.schedule == schedule
+            assert layer.keep_gates and layer.timed_plan is layer.plan
+        for name, keep_gates in ((OURS, None), (providers.RECOMPUTE, False)):
+            layer = providers.PROVIDERS[name](providers.Problem.of(CASES[0], "cpu"))
+            assert layer.plan is None and layer.keep_gates is keep_gates and layer.timed_plan.schedule == "resident"
         with pytest.raises(providers.Unavailable, match="all of R fits on the chip"):
             providers.PROVIDERS[f"{OURS} streamed"](providers.Problem.of(CASES[0], "cpu"))
 
@@ -289,7 +293,7 @@ def test_slow_calls_are_timed_twice(tmp_path):
 def test_the_plan_of_ours_has_a_floor(tmp_path):
     def planned(problem):
         layer = nn_lstm(problem)
-        layer.plan = make_plan(3, 8, torch.float16)
+        layer.timed_plan = make_plan(3, 8, torch.float16)
         return layer
     ours, theirs = run(tmp_path / "a.csv", planned, CASES[:1])[0]
     assert (ours.floor_us, ours.exchange_us, ours.plan) == (2.5, 1., "resident 1 x 1")
@@ -371,9 +375,15 @@ def test_compile_all_compiles_each_kernel_once():
     with mock.patch.object(sweep, "compile_apart", compile_apart):
         assert sweep.compile_all(cases, triton_lstm.plan.H200, 90) < 60
     # 64 stands for every number of inputs that the time loop does not multiply
-    assert [(plan.hidden_size, dtype, options["flagged"], options["inputs"]) for plan, dtype, options in submitted] == [
-        (8, torch.float16, False, 8), (16, torch.float16, False, 16), (8, torch.float32, False, 64),
-        (16, torch.float32, False, 64), (8, torch.float16, True, 8)]
+    names = "flagged", "inputs", "keep_gates"
+    assert [(plan.hidden_size, dtype, *map(options.get, names)) for plan, dtype, options in submitted] == [
+        *((H, dtype, False, H if dtype == torch.float16 else 64, keep_gates) for keep_gates in (False, True)
+          for dtype in (torch.float16, torch.float32) for H in (8, 16)), (8, torch.float16, True, 8, False)]
+    del submitted[:]
+    few, many = (dataclasses.replace(CASES[0], hidden_size=64, batch=batch) for batch in (16, 512))
+    with mock.patch.object(sweep, "compile_apart", compile_apart):
+        sweep.compile_all([few, many, dataclasses.replace(many, batch=1024)], triton_lstm.plan.H200, 90)
+    assert [plan.derives_coefficients for plan, _, _ in submitted] == [False, True]
 
 
 # The file

@@ -291,7 +291,8 @@ def test_operator_passes_torchs_own_checks(packed):
 
 @pytest.mark.parametrize("batch, hidden_size, dtype, kind", [
     (16, 128, BF16, "resident"), (16, 512, BF16, "cluster"), (16, 1024, BF16, "split"), (128, 1024, FP16, "wgmma"),
-    (64, 512, FP32, "cluster"), (16, 1024, FP32, "wgmma")], ids=str)
+    (64, 512, FP32, "cluster"), (16, 1024, FP32, "split"), (4096, 256, FP32, "wgmma")],
+    ids=str)
 def test_machine_code(batch, hidden_size, dtype, kind):
     """Keeping the gates adds four stores of each unit to a step of forward, and no spills."""
     if kind == "cluster" and harness.TRITON < (3, 9):

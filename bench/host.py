@@ -59,9 +59,12 @@ def stand_ins():
             total.addmm_(a.t(), b) if a.dtype == torch.float32 else total.add_(torch.mm(a.t(), b))
         else:
             torch.mm(a.t(), b, out=total) if a.dtype == total.dtype else torch.mm(a.t(), b)
+    def dropout(x, p, training=True):           # as on CUDA: one operator
+        return torch.native_dropout(x, p, True)[0] if training else x
     runs_kernels = lambda x, dtype: dtype in functional.DTYPES
     return [(functional, "runs_kernels", runs_kernels), (layer, "runs_kernels", runs_kernels),
-            (op, "limits_of", lambda device: H100), (sequence, "_add_product", add_product)]
+            (op, "limits_of", lambda device: H100), (sequence, "_add_product", add_product),
+            (torch.nn.functional, "dropout", dropout)]
 
 
 def pretend(folder):

@@ -1,6 +1,5 @@
 """A layer over time: input products before each time loop, the loops themselves, and weight gradients after them."""
 import torch
-import triton
 
 from . import exchange, launch, waiting
 from .cell import zoneout_arguments
@@ -25,7 +24,7 @@ def forward(*args, **kwargs):
 
 
 def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zoneout=None, launcher=None, steps=None,
-                   keep_gates=False, all_live=False):
+                   keep_gates=False, all_live=False, zero_state=False):
     """The layer over all steps, as a generator that runs one chunk of steps at a time.
 
     x            (T, B, I), or packed (rows, I)
@@ -40,6 +39,7 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     steps        of a chunk; None: as many as the plan takes at a time
     keep_gates   with ``save``: whether backward gets the gates' pre-activations and every c, and recomputes nothing
     all_live     whether every step of ``flags`` is known to be live, as where only resets made them
+    zero_state   whether h0 and c0 are known to be zero
 
     The first ``next`` allocates all that outlives a chunk and yields y, not yet written. Each further one runs a chunk.
     x is read only in the chunk that needs it.
@@ -100,7 +100,10 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
             h = _state(y, h0, flags, rows, first)
         sent = ()
         if plan.exchanges:
-            exchange.fill_from(h.view(B, D, H).transpose(0, 1), slots[:S], flags, first, T, plan)
+            if zero_state and first == 0:
+                exchange.fill(slots[:S], plan)
+            else:
+                exchange.fill_from(h.view(B, D, H).transpose(0, 1), slots[:S], flags, first, T, plan)
             sent = slots,
         run(loop.kernel, plan, grid, buffer, r, h, c, y, after_first, *sent, T, S, B, first, keep_every, *tiles,
             waits=plan.exchanges, flags_ptr=flags, offsets_ptr=rows.offsets, **constants)
@@ -186,26 +189,27 @@ def _input_product(rows, w, b, d, out):
         torch.addmm(b[d], rows, w[d].t(), out=out)
 
 
-def _previous(y, h0, flags, rows, d, span, all_live):
-    """h before the steps at times ``span``: (rows of the chunk, matrix) pairs. The first step's h is h0."""
-    (lo, hi), T, B, H = span, rows.T, rows.B, h0.shape[-1]
+def _previous(y, h0, flags, rows, d, span, all_live, zero_state):
+    """h before the steps at times ``span``: (rows of the chunk, matrix) pairs. The first step's h is h0. Where h0 is
+    known to be zero it may be left out."""
+    (lo, hi), T, B, H, first = span, rows.T, rows.B, h0.shape[-1], h0[d]
     columns = rows.of(y, 0, T)[:, d * H:(d + 1) * H]
     if rows.offsets is not None:
-        return [(slice(None), rows.packed_previous(columns, h0[d], d, lo, hi))]
+        return [(slice(None), rows.packed_previous(columns, first, d, lo, hi))]
     if d == 0 and lo == 0:
-        pairs = [(slice(0, B), h0[d]), (slice(B, hi * B), columns[:(hi - 1) * B])]
+        pairs = [(slice(0, B), first), (slice(B, hi * B), columns[:(hi - 1) * B])]
     elif d == 1 and hi == T:
         last = (hi - lo - 1) * B
-        pairs = [(slice(0, last), columns[(lo + 1) * B:]), (slice(last, last + B), h0[d])]
+        pairs = [(slice(0, last), columns[(lo + 1) * B:]), (slice(last, last + B), first)]
     else:
         shift = -B if d == 0 else B
         pairs = [(slice(0, (hi - lo) * B), columns[lo * B + shift:hi * B + shift])]
     pairs = [(chosen, matrix) for chosen, matrix in pairs if matrix.shape[0]]
     if flags is None:
-        return pairs
+        return [pair for pair in pairs if not (zero_state and pair[1] is first)]
     h, of = torch.cat([matrix for _, matrix in pairs]).view(hi - lo, B, H), flags[d, lo:hi]
     if not all_live:
-        h = torch.where(has(of, START), h0[d], h)
+        h = torch.where(has(of, START), first, h)
     h.masked_fill_(has(of, FRESH), 0)
     return [(slice(None), h.view(-1, H))]
 
@@ -233,7 +237,7 @@ def backward(*args, **kwargs):
 
 
 def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, plan, needs, batch_sizes=None,
-                    zoneout=None, launcher=None, all_live=False):
+                    zoneout=None, launcher=None, all_live=False, zero_state=False):
     """The gradients of ``forward``, as a generator that runs one chunk of ``plan.keep_every`` steps at a time, from the
     last: it recomputes the gates by products over the whole chunk, unless forward kept them, turns them into
     coefficients, unless the loop does so, then runs the time loop backwards.
@@ -241,7 +245,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
     dy, dh_n, dc_n   gradients of y, h_n, c_n, or None
     y, kept, gates   what ``forward`` returned; gates may also be None
     needs            which of the six gradients are wanted; the others are None
-    all_live         as for ``forward_chunks``
+    all_live, zero_state    as for ``forward_chunks``
 
     The first ``next`` allocates all that outlives a chunk and yields dx, not yet written. Each further one runs a
     chunk. dy is read only in the chunk that needs it. Returns (dx, dw, dr, db, dh0, dc0).
@@ -292,7 +296,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
             S, begun = min(K, T - first), first + K < T
             spans = [times_of(d, first, S, T) for d in range(D)]
             a = rows.split(buffer, spans)
-            previous = [_previous(y, h0, flags, rows, d, spans[d], all_live) for d in range(D)]
+            previous = [_previous(y, h0, flags, rows, d, spans[d], all_live, zero_state) for d in range(D)]
             of_x = [rows.of(x, *span) for span in spans]
             if keep_gates:
                 of_gates = _gates_of(gates, rows, spans, first)
@@ -303,9 +307,9 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
                         _input_product(of_x[d], w, b, d, a[d])
                         for chosen, h in previous[d]:
                             a[d][chosen].addmm_(h, r[d].t())
-            blocks = triton.cdiv(B * H, 256)
+            blocks = -(-B * H // 256)           # triton.cdiv takes the host longer than an allocation
             if not derives:
-                run(launch.COEFFICIENTS, plan, (blocks, D, triton.cdiv(S, steps)), of_gates, c0,
+                run(launch.COEFFICIENTS, plan, (blocks, D, -(-S // steps)), of_gates, c0,
                     kept[1:] if keep_gates else kept, coef, T, S, B, first, steps, keep_every, waits=False,
                     flags_ptr=flags, offsets_ptr=rows.offsets, BLOCK=256, **of_coefficients)
             elif keep_gates:
@@ -327,6 +331,8 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
                     if dr is not None:
                         for n, (chosen, h) in enumerate(previous[d]):
                             _add_product(dr[d], a[d][chosen], h, begun or n > 0)
+                        if not (begun or previous[d]):
+                            dr[d].zero_()
                     if db is not None:
                         if begun:
                             db[d].add_(a[d].sum(0, dtype=torch.float32))

@@ -33,15 +33,15 @@ def _stacked(own, D):
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, h0, c0, flags, batch_sizes, plan, keep_gates, all_live, *own):
+    def forward(ctx, x, h0, c0, flags, batch_sizes, plan, keep_gates, known, *own):
         w, r, b = _stacked(own, plan.directions)
         with op.without_autocast(x):
             y, h_n, c_n, kept, gates = op.sequence.forward(x, w, r, b, h0, c0, flags, plan, True, batch_sizes,
-                                                           keep_gates=keep_gates, all_live=all_live)
+                                                           keep_gates=keep_gates, **known)
         # of one direction w and r are views, which saved tensors should not be
         stacks = (None, None) if plan.directions == 1 else (w, r)
         ctx.save_for_backward(x, *stacks, b, h0, c0, flags, batch_sizes, y, kept, gates, *own)
-        ctx.plan, ctx.all_live = plan, all_live
+        ctx.plan, ctx.known = plan, known
         ctx.set_materialize_grads(False)
         return y, h_n, c_n
 
@@ -65,7 +65,7 @@ class _Layer(torch.autograd.Function):
                 w, r = own[0][None], own[1][None]
             with op.without_autocast(x):
                 found = op.sequence.backward(*given, x, w, r, b, h0, c0, flags, y, kept, gates, ctx.plan, wanted,
-                                             batch_sizes, all_live=ctx.all_live)
+                                             batch_sizes, **ctx.known)
         dx, dw, dr, db, dh0, dc0 = (g if need else None for g, need in zip(found, wanted))
         gradients = []
         for d in range(D):
@@ -104,7 +104,7 @@ def layers(x, hx, weights, sizes, dropout, keep_gates, batch_sizes=None, lengths
         keep_gates = plan.keeps_gates(T, num_layers)
     lengths, reset = checked(lengths, (B,), "lengths", device), checked(reset, (T, B), "reset", device)
     flags = flags_of(T, B, D, lengths, reset, batch_sizes, device)
-    all_live = lengths is None and batch_sizes is None
+    known = dict(all_live=lengths is None and batch_sizes is None, zero_state=hx is None)
     if hx is None:
         zeros = x.new_zeros(D, B, H)
         hx = zeros, zeros
@@ -115,11 +115,11 @@ def layers(x, hx, weights, sizes, dropout, keep_gates, batch_sizes=None, lengths
         own = weights[layer * per:(layer + 1) * per]
         h0, c0 = hx if len(hx[0]) == D else (s[layer * D:(layer + 1) * D] for s in hx)
         if needed and any(t.requires_grad for t in (x, h0, c0, *own)):
-            x, *state = _Layer.apply(x, h0, c0, flags, batch_sizes, plan, keep_gates, all_live, *own)
+            x, *state = _Layer.apply(x, h0, c0, flags, batch_sizes, plan, keep_gates, known, *own)
         else:
             with op.without_autocast(x):
                 x, *state, _, _ = op.sequence.forward(x, *_stacked(own, D), h0, c0, flags, plan, False, batch_sizes,
-                                                         all_live=all_live)
+                                                         **known)
         states.append(state)
     h_n, c_n = states[0] if num_layers == 1 else map(torch.cat, zip(*states))
     return x, (h_n, c_n)

@@ -33,12 +33,14 @@ Tensor masked_fill(const Tensor&a,const Tensor&m,const Scalar&){return at::empty
 Tensor& masked_fill_(Tensor&a,const Tensor&,const Scalar&){return a;}
 Tensor& bern(Tensor&a,double,std::optional<at::Generator>){return a;}
 Tensor gather(const Tensor&a,int64_t,const Tensor&i,bool){return at::empty(i.sizes(),a.options());}
+std::tuple<Tensor,Tensor> dropout(const Tensor&a,double,std::optional<bool>){return {like(a),at::empty(a.sizes(),a.options().dtype(at::kBool))};}
+Tensor dropout_backward(const Tensor&g,const Tensor&,double){return like(g);}
 TORCH_LIBRARY_IMPL(aten, CPU, m){
  m.impl("fill_.Scalar",fill_); m.impl("zero_",zero_); m.impl("copy_",copy_);
  m.impl("mm",mm); m.impl("mm.out",mm_out); m.impl("addmm",addmm); m.impl("addmm.out",addmm_out); m.impl("addmm_",addmm_); m.impl("bmm",bmm);
  m.impl("add.Tensor",add); m.impl("add_.Tensor",add_); m.impl("mul.Tensor",mul); m.impl("mul_.Tensor",mul_); m.impl("bitwise_and.Tensor",band);
  m.impl("bitwise_not",bnot); m.impl("eq.Tensor",cmp); m.impl("lt.Tensor",cmp); m.impl("where.self",where); m.impl("sum.dim_IntList",sumdim); m.impl("sum.IntList_out",sum_out);
- m.impl("cat",cat); m.impl("gather",gather); m.impl("masked_fill.Scalar",masked_fill); m.impl("masked_fill_.Scalar",masked_fill_); m.impl("bernoulli_.float",bern);
+ m.impl("native_dropout",dropout); m.impl("native_dropout_backward",dropout_backward); m.impl("cat",cat); m.impl("gather",gather); m.impl("masked_fill.Scalar",masked_fill); m.impl("masked_fill_.Scalar",masked_fill_); m.impl("bernoulli_.float",bern);
 }
 #include <Python.h>
 static PyModuleDef d={PyModuleDef_HEAD_INIT,"noop",0,-1,0};

@@ -153,7 +153,9 @@ class Rows:
 
     def of(self, x, lo, hi):
         """The rows of x or y at times [lo, hi), as a matrix."""
-        return (x[lo:hi] if self.offsets is None else x[self._before[lo]:self._before[hi]]).reshape(-1, x.shape[-1])
+        if lo or hi < self.T:
+            x = x[lo:hi] if self.offsets is None else x[self._before[lo]:self._before[hi]]
+        return x.reshape(-1, x.shape[-1])
 
     def split(self, buffer, spans):
         """The part of ``buffer`` (rows, -) that a chunk fills, as a matrix for each direction; ``spans``: the times

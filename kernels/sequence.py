@@ -58,7 +58,7 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     keep_gates = keep_gates and save
     keep_every = 1 if keep_gates else plan.keep_every if save else max(T, 1)
     kept = c.new_empty(T if keep_gates else max(-(-T // keep_every), 1) - 1, D, B, H)
-    gates = x.new_empty(_rows_before(rows, D, T) if keep_gates else 0, 4 * H)
+    gates = x.new_empty(D * rows.count(0, T) if keep_gates else 0, 4 * H)
     if T == 0 or B == 0:
         yield y
         return y, h0.clone(), c0.clone(), kept, gates
@@ -117,7 +117,8 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     else:
         last = y[T - 1, :, :H]
     # not stack: inside an operator it returns a view, which the caller could not detach_() or edit in place
-    h_n = torch.cat([last[None], rows.of(y, 0, 1)[None, :, H:]] if D == 2 else [last[None]])
+    h_n = torch.cat([last[None], rows.of(y, 0, 1)[None, :, H:]]) if D == 2 else last[None].clone(
+        memory_format=torch.contiguous_format)
     if batch_sizes is None and flags is not None and not all_live:
         h_n = torch.where(live.any(0), h_n, h0)
     return y, h_n, c.to(x.dtype), kept, gates
@@ -130,7 +131,7 @@ def _rows_before(rows, D, first):
 
 def _gates_of(gates, rows, spans, first):
     """The part of ``gates`` that belongs to the chunk of step ``first``, whose times are ``spans``."""
-    start = _rows_before(rows, len(spans), first)
+    start = _rows_before(rows, len(spans), first) if first else 0
     return gates[start:start + sum(rows.count(*span) for span in spans)]
 
 

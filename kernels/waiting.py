@@ -6,7 +6,6 @@ wait at mbarriers, by a loop that Gluon writes. Those waits have no limit.
 """
 import atexit
 import collections
-import contextlib
 import os
 import sys
 
@@ -151,18 +150,19 @@ def wait_report() -> str | None:
     return "\n".join(filter(None, map(describe, _records.values()))) or None
 
 
-@contextlib.contextmanager
-def explained():
-    """A CUDA error that is raised inside says which kernel has given up, if one has."""
-    try:
-        yield
-    except RuntimeError as error:
-        if (text := wait_report()) is None:
-            raise
-        raise RuntimeError(
-            f"a kernel of triton_lstm gave up: its programs waited for each other longer than {_limit_s:g} s (see "
-            f"triton_lstm.set_wait_limit):\n{text}\nThis process cannot use the GPU any more; `python -m triton_lstm "
-            f"check` finds out whether the kernel works on it.") from error
+class explained:
+    """A context in which a CUDA error says which kernel has given up, if one has. A generator would take the host
+    longer."""
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, RuntimeError) and (text := wait_report()) is not None:
+            raise RuntimeError(
+                f"a kernel of triton_lstm gave up: its programs waited for each other longer than {_limit_s:g} s (see "
+                f"triton_lstm.set_wait_limit):\n{text}\nThis process cannot use the GPU any more; `python -m "
+                f"triton_lstm check` finds out whether the kernel works on it.") from error
 
 
 @atexit.register

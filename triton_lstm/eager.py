@@ -26,9 +26,11 @@ def shapes_of(num_layers, directions, input_size, hidden_size, bias):
 def _stacked(own, D):
     """W, R and the sum of the biases or None, as the kernels take them, of a layer's weights in nn.LSTM's order."""
     kinds = len(own) // D
+    if D == 1:
+        return own[0][None], own[1][None], (own[2] + own[3])[None] if kinds > 2 else None
     both = [own[kind::kinds] for kind in range(kinds)]
     b = [b_ih + b_hh for b_ih, b_hh in zip(*both[2:])] if kinds > 2 else []
-    return [None if not of else of[0][None] if D == 1 else torch.stack(of) for of in (both[0], both[1], b)]
+    return [torch.stack(of) if of else None for of in (both[0], both[1], b)]
 
 
 class _Layer(torch.autograd.Function):

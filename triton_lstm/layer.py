@@ -102,6 +102,8 @@ class LSTM(torch.nn.RNNBase):
         masked = lengths is not None or reset is not None
         if not masked and (found := self._one_step(input, hx)) is not None:
             return found
+        if (found := self._eager(input, hx, lengths, reset)) is not None:
+            return found
         if masked and isinstance(input, PackedSequence):
             raise ValueError(f"lengths and reset are for padded input, got {type(input).__name__}")
         weights = [getattr(self, name) for name in self._flat_weights_names]    # once: they may be parametrized
@@ -173,6 +175,31 @@ class LSTM(torch.nn.RNNBase):
                                 (layers, D, self.input_size, H, self.bias),
                                 (layers * D, input.shape[0 if self.batch_first else 1], H))
         return found and (found[0], found[1:])
+
+    def _eager(self, input, hx, lengths, reset):
+        """``forward`` of padded input with a batch by ``eager.layers``, before all that other calls need; None for
+        other calls and for wrong input."""
+        if (torch.compiler.is_compiling() or self.plan is not None or self.zoneout or self.proj_size
+                or not isinstance(input, torch.Tensor) or input.dim() != 3 or input.shape[-1] != self.input_size
+                or not runs_kernels(input, input.dtype) or torch.is_autocast_enabled(input.device.type)
+                or self.num_layers > 1 and not self.bidirectional):         # which may be a wavefront
+            return None
+        D, H, layers = 2 if self.bidirectional else 1, self.hidden_size, self.num_layers
+        x = input
+        if self.batch_first:
+            x = input.transpose(0, 1)
+            if reset is not None:
+                if not isinstance(reset, torch.Tensor) or reset.dim() != 2:
+                    return None
+                reset = reset.t()
+        if x.shape[0] == 0 or hx is not None and not (
+                isinstance(hx, (tuple, list)) and len(hx) == 2
+                and all(isinstance(s, torch.Tensor) and s.shape == (layers * D, x.shape[1], H) for s in hx)):
+            return None
+        found = eager.layers(x, hx, [getattr(self, name) for name in self._flat_weights_names],
+                             (layers, D, self.input_size, H, self.bias), self.dropout if self.training else 0.,
+                             self.keep_gates, None, lengths, reset)
+        return (found[0].transpose(0, 1), found[1]) if found and self.batch_first else found
 
     def _packed(self, input, hx, weights):
         """``forward`` of a packed sequence. States are in the caller's order of rows."""

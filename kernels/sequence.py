@@ -219,7 +219,7 @@ def _add_product(total, a, b, begun):
     """Add a^T b, in fp32 whatever the operands' type, to ``total``, which has no value yet unless it has ``begun``."""
     options = {}
     if a.dtype != torch.float32:
-        if a.is_cuda and "dtype" in torch.ops.aten.mm.overloads():
+        if a.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads():
             if begun:
                 total += torch.mm(a.t(), b, out_dtype=torch.float32)
                 return

@@ -31,6 +31,7 @@ class Call:
     # {name of a further argument of forward: function of this Call that makes its value}
     options: dict = dataclasses.field(default_factory=dict)
     packed: bool = False
+    keep_gates: bool | None = None
 
     def modules(self):
         """nn.LSTM, our LSTM, and nn.LSTM in float64, with the same weights. If the call has arguments that nn.LSTM does
@@ -41,6 +42,7 @@ class Call:
         ours, exact = triton_lstm.LSTM(**self.layer).to(self.dtype), theirs_class(**self.layer).double()
         for module in (ours, exact):
             module.load_state_dict(theirs.state_dict())
+        ours.keep_gates = self.keep_gates
         return theirs, ours, exact
 
     def tensors(self):
@@ -91,7 +93,8 @@ def calls(draw, options=None):
     return Call(layer, dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
                 T=draw(st.integers(1, 3)), B=draw(st.sampled_from([2, 1, 3, None, 0, 17])),
                 state=draw(st.booleans()),
-                seed=draw(st.integers(0, 2 ** 31)), options={name: draw(s) for name, s in (options or {}).items()})
+                seed=draw(st.integers(0, 2 ** 31)), options={name: draw(s) for name, s in (options or {}).items()},
+                keep_gates=draw(st.sampled_from([None, True, False])))
 
 
 def check(call, backward):

@@ -185,16 +185,11 @@ def compile_all(cases, limits, arch):
                                          limits=limits)
         except triton_lstm.PlanError:
             continue                    # its row will say why
-        # Plans that differ only in these sizes have the same kernels, because the sizes are no constants of them.
-        sizes = dict(batch=0, groups=0, tiles=0, keep_every=1)
-        backward = plan.backward_plan and dataclasses.replace(plan.backward_plan, **sizes)
-        key = dataclasses.replace(plan, backward_plan=backward, **sizes)
         widths = {case.input_size, *[case.directions * case.hidden_size] * (case.layers > 1)}
         gates = case.mode == "train" and plan.keeps_gates(case.steps, case.layers)
         for inputs in {width if plan.multiplies_input(width) else 64 for width in widths}:
-            # the batch decides which kernels backward has
             options = dict(flagged=case.sequences != "padded", inputs=inputs, keep_gates=gates)
-            wanted.setdefault((key, plan.backward.derives_coefficients, case.dtype, *options.values()),
+            wanted.setdefault((plan.compiled_as, case.dtype, *options.values()),
                               (plan, dtype_of(case.dtype), options))
     jobs = list(wanted.values())
     for _ in progress(compile_apart(jobs, arch), lambda _: "compiling", len(jobs)):

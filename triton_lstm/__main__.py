@@ -117,8 +117,8 @@ def run_check(args):
     about(facts)
     more = {waiting.VARIABLE: os.environ.get(waiting.VARIABLE, WAIT_LIMIT)} if gpu else {"TRITON_INTERPRET": "1"}
     if gpu:
-        jobs = {json.dumps([case.plan, case.dtype, str(compiled[2])]): compiled for case in cases
-                if (compiled := case.compiled())}
+        jobs = {(plan.compiled_as, dtype, str(options)): (plan, dtype, options) for plan, dtype, options in
+                filter(None, (case.compiled() for case in cases))}
         major, minor = facts["capability"]
         done = sum(1 for _ in compile_apart(list(jobs.values()), 10 * major + minor, 0.5 * args.seconds))
         print(f"compiled {done} of {len(jobs)} plans in {args.seconds - (end - time.monotonic()):.0f} s", flush=True)

@@ -159,10 +159,18 @@ class Plan:
         """Warps of a program in the forward loop of resident and cluster plans.
 
         They are twice ``num_warps`` if a thread would otherwise have four units or more. Then special functions overlap
-        with products. The backward loop has no special functions.
+        with products. A backward loop has no special functions, unless it computes its coefficients.
         """
         doubled = self.num_warps == NUM_WARPS and self.block_h >= 16 * NUM_WARPS
         return 2 * self.num_warps if doubled else self.num_warps
+
+    @property
+    def compiled_as(self):
+        """What decides the plan's kernels: the plan without the sizes that are no constants of them, and whether the
+        backward loop computes its coefficients. Plans that have the same share their kernels."""
+        sizes = dict(batch=0, groups=0, tiles=0, keep_every=1)
+        backward = self.backward_plan and dataclasses.replace(self.backward_plan, **sizes)
+        return dataclasses.replace(self, backward_plan=backward, **sizes), self.backward.derives_coefficients
 
     @property
     def register_bytes(self):

@@ -115,9 +115,10 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
         ends = (live.sum(0) - 1).clamp(min=0)
         last = y[:, :, :H].gather(0, ends.expand(1, B, H))[0]
     else:
-        last = y[T - 1, :, :H]
+        last = y[T - 1, :, :H] if D == 2 else y[T - 1]
     # not stack: inside an operator it returns a view, which the caller could not detach_() or edit in place
-    h_n = torch.cat([last[None], rows.of(y, 0, 1)[None, :, H:]]) if D == 2 else last[None].clone(
+    last = last.unsqueeze(0)
+    h_n = torch.cat([last, rows.of(y, 0, 1)[None, :, H:]]) if D == 2 else last.clone(
         memory_format=torch.contiguous_format)
     if batch_sizes is None and flags is not None and not all_live:
         h_n = torch.where(live.any(0), h_n, h0)

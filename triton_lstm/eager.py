@@ -27,7 +27,7 @@ def _stacked(own, D):
     """W, R and the sum of the biases or None, as the kernels take them, of a layer's weights in nn.LSTM's order."""
     kinds = len(own) // D
     if D == 1:
-        return own[0][None], own[1][None], (own[2] + own[3])[None] if kinds > 2 else None
+        return own[0].unsqueeze(0), own[1].unsqueeze(0), (own[2] + own[3]).unsqueeze(0) if kinds > 2 else None
     both = [own[kind::kinds] for kind in range(kinds)]
     b = [b_ih + b_hh for b_ih, b_hh in zip(*both[2:])] if kinds > 2 else []
     return [torch.stack(of) if of else None for of in (both[0], both[1], b)]
@@ -64,7 +64,7 @@ class _Layer(torch.autograd.Function):
                                       y, kept, gates, "", ctx.plan.keep_every, wanted, None, 0., 0.)
         else:
             if D == 1:
-                w, r = own[0][None], own[1][None]
+                w, r = own[0].unsqueeze(0), own[1].unsqueeze(0)
             with op.without_autocast(x):
                 found = op.sequence.backward(*given, x, w, r, b, h0, c0, flags, y, kept, gates, ctx.plan, wanted,
                                              batch_sizes, **ctx.known)

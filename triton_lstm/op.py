@@ -299,13 +299,13 @@ def transformed():
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 def plain(*tensors):
     """Whether autograd alone sees what is done to ``tensors``: they are torch's own, and no compiler, tracer, transform
     or dispatch mode is at work."""
-    return (all(type(t) in _PLAIN for t in tensors) and not torch.compiler.is_compiling() and not transformed()
+    return (_PLAIN.issuperset(map(type, tensors)) and not torch.compiler.is_compiling() and not transformed()
             and not torch._C._len_torch_dispatch_stack() and torch._C._get_tracing_state() is None)
 
 

@@ -20,7 +20,7 @@ def add_rows_times(a, v_ptr, at_v, has_row, m_ptr, at_m, has_column, K: tl.const
 
 @triton.jit
 def load_bias(b_ih_ptr, b_hh_ptr, at, mask):
-    """The sum of both biases, either of which may be None, for some columns; fp32."""
+    """b_ih + b_hh in fp32, for some columns. b_hh may be None: then b_ih alone."""
     b = tl.load(b_ih_ptr + at, mask=mask, other=0.).to(tl.float32)
     if b_hh_ptr is not None:
         b += tl.load(b_hh_ptr + at, mask=mask, other=0.).to(tl.float32)

@@ -85,6 +85,15 @@ def stack(tensors):
     return _apply(_Stack, *tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
+def stacked(own, kinds):
+    """W (D, 4H, I), R (D, 4H, -) and the sum of both biases (D, 4H), or None without biases.
+
+    own: the weights of a layer in nn.LSTM's order, ``kinds`` of them for each direction.
+    """
+    bias = stack(list(map(add, own[2::kinds], own[3::kinds]))) if kinds > 3 else None
+    return stack(own[0::kinds]), stack(own[1::kinds]), bias
+
+
 def cat(a, b, dim):
     """``torch.cat`` of a and b along ``dim``."""
     return _apply(_Cat, a, b, dim)

@@ -24,7 +24,7 @@ def shapes_of(num_layers, directions, input_size, hidden_size, bias):
 
 
 def _stacked(own, D):
-    """W, R and the sum of the biases or None, as the kernels take them, of a layer's weights in nn.LSTM's order."""
+    """``apart.stacked`` where autograd does not follow."""
     kinds = len(own) // D
     if D == 1:
         return own[0].unsqueeze(0), own[1].unsqueeze(0), (own[2] + own[3]).unsqueeze(0) if kinds > 2 else None
@@ -58,10 +58,8 @@ class _Layer(torch.autograd.Function):
                   kinds > 2 and any(of_own[2::kinds] + of_own[3::kinds]), needs[1], needs[2]]
         if torch.is_grad_enabled() or not op.plain(*given) or op.batched(*given):
             # there will be derivatives of these gradients, or a transform runs over them
-            both = lambda kind: apart.stack(own[kind::kinds])
-            b = apart.stack(list(map(apart.add, own[2::kinds], own[3::kinds]))) if kinds > 2 else None
-            found = op.differentiable(op.lstm_backward_op, *given, x, both(0), both(1), b, h0, c0, flags, batch_sizes,
-                                      y, kept, gates, "", ctx.plan.keep_every, wanted, None, 0., 0.)
+            found = op.differentiable(op.lstm_backward_op, *given, x, *apart.stacked(own, kinds), h0, c0, flags,
+                                      batch_sizes, y, kept, gates, "", ctx.plan.keep_every, wanted, None, 0., 0.)
         else:
             if D == 1:
                 w, r = own[0].unsqueeze(0), own[1].unsqueeze(0)

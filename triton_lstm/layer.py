@@ -256,9 +256,7 @@ class LSTM(torch.nn.RNNBase):
         ``_flat_weights_names``. ``self`` may also be an nn.LSTM."""
         D, kinds = 2 if self.bidirectional else 1, (4 if self.bias else 2) + (1 if self.proj_size else 0)
         own = [w.to(dtype) for w in weights[layer * D * kinds:(layer + 1) * D * kinds]]
-        both = lambda kind: apart.stack(own[kind::kinds])
-        bias = apart.stack(list(map(apart.add, own[2::kinds], own[3::kinds]))) if self.bias else None
-        return both(0), both(1), bias, both(kinds - 1) if self.proj_size else None
+        return *apart.stacked(own, kinds), apart.stack(own[kinds - 1::kinds]) if self.proj_size else None
 
     @staticmethod
     def _autocast(input):

@@ -90,6 +90,17 @@ def test_loops_that_compute_the_coefficients(shape, dtype, change, keep_gates, k
         wanted.check(wanted.ours(plan=PLANS[kind](wanted), keep_gates=keep_gates))
 
 
+@pytest.mark.parametrize("name, old, new, keep_gates", [
+    ("portable_backward", " c = f * c + i * g", " c = f * c", False),
+    ("cluster_backward", "near_tanh(f * c + i * g), c)", "near_tanh(f * c), c)", True),
+    ("cluster_forward", "i, f, g, o, H)", "i, f, o, g, H)", True)], ids=["states", "coefficients", "gates"])
+def test_a_broken_kernel_is_noticed(name, old, new, keep_gates, tmp_path):
+    wanted = problem((3, 17, 4, 33, 2), FP16)
+    with harness.edited(name, tmp_path, old, new), mock.patch.object(Plan, "derives_coefficients", True), \
+            harness.emulator(90), pytest.raises(AssertionError):
+        wanted.check(wanted.ours(plan=wanted.cluster_plan(1), keep_gates=keep_gates))
+
+
 def test_exact_fp32_that_computes_the_coefficients():
     """In three TF32 products, whose loop has the exact activations. In the interpreter, then in the emulator."""
     wanted = Problem(4, 5, 3, 33, 2, resets=True, ragged=True)

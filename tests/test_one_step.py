@@ -380,12 +380,13 @@ def test_graphed_on_a_gpu(H):
     with torch.no_grad():
         right, right_state = lstm(xs)
     act = triton_lstm.make_graphed(lstm, xs[0], state)
+    # The time loop rounds pre-activations of x to fp16 and has an approximate tanh, the kernel for one step does not.
     for x, y in zip(xs, right):
         torch.testing.assert_close(act(x), y, rtol=1e-2, atol=2e-3)
     for s, r in zip(state, right_state):
         torch.testing.assert_close(s, r, rtol=1e-2, atol=2e-3)
     call = triton_lstm.make_graphed(lstm, xs)
-    torch.testing.assert_close(call(xs), right, rtol=1e-2, atol=2e-3)
+    assert torch.equal(call(xs), right)             # the same kernels, bit by bit
     with torch.no_grad():
         lstm.weight_hh_l0.mul_(0.5)                 # in place: the graph reads it
-        torch.testing.assert_close(call(xs), lstm(xs)[0], rtol=1e-2, atol=2e-3)
+        assert torch.equal(call(xs), lstm(xs)[0])

@@ -28,7 +28,7 @@ def imported(path):
 
 def with_kernels():
     """The modules of kernels/ that define kernels which are launched."""
-    launched = {kernel.__name__ for kernel in (launch.COEFFICIENTS, launch.STEP,
+    launched = {kernel.__name__ for kernel in (launch.COEFFICIENTS, launch.STATES, launch.STEP,
                                                *(loop.kernel for loop in launch.LOOPS.values()))}
     names = lambda path: {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
     found = {stem for stem, path in KERNELS.items() if names(path) & launched}

@@ -1,8 +1,8 @@
 """One step (T = 1) without gradients: one launch a layer, and little work for the host before it.
 
 Such a call needs no plan, so it also runs where R fits no plan. Large layers with many rows go the general way, where
-larger tiles read the weights less often. ``layers`` is for eager calls, whose host time counts;
-the operator of ``op.py`` takes the same kernel for all other calls.
+larger tiles read the weights less often. ``layers`` is for eager calls, whose host time counts; the operator of
+``op.py`` takes the same kernel for all other calls.
 """
 import torch
 from torch.autograd import forward_ad

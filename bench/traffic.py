@@ -44,6 +44,12 @@ class _Count(TorchDispatchMode):
 
     def launch(self, kernel, plan, grid, *args, waits, **constants):
         given = {**dict(zip(kernel.arg_names, args)), **constants}
+        self.launches["kernels"] += 1
+        if kernel is launch.FLAGS:
+            self.bytes += sum(given[name].numel() * given[name].element_size()
+                              for name in ("flags_ptr", "lengths_ptr", "sizes_ptr", "reset_ptr")
+                              if given[name] is not None)
+            return
         units = plan.directions * given["S"] * given["B"] * plan.hidden_size
         if kernel.__name__.startswith("forward"):
             element, keeps = given["y_ptr"].element_size(), given.get("KEEP_GATES", False)
@@ -53,13 +59,14 @@ class _Count(TorchDispatchMode):
         elif kernel.__name__ == "coefficients":
             c_every_step = given["keep_every"] == 1
             moved = units * (4 * given["a_ptr"].element_size() + 24 + (4 if c_every_step else 0))
+        elif kernel.__name__ == "previous":
+            moved = 2 * units * given["y_ptr"].element_size()
         elif kernel.__name__ == "states":
             moved = units * (4 * given["a_ptr"].element_size() + 4)
         else:
             element = given["da_ptr"].element_size()
             read = 24 if given.get("kept_ptr") is None else 4 * element + 4
             moved = units * (read + (4 + (given["dy_ptr"] is not None)) * element)
-        self.launches["kernels"] += 1
         self.bytes += moved
 
 

@@ -13,9 +13,10 @@ from triton.runtime import driver
 
 from .cluster_backward import backward_cluster
 from .cluster_forward import forward_cluster
-from .portable_backward import backward_grid, backward_resident, coefficients, states
+from .portable_backward import backward_grid, backward_resident, coefficients, previous, states
 from .portable_forward import forward_grid, forward_resident
 from .precision import INTERPRET
+from .rows import write_flags
 from .split_backward import backward_split
 from .split_forward import forward_split
 from .step_forward import forward_step
@@ -73,8 +74,8 @@ LOOPS = {
     ("wgmma", "forward"): Loop(forward_wgmma, lambda plan: dict(
         _grid(plan), R_SLICES=plan.r_slices, BLOCK_B=plan.block_b)),
 }
-COEFFICIENTS, STATES = coefficients, states
-BEFORE_LOOPS = {"coefficients", "states"}       # kernels that run before a backward loop, by name: no R, no products
+COEFFICIENTS, PREVIOUS, STATES, FLAGS = coefficients, previous, states, write_flags
+BEFORE_LOOPS = {"coefficients", "previous", "states"}   # run before a backward loop, by name: no R, no products
 STEP = forward_step
 # That ``forward_step`` reads through L2, tile by tile: 0.15 ms at an assumed 3.5 TB/s, which the host takes for
 # a call of the general way. With more rows and units, products of larger tiles are worth that.
@@ -105,6 +106,19 @@ class Step:
     def constants(self):
         return dict(INPUTS=self.inputs, BLOCK_B=self.block_b, BLOCK_H=self.block_h, BLOCK_K=self.block_k,
                     PRECISION=self.precision, INTERPRET=INTERPRET)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoPlan:
+    """In the place of a plan for a kernel that is the same for layers of all sizes."""
+    directions: int
+    hidden_size = 1
+    num_warps = 4
+    kind = "none"
+    programs = 1
+
+
+NO_PLAN = {D: NoPlan(D) for D in (1, 2)}
 
 
 @functools.lru_cache
@@ -140,7 +154,7 @@ def options(kernel, plan, waits, constants):
     if kernel is forward_cluster and constants["flags_ptr"] is None:       # step flags take the registers of more warps
         num_warps = plan.forward_warps
     chosen = dict(num_warps=num_warps, enable_fp_fusion=True, maxnreg=min(65536 // (32 * num_warps), 255))
-    if plan.kind == "cluster" and kernel not in (coefficients, states):
+    if plan.kind == "cluster" and kernel not in (coefficients, previous, states):
         chosen["num_ctas"] = plan.programs
     if waits:
         chosen["launch_cooperative_grid"] = True

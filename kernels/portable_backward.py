@@ -1,5 +1,5 @@
-"""The backward time loop in plain Triton, and kernels that prepare what every backward loop reads: its coefficients, or
-c of each step for loops that compute the coefficients themselves.
+"""The backward time loop in plain Triton, and kernels that prepare what every backward loop and the products around it
+read: h before each step, and the loop's coefficients, or c of each step for loops that compute these themselves.
 
 With the gates known, what the gradient of a step needs beside dh and dc are six coefficients for each unit:
 
@@ -19,7 +19,19 @@ import triton.language as tl
 from .cell import coefficients_from, near_sigmoid, near_tanh, sigmoid, tanh, zoneout
 from .exchange import add_shares, flag_of, send_shares
 from .precision import load_operand, narrow, operand, product
-from .rows import BEFORE, CUT, END, FRESH, LIVE, chunk_shift, load_flags, of_live_steps, padded_or_packed, rows_at
+from .rows import (
+    BEFORE,
+    CUT,
+    END,
+    FRESH,
+    LIVE,
+    START,
+    chunk_shift,
+    load_flags,
+    of_live_steps,
+    padded_or_packed,
+    rows_at,
+)
 from .waiting import BACKWARD_GRID
 
 
@@ -131,6 +143,40 @@ def states(a_ptr, c0_ptr, kept_ptr, c_ptr, T, S, B, first, keep_every,
         else:
             c = f * c + i * g
         s += 1
+
+
+@triton.jit(do_not_specialize=["T", "S", "B", "first", "blocks"])
+def previous(y_ptr, h0_ptr, h_ptr, T, S, B, first, blocks, H: tl.constexpr, DIRECTIONS: tl.constexpr,
+             BLOCK: tl.constexpr, flags_ptr=None, offsets_ptr=None):
+    """h before each of steps ``first`` to ``first + S``.
+
+    y, h0     (T, B, D H) or packed (rows, D H), which is h after each step; and h before the first, (D, B, H)
+    h         (D, S, B, H) in order of time; packed (rows, H), see ``chunk_shift``
+    blocks    of rows and units
+    flags, offsets   as in ``portable_forward.forward_resident``
+
+    grid (blocks S, D). Of steps that are not live h may be any number.
+    """
+    n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    d = tl.program_id(1)
+    row, unit = (n // H).to(tl.int64), n % H
+    s = tl.program_id(0) // blocks
+    time = tl.where(d == 0, first + s, T - 1 - first - s)
+    base, count = rows_at(offsets_ptr, time, B)
+    from_time = tl.where(d == 0, time - 1, time + 1)
+    inside = (from_time >= 0) & (from_time < T)
+    from_base, from_count = rows_at(offsets_ptr, tl.where(inside, from_time, time), B)
+    here = row < count
+    goes_on = row < tl.where(inside, from_count, 0)
+    reads = here
+    if flags_ptr is not None:
+        flags = load_flags(flags_ptr, (d * T + time).to(tl.int64), row, B)
+        goes_on &= (flags & START) == 0
+        reads &= (flags & FRESH) == 0
+    h = tl.load(y_ptr + (from_base + row) * (DIRECTIONS * H) + d * H + unit, mask=reads & goes_on, other=0.)
+    h0 = tl.load(h0_ptr + (d * B + row) * H + unit, mask=reads & (goes_on == 0), other=0.)
+    at = (chunk_shift(offsets_ptr, d, T, S, B, first) + base + row) * H + unit
+    tl.store(h_ptr + at, tl.where(goes_on, h, h0), mask=here)
 
 
 @triton.jit

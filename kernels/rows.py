@@ -79,7 +79,44 @@ def of_live_steps(k, flags):
             tl.where(live, k[4], 0.), tl.where(live, passed, 1.))
 
 
-# -- written by the host ----------------------------------------------------------------------------------------------
+# -- written before the kernels run -----------------------------------------------------------------------------------
+
+@triton.jit(do_not_specialize=["T", "B", "reset_time", "reset_row"])
+def write_flags(flags_ptr, lengths_ptr, sizes_ptr, reset_ptr, T, B, reset_time, reset_row, H: tl.constexpr,
+                DIRECTIONS: tl.constexpr, BLOCK: tl.constexpr):
+    """``step_flags`` by one launch.
+
+    lengths, sizes   (B,), or rows of each time (T,), or None; at most one of them
+    reset            element (t, b) lies at t reset_time + b reset_row; or None
+
+    grid (blocks of times and rows,).
+    """
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    time, row = n // B, n % B
+    mask = time < T
+    has_after = time + 1 < T
+    live, after, before = mask, has_after, mask
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + row, mask=mask, other=0)
+        live, after, before = time < length, has_after & (time + 1 < length), time <= length
+    if sizes_ptr is not None:
+        live = row < tl.load(sizes_ptr + time, mask=mask, other=0)
+        after = row < tl.load(sizes_ptr + time + 1, mask=has_after, other=0)
+        before = row < tl.load(sizes_ptr + time - 1, mask=mask & (time > 0), other=0)
+    last = live & has_after & (after == 0)
+    flags = tl.where(live, LIVE, 0)
+    forward, reverse = flags + tl.where(last, END, 0), flags + tl.where(last, START, 0)
+    reverse += tl.where((live == 0) & before & (time > 0), BEFORE, 0)
+    if reset_ptr is not None:
+        at = reset_ptr + time * reset_time + row * reset_row
+        fresh = live & (tl.load(at, mask=mask, other=0) != 0)
+        fresh_after = after & (tl.load(at + reset_time, mask=has_after, other=0) != 0)
+        forward += tl.where(fresh, FRESH, 0) + tl.where(fresh_after, CUT, 0)
+        reverse += tl.where(fresh_after, FRESH, 0) + tl.where(fresh & (time > 0), CUT, 0)
+    tl.store(flags_ptr + n, forward.to(tl.uint8), mask=mask)
+    if DIRECTIONS == 2:
+        tl.store(flags_ptr + tl.cast(T, tl.int64) * B + n, reverse.to(tl.uint8), mask=mask)
+
 
 def step_flags(T, B, D, lengths, reset, device):
     """Step flags (D, T, B) uint8 of ``T`` steps of ``B`` rows in ``D`` directions.
@@ -87,6 +124,8 @@ def step_flags(T, B, D, lengths, reset, device):
     lengths (B,) or None: so many first times of a row are live. reset (T, B) bool or None: the forward direction begins
     from a zero state at such a time. The reverse direction does so at the time before, which is the last of the piece
     that ends there.
+
+    These are operators that a compiler can follow and fuse, and a transform can map. See ``write_flags``.
     """
     if lengths is None:
         flags = torch.full((D, T, B), LIVE.value, dtype=torch.uint8, device=device)
@@ -130,8 +169,8 @@ class Rows:
     B            rows of the batch
     batch_sizes  None, or packed, rows of each time: (T,) on the CPU
 
-    ``offsets`` is for the kernels. ``begins`` (2, B), packed only: the row with which each direction begins each
-    sequence, its first or its last. ValueError where the batch sizes do not fit x and B.
+    ``offsets`` is for the kernels. ``last`` (B,), packed only: the last row of each sequence. ValueError
+    where the batch sizes do not fit x and B.
     """
 
     def __init__(self, x, B, batch_sizes):
@@ -144,8 +183,8 @@ class Rows:
             raise ValueError(f"batch_sizes must fall from the {B} rows of the state and add up to the {len(x)} of x, "
                              f"got {self._sizes[:-1]}")
         last = [self._before[t] + n for t in reversed(range(self.T)) for n in range(self._sizes[t + 1], self._sizes[t])]
-        on_device = torch.tensor([*self._before, *range(B), *last], device="cpu").to(x.device, non_blocking=True)
-        self.offsets, self.begins = on_device[:self.T + 1], on_device[self.T + 1:].view(2, B)
+        on_device = torch.tensor([*self._before, *last], device="cpu").to(x.device, non_blocking=True)
+        self.offsets, self.last = on_device[:self.T + 1], on_device[self.T + 1:]
 
     def count(self, lo, hi):
         """How many rows times [lo, hi) have."""
@@ -173,15 +212,3 @@ class Rows:
             return D * steps * self.B
         return max(sum(self.count(*times_of(d, first, min(steps, self.T - first), self.T)) for d in range(D))
                    for first in range(0, self.T, steps))
-
-    def packed_previous(self, columns, h0, d, lo, hi):
-        """Packed: h before the steps at times [lo, hi), (rows, H). columns (rows, H): all h of direction ``d``; h0
-        (B, H)."""
-        start, count = self.count(0, lo), self.count(lo, hi)
-        sizes = self.offsets.diff(prepend=self.offsets[:1])         # of the time before each, then of the last
-        away = sizes[lo + 1:hi + 1] if d else -sizes[lo:hi]
-        index = torch.arange(start, start + count, device=columns.device)
-        index += away.repeat_interleave(sizes[lo + 1:hi + 1], output_size=count)
-        h = columns.index_select(0, index.clamp_(max=len(columns) - 1))
-        new = slice(self._sizes[hi], self._sizes[lo]) if d else slice(0, 0 if lo else self.B)
-        return h.index_copy_(0, self.begins[d, new] - start, h0[new])

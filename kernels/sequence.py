@@ -4,7 +4,7 @@ import torch
 from . import exchange, launch, waiting
 from .cell import zoneout_arguments
 from .precision import INTERPRET, products_in, rounded_to_tf32
-from .rows import FRESH, LIVE, START, Rows, has, times_of
+from .rows import LIVE, Rows, has, times_of
 
 
 def finish(chunks):
@@ -18,6 +18,16 @@ def finish(chunks):
                 return end.value
 
 
+def step_flags(T, B, directions, lengths, sizes, reset, device):
+    """``rows.step_flags`` by one launch. Without ``lengths``, ``sizes`` (T,) may say how many rows each time has."""
+    flags = torch.empty(directions, T, B, dtype=torch.uint8, device=device)
+    if T and B:
+        strides = (0, 0) if reset is None else reset.stride()
+        launch.launch_kernel(launch.FLAGS, launch.NO_PLAN[directions], (-(-T * B // 1024), 1), flags, lengths, sizes,
+                             reset, T, B, *strides, waits=False, BLOCK=1024)
+    return flags
+
+
 def forward(*args, **kwargs):
     """All of ``forward_chunks``, whose arguments it takes: (y, h_n, c_n, kept, gates)."""
     return finish(forward_chunks(*args, **kwargs))
@@ -28,8 +38,8 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     """The layer over all steps, as a generator that runs one chunk of steps at a time.
 
     x            (T, B, I), or packed (rows, I)
-    w, r         (D, 4H, I) and (D, 4H, H)
-    b            (D, 4H) or None
+    w, r         (D, 4H, I) and (D, 4H, H), or a list of such matrices of each direction
+    b            (D, 4H) or None, or a list
     h0, c0       (D, B, H)
     flags        step flags (D, T, B) or None, see ``rows``
     save         whether backward will follow
@@ -73,7 +83,7 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
         more["KEEP_GATES"] = True
     elif plan.multiplies_input(x.shape[-1]):
         steps, buffer = steps or T, x.contiguous()
-        more = dict(INPUTS=x.shape[-1], w_ptr=w.contiguous(), b_ptr=None if b is None else b.contiguous())
+        more = dict(INPUTS=x.shape[-1], w_ptr=_stacked(w), b_ptr=None if b is None else _stacked(b))
     else:
         steps = steps or plan.forward_steps(T, x.element_size())
         buffer = x.new_empty(rows.most(D, min(steps, T)), 4 * H)
@@ -109,7 +119,7 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
             waits=plan.exchanges, flags_ptr=flags, offsets_ptr=rows.offsets, **constants)
         yield
     if batch_sizes is not None:
-        last = y[:, :H].index_select(0, rows.begins[1])
+        last = y[:, :H].index_select(0, rows.last)
     elif flags is not None and not all_live:
         live = has(flags[0], LIVE)
         ends = (live.sum(0) - 1).clamp(min=0)
@@ -177,10 +187,17 @@ def _state(y, h0, flags, rows, first):
     return torch.cat(states, 1)
 
 
+def _stacked(of_directions):
+    """(D, ...) in the memory of one tensor, of which of one direction only the pointer counts."""
+    if isinstance(of_directions, torch.Tensor):
+        return of_directions.contiguous()
+    return of_directions[0].contiguous() if len(of_directions) == 1 else torch.stack(of_directions)
+
+
 def _as_read(r, plan):
-    """R (D, 4H, H) as the kernels read it. They round what they hold as they load it. What a streamed plan reads at
+    """R as the kernels read it. They round what they hold as they load it. What a streamed plan reads at
     every step is rounded once."""
-    r = r.contiguous()
+    r = _stacked(r)
     return rounded_to_tf32(r) if plan.kind == "streamed" and plan.precision == "tf32" else r
 
 
@@ -191,13 +208,11 @@ def _input_product(rows, w, b, d, out):
         torch.addmm(b[d], rows, w[d].t(), out=out)
 
 
-def _previous(y, h0, flags, rows, d, span, all_live, zero_state):
-    """h before the steps at times ``span``: (rows of the chunk, matrix) pairs. The first step's h is h0. Where h0 is
-    known to be zero it may be left out."""
+def _previous(y, h0, rows, d, span, zero_state):
+    """h before the steps at times ``span``, of padded rows without step flags: (rows of the chunk, matrix) pairs. The
+    first step's h is h0. Where h0 is known to be zero it may be left out."""
     (lo, hi), T, B, H, first = span, rows.T, rows.B, h0.shape[-1], h0[d]
-    columns = rows.of(y, 0, T)[:, d * H:(d + 1) * H]
-    if rows.offsets is not None:
-        return [(slice(None), rows.packed_previous(columns, first, d, lo, hi))]
+    columns = y.reshape(T * B, -1)[:, d * H:(d + 1) * H]
     if d == 0 and lo == 0:
         pairs = [(slice(0, B), first), (slice(B, hi * B), columns[:(hi - 1) * B])]
     elif d == 1 and hi == T:
@@ -206,14 +221,7 @@ def _previous(y, h0, flags, rows, d, span, all_live, zero_state):
     else:
         shift = -B if d == 0 else B
         pairs = [(slice(0, (hi - lo) * B), columns[lo * B + shift:hi * B + shift])]
-    pairs = [(chosen, matrix) for chosen, matrix in pairs if matrix.shape[0]]
-    if flags is None:
-        return [pair for pair in pairs if not (zero_state and pair[1] is first)]
-    h, of = torch.cat([matrix for _, matrix in pairs]).view(hi - lo, B, H), flags[d, lo:hi]
-    if not all_live:
-        h = torch.where(has(of, START), first, h)
-    h.masked_fill_(has(of, FRESH), 0)
-    return [(slice(None), h.view(-1, H))]
+    return [pair for pair in pairs if len(pair[1]) and not (zero_state and pair[1] is first)]
 
 
 def _add_product(total, a, b, begun):
@@ -246,7 +254,8 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
 
     dy, dh_n, dc_n   gradients of y, h_n, c_n, or None
     y, kept, gates   what ``forward`` returned; gates may also be None
-    needs            which of the six gradients are wanted; the others are None
+    needs            which of the six gradients are wanted; the others are None. Those of w, r and b are lists of D
+                     tensors where w is a list, and then each has memory of its own
     all_live, zero_state    as for ``forward_chunks``
 
     The first ``next`` allocates all that outlives a chunk and yields dx, not yet written. Each further one runs a
@@ -257,12 +266,16 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
     B, D, H, K = h0.shape[1], plan.directions, plan.hidden_size, plan.keep_every
     rows = Rows(x, B, batch_sizes)
     T = rows.T
-    state = lambda g: (torch.zeros(D, B, H, device=x.device) if g is None else
-                       g.to(torch.float32, copy=True, memory_format=torch.contiguous_format))
-    dh, dc = state(dh_n), state(dc_n)
+    if dh_n is dc_n is None and not (needs[4] or needs[5]):
+        dh, dc = torch.zeros(2, D, B, H, device=x.device).unbind()
+    else:
+        dh, dc = (torch.zeros(D, B, H, device=x.device) if g is None else
+                  g.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for g in (dh_n, dc_n))
     # without steps or rows all is zero
-    total = lambda need, *shape: (dh.new_empty if T and B else dh.new_zeros)(shape) if need else None
-    dw, dr, db = total(needs[1], *w.shape), total(needs[2], D, 4 * H, H), total(needs[3], D, 4 * H)
+    apart, empty = not isinstance(w, torch.Tensor), dh.new_empty if T and B else dh.new_zeros
+    total = lambda need, *shape: (
+        None if not need else [empty(shape) for _ in range(D)] if apart else empty(D, *shape))
+    dw, dr, db = total(needs[1], 4 * H, x.shape[-1]), total(needs[2], 4 * H, H), total(needs[3], 4 * H)
     # of one chunk, the second direction adds to what the first has written
     adds = D == 2 and T > K
     dx = (x.new_zeros if adds else x.new_empty)(x.shape) if needs[0] else None
@@ -281,6 +294,8 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
             coef = dh.new_empty(most, count * H)
         elif not keep_gates:
             states = dh.new_empty(min(K, T), D, B, H)
+        needs_previous = needs[2] or not keep_gates
+        h_before = None if flags is None or not needs_previous else x.new_empty(most, H)
         shares, more = (), dict(dy_ptr=dy, DY_UNIT=dy_unit)
         if zoneout is not None:
             more["COUNT"] = count
@@ -298,8 +313,16 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
             S, begun = min(K, T - first), first + K < T
             spans = [times_of(d, first, S, T) for d in range(D)]
             a = rows.split(buffer, spans)
-            previous = [_previous(y, h0, flags, rows, d, spans[d], all_live, zero_state) for d in range(D)]
             of_x = [rows.of(x, *span) for span in spans]
+            blocks = -(-B * H // 256)           # triton.cdiv takes the host longer than an allocation
+            if not needs_previous:
+                previous = []
+            elif flags is None:
+                previous = [_previous(y, h0, rows, d, spans[d], zero_state) for d in range(D)]
+            else:
+                run(launch.PREVIOUS, plan, (blocks * S, D), y, h0, h_before, T, S, B, first, blocks, waits=False,
+                    flags_ptr=flags, offsets_ptr=rows.offsets, BLOCK=256)
+                previous = [[(slice(None), part)] for part in rows.split(h_before, spans)]
             if keep_gates:
                 of_gates = _gates_of(gates, rows, spans, first)
             else:
@@ -309,7 +332,6 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
                         _input_product(of_x[d], w, b, d, a[d])
                         for chosen, h in previous[d]:
                             a[d][chosen].addmm_(h, r[d].t())
-            blocks = -(-B * H // 256)           # triton.cdiv takes the host longer than an allocation
             if not derives:
                 run(launch.COEFFICIENTS, plan, (blocks, D, -(-S // steps)), of_gates, c0,
                     kept[1:] if keep_gates else kept, coef, T, S, B, first, steps, keep_every, waits=False,
@@ -343,7 +365,8 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
                     if dx is not None:
                         out = rows.of(dx, *spans[d])
                         out.addmm_(a[d], w[d]) if d or adds else torch.mm(a[d], w[d], out=out)
-            del previous, of_x          # which may be copies, before the next chunk makes its own
+            del of_x            # which may be copies, before the next chunk makes its own
             yield
-    cast = lambda g, need: g.to(x.dtype) if need else None
-    return dx, cast(dw, needs[1]), cast(dr, needs[2]), cast(db, needs[3]), cast(dh, needs[4]), cast(dc, needs[5])
+    cast = lambda g: g if g is None or x.dtype == torch.float32 else list(map(cast, g)) if isinstance(g, list) else (
+        g.to(x.dtype))
+    return dx, cast(dw), cast(dr), cast(db), cast(dh) if needs[4] else None, cast(dc) if needs[5] else None

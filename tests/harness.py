@@ -248,7 +248,7 @@ def edited(module, tmp_path, old, new):
     assert old in text
     (folder / f"{module}.py").write_text(text.replace(old, new))
     changed = _load_kernels("edited_kernels", str(folder)).launch
-    names = ("LOOPS", "COEFFICIENTS", "STATES", "STEP", "forward_cluster")
+    names = ("LOOPS", "COEFFICIENTS", "PREVIOUS", "STATES", "FLAGS", "STEP", "forward_cluster")
     with mock.patch.multiple(compiled_launch, **{name: getattr(changed, name) for name in names}):
         yield
 

@@ -28,7 +28,7 @@ def imported(path):
 
 def with_kernels():
     """The modules of kernels/ that define kernels which are launched."""
-    launched = {kernel.__name__ for kernel in (launch.COEFFICIENTS, launch.STATES, launch.STEP,
+    launched = {kernel.__name__ for kernel in (launch.COEFFICIENTS, launch.PREVIOUS, launch.STATES, launch.STEP,
                                                *(loop.kernel for loop in launch.LOOPS.values()))}
     names = lambda path: {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
     found = {stem for stem, path in KERNELS.items() if names(path) & launched}
@@ -64,7 +64,7 @@ def test_no_import_circles(folder):
 # Code that knows a format: the flag in the last bit of a share of dh, the empty slot for h, the bits of step flags, the
 # offsets of packed rows, the random generator of zoneout, rounding to TF32, waits with a time limit.
 FORMATS = {"exchange": [r"& -2\b", r"fill_\(-1\)", r"0xffffffff", r"0x7FFFFFFF\b"],
-           "rows": [r"load\(offsets_ptr", r"1 << n\b", r"\.diff\("],
+           "rows": [r"load\(offsets_ptr", r"1 << n\b", r"accumulate\("],
            "cell": [r"PHILOX"], "precision": [r"cvt\.rna", r"allow_tf32"], "waiting": [r"globaltimer", r"\btrap;"]}
 
 

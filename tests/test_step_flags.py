@@ -1,6 +1,7 @@
 """Lengths and resets, and the step flags that kernels get for them: in the layer, and in every kernel of plain
 Triton."""
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -133,6 +134,55 @@ def test_step_flags_by_hand():
     assert flags[1, :, 0].tolist() == [live | fresh, live | cut, live | start, before]
 
 
+def kernel_and_operators(T, B, D, kind):
+    """Step flags of random lengths, rows of each time and resets, by the kernel and by torch's operators."""
+    torch.manual_seed(T + B)
+    lengths = torch.randint(-1, T + 2, (B,)) if "lengths" in kind else None
+    sizes = torch.randint(0, B + 1, (T,)).sort(descending=True)[0] if "sizes" in kind else None
+    reset = torch.rand(B, T).lt(0.3).t() if "resets" in kind else None        # as the layer transposes it
+    with mock.patch.object(torch, "empty", lambda *shape, **options: torch.full(shape, 255, **options)):
+        ours = triton_lstm.op.sequence.step_flags(T, B, D, lengths, sizes, reset, torch.device("cpu"))
+    if sizes is not None:
+        lengths = (torch.arange(B) < sizes[:, None]).sum(0)
+    return ours, step_flags(T, B, D, lengths, reset, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["lengths", "sizes", "resets", "lengths resets", "sizes resets"])
+def test_the_kernel_writes_what_the_operators_do(kind):
+    for T, B, D in ((1, 1, 1), (1, 3, 2), (2, 1, 2), (5, 17, 1), (5, 17, 2), (33, 40, 2)):
+        with harness.interpreter():
+            ours, expected = kernel_and_operators(T, B, D, kind)
+        assert ours.dtype == torch.uint8 and torch.equal(ours, expected), (T, B, D)
+    with harness.emulator():
+        ours, expected = kernel_and_operators(5, 17, 2, kind)
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("last, START, 0", "last, 0, 0"), ("fresh_after, FRESH, 0", "fresh, FRESH, 0"),
+    ("time + 1 < length", "time < length"), ("sizes_ptr + time - 1", "sizes_ptr + time"), ("row * reset_row", "row")])
+def test_a_broken_kernel_of_step_flags_is_noticed(old, new, tmp_path):
+    kind = "sizes resets" if "sizes" in old else "lengths resets"
+    with harness.edited("rows", tmp_path, old, new), harness.emulator():
+        ours, expected = kernel_and_operators(5, 17, 2, kind)
+    assert not torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("old, new, kind", [
+    ("goes_on &= (flags & START) == 0", "goes_on &= True", dict(ragged=True)),
+    ("reads &= (flags & FRESH) == 0", "reads &= True", dict(resets=True)),
+    ("row < tl.where(inside, from_count, 0)", "row < from_count", dict(packed=True)),
+    ("time - 1, time + 1)\n    inside", "time - 1, time - 1)\n    inside", dict(resets=True))])
+def test_a_broken_kernel_of_h_before_each_step_is_noticed(old, new, kind, tmp_path):
+    """It decides the gradient of R and, where gates are recomputed, all others."""
+    problem = Problem(5, 4, 3, 20, 2, dtype=torch.float16, **kind)
+    plan = problem.plan(schedule="resident", keep_every=2)
+    with harness.edited("portable_backward", tmp_path, old, new):
+        assert harness.caught(problem, plan, seeds=1)
+    with harness.emulator():
+        problem.check(problem.ours(plan=plan))
+
+
 @pytest.mark.parametrize("schedule, arch", [("resident", 80), ("grid", 80), ("grid", 90), ("streamed", 90)])
 @pytest.mark.parametrize("flagged", FLAGGED, ids=" ".join)
 def test_emulated(schedule, flagged, arch):
@@ -149,6 +199,9 @@ def test_emulated(schedule, flagged, arch):
 def test_flagged_loops_neither_spill_nor_lose_r(dtype, hidden_size):
     plan = make_plan(64, hidden_size, dtype, limits=PORTABLE)
     for name, kernel in compile_plan(plan, dtype, 90, flagged=True).items():
+        if name == "previous":          # which has no loop
+            assert machine_code.read(kernel).stack == 0
+            continue
         loop = machine_code.read(kernel).time_loop
         assert loop.spills == 0
         assert name in BEFORE_LOOPS or loop.held == plan.held_bytes

@@ -23,26 +23,23 @@ def shapes_of(num_layers, directions, input_size, hidden_size, bias):
     return shapes
 
 
-def _stacked(own, D):
-    """``apart.stacked`` where autograd does not follow."""
+def _by_direction(own, D):
+    """W, R and the sum of both biases, or None, as lists of D matrices, where autograd does not follow."""
     kinds = len(own) // D
-    if D == 1:
-        return own[0].unsqueeze(0), own[1].unsqueeze(0), (own[2] + own[3]).unsqueeze(0) if kinds > 2 else None
-    both = [own[kind::kinds] for kind in range(kinds)]
-    b = [b_ih + b_hh for b_ih, b_hh in zip(*both[2:])] if kinds > 2 else []
-    return [torch.stack(of) if of else None for of in (both[0], both[1], b)]
+    b = [b_ih + b_hh for b_ih, b_hh in zip(own[2::kinds], own[3::kinds])] if kinds > 2 else None
+    return own[0::kinds], own[1::kinds], b
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h0, c0, flags, batch_sizes, plan, keep_gates, known, *own):
-        w, r, b = _stacked(own, plan.directions)
+        w, r, b = _by_direction(own, plan.directions)
+        # backward needs both directions' R in one tensor too
+        both = None if plan.directions == 1 else torch.stack(r)
         with op.without_autocast(x):
-            y, h_n, c_n, kept, gates = op.sequence.forward(x, w, r, b, h0, c0, flags, plan, True, batch_sizes,
-                                                           keep_gates=keep_gates, **known)
-        # of one direction w and r are views, which saved tensors should not be
-        stacks = (None, None) if plan.directions == 1 else (w, r)
-        ctx.save_for_backward(x, *stacks, b, h0, c0, flags, batch_sizes, y, kept, gates, *own)
+            y, h_n, c_n, kept, gates = op.sequence.forward(x, w, r if both is None else both, b, h0, c0, flags, plan,
+                                                           True, batch_sizes, keep_gates=keep_gates, **known)
+        ctx.save_for_backward(x, both, h0, c0, flags, batch_sizes, y, kept, gates, *own, *(b or ()))
         ctx.plan, ctx.known = plan, known
         ctx.set_materialize_grads(False)
         return y, h_n, c_n
@@ -52,8 +49,10 @@ class _Layer(torch.autograd.Function):
         needs, D = ctx.needs_input_grad, ctx.plan.directions
         if all(g is None for g in given):
             return (None,) * len(needs)
-        x, w, r, b, h0, c0, flags, batch_sizes, y, kept, gates, *own = ctx.saved_tensors
-        kinds, of_own = len(own) // D, needs[8:]
+        x, both, h0, c0, flags, batch_sizes, y, kept, gates, *own = ctx.saved_tensors
+        of_own = needs[8:]
+        own, b = own[:len(of_own)], own[len(of_own):] or None
+        kinds = len(own) // D
         wanted = [needs[0], any(of_own[0::kinds]), any(of_own[1::kinds]),
                   kinds > 2 and any(of_own[2::kinds] + of_own[3::kinds]), needs[1], needs[2]]
         if torch.is_grad_enabled() or not op.plain(*given) or op.batched(*given):
@@ -61,17 +60,16 @@ class _Layer(torch.autograd.Function):
             found = op.differentiable(op.lstm_backward_op, *given, x, *apart.stacked(own, kinds), h0, c0, flags,
                                       batch_sizes, y, kept, gates, "", ctx.plan.keep_every, wanted, None, 0., 0.)
         else:
-            if D == 1:
-                w, r = own[0].unsqueeze(0), own[1].unsqueeze(0)
+            w, r = own[0::kinds], own[1::kinds] if both is None else both
             with op.without_autocast(x):
                 found = op.sequence.backward(*given, x, w, r, b, h0, c0, flags, y, kept, gates, ctx.plan, wanted,
                                              batch_sizes, **ctx.known)
         dx, dw, dr, db, dh0, dc0 = (g if need else None for g, need in zip(found, wanted))
         gradients = []
         for d in range(D):
-            # each in memory of its own: see ``apart``
-            own_of = lambda g, shared=D > 1, d=d: None if g is None else g[d].clone() if shared else g[d]
-            gradients += [own_of(dw), own_of(dr), *([own_of(db), own_of(db, True)] if kinds > 2 else ())]
+            gradients += [None if g is None else g[d] for g in ((dw, dr) if kinds == 2 else (dw, dr, db))]
+            if kinds > 2:
+                gradients.append(None if db is None else db[d].clone())     # in memory of its own: see ``apart``
         return dx, dh0, dc0, *[None] * 5, *(g if need else None for g, need in zip(gradients, of_own))
 
 
@@ -118,8 +116,8 @@ def layers(x, hx, weights, sizes, dropout, keep_gates, batch_sizes=None, lengths
             x, *state = _Layer.apply(x, h0, c0, flags, batch_sizes, plan, keep_gates, known, *own)
         else:
             with op.without_autocast(x):
-                x, *state, _, _ = op.sequence.forward(x, *_stacked(own, D), h0, c0, flags, plan, False, batch_sizes,
-                                                         **known)
+                x, *state, _, _ = op.sequence.forward(x, *_by_direction(own, D), h0, c0, flags, plan, False,
+                                                         batch_sizes, **known)
         states.append(state)
     h_n, c_n = states[0] if num_layers == 1 else map(torch.cat, zip(*states))
     return x, (h_n, c_n)

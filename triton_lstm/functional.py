@@ -202,10 +202,14 @@ def _symbolic_keep_every(B, H, D):
 
 def flags_of(T, B, D, lengths, reset, batch_sizes, device):
     """The step flags of a call with these arguments, or None if it needs none."""
-    if batch_sizes is not None:
-        sizes = batch_sizes.to(device, non_blocking=True)
+    if lengths is reset is batch_sizes is None:
+        return None
+    sizes = None if batch_sizes is None else batch_sizes.to(device, non_blocking=True)
+    if op.plain(lengths, reset, sizes):
+        return op.sequence.step_flags(T, B, D, lengths, sizes, reset, device)
+    if sizes is not None:
         lengths = (torch.arange(B, device=device) < sizes[:, None]).sum(0)
-    return None if lengths is None and reset is None else step_flags(T, B, D, lengths, reset, device)
+    return step_flags(T, B, D, lengths, reset, device)
 
 
 def checked(mask, shape, name, device):

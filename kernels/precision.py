@@ -100,13 +100,14 @@ _lock = threading.RLock()
 _warned = False
 
 
-# What has torch's newer switch, since torch 2.9.
-_NEWER = [backend.matmul for backend in (torch.backends.cuda, torch.backends.mkldnn)
-          if hasattr(getattr(backend, "matmul", None), "fp32_precision")]
+# What has torch's newer switch, ``torch.backends.<backend>.matmul.fp32_precision``, since torch 2.9. The functions behind
+# the property are called directly: the property takes four times as long.
+_NEWER = ("cuda", "mkldnn") if hasattr(torch.backends.cuda.matmul, "fp32_precision") else ()
+_read, _write = (getattr(torch._C, f"_{verb}_fp32_precision_{verb}ter", None) for verb in ("get", "set"))
 
 
 def _in_tf32():
-    return _NEWER[0].fp32_precision == "tf32" if _NEWER else torch.backends.cuda.matmul.allow_tf32
+    return _read("cuda", "matmul") == "tf32" if _NEWER else torch.backends.cuda.matmul.allow_tf32
 
 
 def _set(tf32):
@@ -139,7 +140,7 @@ class products_in_tf32:
                     older = torch.get_float32_matmul_precision()
                 except RuntimeError:    # the user has set the newer one, and torch does not tell the older one then
                     older = None
-                self._before = older, [matmul.fp32_precision for matmul in _NEWER]
+                self._before = older, [_read(backend, "matmul") for backend in _NEWER]
                 _set(self._tf32)
         except BaseException:
             _lock.release()
@@ -151,8 +152,8 @@ class products_in_tf32:
                 older, newer = self._before
                 if older is not None:
                     torch.set_float32_matmul_precision(older)
-                for matmul, value in zip(_NEWER, newer):
-                    matmul.fp32_precision = value
+                for backend, value in zip(_NEWER, newer):
+                    _write(backend, "matmul", value)
         finally:
             _lock.release()
 

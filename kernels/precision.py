@@ -100,8 +100,8 @@ _lock = threading.RLock()
 _warned = False
 
 
-# What has torch's newer switch, ``torch.backends.<backend>.matmul.fp32_precision``, since torch 2.9. The functions behind
-# the property are called directly: the property takes four times as long.
+# What has torch's newer switch, ``torch.backends.<backend>.matmul.fp32_precision``, since torch 2.9. The functions
+# behind the property are called directly: the property takes four times as long.
 _NEWER = ("cuda", "mkldnn") if hasattr(torch.backends.cuda.matmul, "fp32_precision") else ()
 _read, _write = (getattr(torch._C, f"_{verb}_fp32_precision_{verb}ter", None) for verb in ("get", "set"))
 

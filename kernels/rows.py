@@ -202,7 +202,7 @@ class Rows:
         parts, start = [], 0
         for span in spans:              # torch.split takes the host longer
             end = start + self.count(*span)
-            parts.append(buffer[start:end])
+            parts.append(buffer[start:end] if end - start < len(buffer) else buffer)
             start = end
         return parts
 

@@ -64,7 +64,8 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     rows = Rows(x, B, batch_sizes)
     T = rows.T
     y = x.new_empty(*x.shape[:-1], D * H)
-    c = c0.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    c = x.new_zeros(D, B, H, dtype=torch.float32) if zero_state else c0.to(torch.float32, copy=True,
+                                                                           memory_format=torch.contiguous_format)
     keep_gates = keep_gates and save
     keep_every = 1 if keep_gates else plan.keep_every if save else max(T, 1)
     kept = c.new_empty(T if keep_gates else max(-(-T // keep_every), 1) - 1, D, B, H)
@@ -75,7 +76,7 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     loop, more = launch.LOOPS[plan.kind, "forward"], zoneout_arguments(zoneout)
     r = _as_read(r, plan)
     # of H = 1, reshape alone makes a transposed view
-    h = (h0[0] if D == 1 else h0.transpose(0, 1).reshape(B, D * H)).contiguous()
+    h = (h0 if D == 1 else h0.transpose(0, 1).reshape(B, D * H)).contiguous()       # (B, D H) in memory
     if keep_gates:
         # of two directions, a chunk has to have the steps of one of backward's
         steps = plan.keep_every if D == 2 else steps or plan.forward_steps(T, x.element_size())
@@ -119,20 +120,19 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
             waits=plan.exchanges, flags_ptr=flags, offsets_ptr=rows.offsets, **constants)
         yield
     if batch_sizes is not None:
-        last = y[:, :H].index_select(0, rows.last)
+        last = y[:, :H].index_select(0, rows.last).unsqueeze(0)
     elif flags is not None and not all_live:
         live = has(flags[0], LIVE)
         ends = (live.sum(0) - 1).clamp(min=0)
-        last = y[:, :, :H].gather(0, ends.expand(1, B, H))[0]
+        last = y[:, :, :H].gather(0, ends.expand(1, B, H))
     else:
-        last = y[T - 1, :, :H] if D == 2 else y[T - 1]
+        last = y[T - 1:, :, :H] if D == 2 else y[T - 1:]
     # not stack: inside an operator it returns a view, which the caller could not detach_() or edit in place
-    last = last.unsqueeze(0)
     h_n = torch.cat([last, rows.of(y, 0, 1)[None, :, H:]]) if D == 2 else last.clone(
         memory_format=torch.contiguous_format)
     if batch_sizes is None and flags is not None and not all_live:
         h_n = torch.where(live.any(0), h_n, h0)
-    return y, h_n, c.to(x.dtype), kept, gates
+    return y, h_n, c if x.dtype == torch.float32 else c.to(x.dtype), kept, gates
 
 
 def _rows_before(rows, D, first):
@@ -143,7 +143,8 @@ def _rows_before(rows, D, first):
 def _gates_of(gates, rows, spans, first):
     """The part of ``gates`` that belongs to the chunk of step ``first``, whose times are ``spans``."""
     start = _rows_before(rows, len(spans), first) if first else 0
-    return gates[start:start + sum(rows.count(*span) for span in spans)]
+    end = start + sum(rows.count(*span) for span in spans)
+    return gates[start:end] if end - start < len(gates) else gates
 
 
 def one_step(x, weights, h0, c0, shape, directions, precision, with_y=True, launcher=None):
@@ -267,9 +268,9 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
     rows = Rows(x, B, batch_sizes)
     T = rows.T
     if dh_n is dc_n is None and not (needs[4] or needs[5]):
-        dh, dc = torch.zeros(2, D, B, H, device=x.device).unbind()
+        dh, dc = x.new_zeros(2, D, B, H, dtype=torch.float32).unbind()
     else:
-        dh, dc = (torch.zeros(D, B, H, device=x.device) if g is None else
+        dh, dc = (x.new_zeros(D, B, H, dtype=torch.float32) if g is None else
                   g.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for g in (dh_n, dc_n))
     # without steps or rows all is zero
     apart, empty = not isinstance(w, torch.Tensor), dh.new_empty if T and B else dh.new_zeros

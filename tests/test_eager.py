@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import harness
 import triton_lstm
@@ -120,3 +120,32 @@ def test_wrong_masks_raise_what_the_function_raises():
             layer(x, reset=torch.zeros(T, B, dtype=torch.uint8))
         with pytest.raises(TypeError, match="lengths must be a tensor, got list"):
             layer(x, lengths=[1] * B)
+
+
+@pytest.fixture
+def default_dtype():
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("sequences", SEQUENCES)
+@pytest.mark.parametrize("options, dtype, state", [
+    (dict(), torch.float32, False), (dict(bidirectional=True), torch.float32, True),
+    (dict(bidirectional=True, num_layers=2), torch.bfloat16, False), (dict(proj_size=3), torch.float32, False),
+    (dict(zoneout=0.2), torch.float32, False)], ids=str)
+def test_torchs_default_dtype_changes_nothing(options, dtype, state, sequences, default_dtype):
+    """``torch.set_default_dtype`` is for tensors that a program makes, not for those that a layer needs inside."""
+    layer, x, _, call = arguments(options, sequences, state and "proj_size" not in options, dtype)
+    found = []
+    for default in (torch.float32, torch.float64, torch.bfloat16):
+        default_dtype(default)
+        torch.manual_seed(1)
+        layer.zero_grad()
+        x.grad = None
+        with harness.interpreter():
+            y, _ = call()
+            y = y.data if isinstance(y, PackedSequence) else y
+            y.float().sin().sum().backward()        # h_n and c_n have no gradients
+            found.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
+    for other in found[1:]:
+        assert all(t.dtype == dtype and torch.equal(t, right) for t, right in zip(other, found[0]))

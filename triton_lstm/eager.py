@@ -84,7 +84,7 @@ def layers(x, hx, weights, sizes, dropout, keep_gates, batch_sizes=None, lengths
     dropout     between layers
     keep_gates  True, False, or None: as the plan says
     """
-    if not op.plain(x, *weights, *(hx or ())) or forward_ad._current_level >= 0:
+    if not op.plain(x, lengths, reset, *weights, *(hx or ())) or forward_ad._current_level >= 0:
         return None
     dtype, device = x.dtype, x.device
     if [t.shape for t in weights] != shapes_of(*sizes) or any(
@@ -101,7 +101,7 @@ def layers(x, hx, weights, sizes, dropout, keep_gates, batch_sizes=None, lengths
     if keep_gates is None:
         keep_gates = plan.keeps_gates(T, num_layers)
     lengths, reset = checked(lengths, (B,), "lengths", device), checked(reset, (T, B), "reset", device)
-    flags = flags_of(T, B, D, lengths, reset, batch_sizes, device)
+    flags = flags_of(T, B, D, lengths, reset, batch_sizes, device, plain=True)
     known = dict(all_live=lengths is None and batch_sizes is None, zero_state=hx is None)
     if hx is None:
         zeros = x.new_zeros(D, B, H)

@@ -156,7 +156,7 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
         if hx is not None and lengths is not None:
             h_n = torch.where((lengths > 0)[:, None], h_n, h0)
         return project(m, weight_hr), (h_n if T else h0.clone(), c_n)
-    flags = flags_of(T, B, D, lengths, reset, batch_sizes, x.device)
+    flags = flags_of(T, B, D, lengths, reset, batch_sizes, x.device, op.plain(lengths, reset))
     # vmap hides whether what it wraps requires grad
     save = torch.is_grad_enabled() and (transformed() or any(t is not None and t.requires_grad for t in inputs))
     steps = keep_every if plan is None else plan.keep_every
@@ -200,12 +200,13 @@ def _symbolic_keep_every(B, H, D):
     return torch.sym_min(torch.sym_max(steps, 16), KEEP_EVERY)
 
 
-def flags_of(T, B, D, lengths, reset, batch_sizes, device):
-    """The step flags of a call with these arguments, or None if it needs none."""
+def flags_of(T, B, D, lengths, reset, batch_sizes, device, plain):
+    """The step flags of a call with these arguments, or None if it needs none. plain: what ``op.plain`` says of lengths
+    and reset."""
     if lengths is reset is batch_sizes is None:
         return None
     sizes = None if batch_sizes is None else batch_sizes.to(device, non_blocking=True)
-    if op.plain(lengths, reset, sizes):
+    if plain:
         return op.sequence.step_flags(T, B, D, lengths, sizes, reset, device)
     if sizes is not None:
         lengths = (torch.arange(B, device=device) < sizes[:, None]).sum(0)
@@ -222,7 +223,7 @@ def checked(mask, shape, name, device):
         raise ValueError(f"{name} must have the shape {shape}, got {tuple(mask.shape)}")
     if name == "reset" and mask.dtype != torch.bool or mask.is_floating_point() or mask.is_complex():
         raise ValueError(f"{name} must be {'bool' if name == 'reset' else 'integers'}, got {mask.dtype}")
-    return mask.to(device, non_blocking=True)
+    return mask if mask.device == device else mask.to(device, non_blocking=True)
 
 
 def _torch_lstm(x, weight_ih, weight_hh, bias, h0, c0, lengths, reset, batch_sizes, weight_hr, zoneout):

@@ -165,9 +165,9 @@ class LSTM(torch.nn.RNNBase):
     def _one_step(self, input, hx):
         """``forward`` of T = 1 where no gradient is wanted, by one launch a layer; None for other calls, for wrong
         input, and where something needs the general way."""
-        if (torch.compiler.is_compiling() or self.plan is not None or self.zoneout or self.proj_size
-                or not isinstance(input, torch.Tensor) or input.dim() != 3 or input.shape[-1] != self.input_size
-                or input.shape[1 if self.batch_first else 0] != 1 or self.training and self.dropout
+        if (not isinstance(input, torch.Tensor) or input.dim() != 3 or input.shape[1 if self.batch_first else 0] != 1
+                or torch.compiler.is_compiling() or self.plan is not None or self.zoneout or self.proj_size
+                or input.shape[-1] != self.input_size or self.training and self.dropout
                 or not runs_kernels(input, input.dtype)):
             return None
         D, H, layers = 2 if self.bidirectional else 1, self.hidden_size, self.num_layers

@@ -20,7 +20,7 @@ from .correctness import dtype_of
 from .host import stand_ins
 
 ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-ONLY_WRITTEN = {"zero_", "fill_", "copy_"}          # of the first argument
+ONLY_WRITTEN = {"zero_", "fill_", "copy_", "new_zeros"}     # which do not read their first argument
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
 
 

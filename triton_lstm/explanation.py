@@ -6,7 +6,7 @@ import torch
 from . import wavefront
 from .functional import DTYPES, zoneout_rates
 from .layer import LSTM, _TorchLSTM
-from .op import avoided, plan_or_reason, tf32_allowed
+from .op import avoided, no_kernels, plan_or_reason, tf32_allowed
 from .plan import H200, SCHEDULES, Limits, PlanError, check_plan, make_plan, step_cycles
 from .projection import too_large_together
 
@@ -36,6 +36,8 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
     dtype = x.dtype if x.device.type == "meta" else LSTM._compute_dtype(x)
     D, H, own = 2 if layer.bidirectional else 1, layer.hidden_size, getattr(layer, "plan", None)
     whose = "the given limits"
+    if limits is None and x.is_cuda and (reason := no_kernels(x.device)):
+        return f"LSTM({layer.extra_repr()}) on T={T}, B={B}\ntorch's own LSTM computes: {reason}"
     if limits is None:
         limits, whose = (Limits.of(x.device), f"{x.device}") if x.is_cuda else (H200, "an H200")
     title = (f"LSTM({layer.extra_repr()}) on T={T}, B={B} in {str(dtype).removeprefix('torch.')}, planned for {whose}: "

@@ -5,13 +5,13 @@ import triton
 from triton_lstm.kernels.offline import compile_plan
 
 from triton_lstm import Plan, PlanError, make_plan
-from triton_lstm.plan import A100, H200
+from triton_lstm.plan import A100, B200, H200, RTX_3090, RTX_4090, RTX_5090
 
 from .console import markdown, progress
 from .correctness import dtype_of
 from .machine_code import Report, read
 
-LIMITS = {80: A100, 90: H200, 100: dataclasses.replace(H200, cluster=0)}     # by architecture
+LIMITS = {80: A100, 86: RTX_3090, 89: RTX_4090, 90: H200, 100: B200, 120: RTX_5090}        # by architecture
 OTHER_INPUTS = 64                   # features of x, where their number changes nothing in the kernels
 L2_BYTES_PER_CYCLE = 64             # the most that one multiprocessor reads from L2
 

@@ -63,13 +63,19 @@ def test_emulated(arch, kind, dtype):
         of.check(of.ours(plan=plan))
 
 
-def test_ptx_is_the_same():
+@pytest.mark.parametrize("kind, archs", [("split", (103, 120, 121)),
+                                         pytest.param("cluster", (103,), marks=CLUSTERS)], ids=["split", "cluster"])
+def test_ptx_is_the_same(kind, archs):
     """What runs in the emulator for 10.0 is what runs on 10.3, 12.0 and 12.1."""
-    code = {}
-    for arch in (100, 103, 120, 121):
-        kernels = compile_plan(problem(FP16).split_plan(), FP16, arch)
-        code[arch] = {name: re.sub(r"//.*|\.target .*", "", kernel.asm["ptx"]) for name, kernel in kernels.items()}
-    assert code[100] == code[103] == code[120] == code[121] and len(code[100]) == 3
+    def code(arch):     # without what tells the target and the lines of the source
+        return {name: re.sub(r"(?m)^\s*(//|\.(target|file|loc)\b).*\n", "", kernel.asm["ptx"].split("\t.section")[0])
+                for name, kernel in compile_plan(plan, FP16, arch).items()}
+    plan = problem(FP16).split_plan() if kind == "split" else problem(FP16).cluster_plan(2)
+    right = code(100)
+    assert len(right) == 3 and all("mma.sync" in text for name, text in right.items() if kind in name)
+    for arch in archs:
+        assert code(arch) == right, arch
+    assert code(90) != right
 
 
 class OnGPU(torch.Tensor):

@@ -4,6 +4,7 @@ import dataclasses
 import torch
 import triton
 
+from .cost import HOPPER_MULTIPLY_ADDS
 from .plan import PlanError
 
 NEVER = (99, 0)
@@ -24,6 +25,11 @@ SINCE = {
     (12, 0): dict(gluon=(3, 6), cluster=NEVER, wgmma=NEVER),        # RTX PRO 6000, RTX 50
     (12, 1): dict(gluon=(3, 6), cluster=NEVER, wgmma=NEVER),        # DGX Spark
 }
+# Multiply-adds of 16-bit operands with fp32 sums that the tensor cores of one multiprocessor do in a cycle by mma.sync,
+# by compute capability. TF32 has half of it. GeForce cards of 8.6 and newer have half. Those of 9.0 reach 63 % of their
+# peak by mma.sync, as a public measurement found; for 10.0 and 10.3, whose peak needs tcgen05, the same is assumed.
+MULTIPLY_ADDS = {(8, 0): 1024, (8, 6): 512, (8, 7): 1024, (8, 9): 512, (9, 0): 1280, (10, 0): 1280, (10, 3): 1280,
+                 (12, 0): 512, (12, 1): 512}
 OLDEST = (8, 0)         # compute capability. For older ones Triton cannot compile the plain kernels either
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
@@ -38,12 +44,14 @@ class Limits:
                        plain Triton kernels run
     mhz                the highest clock rate in MHz; ``explain`` converts predicted cycles to time by it
     wgmma              whether warp groups can multiply
+    multiply_adds      of 16-bit operands, that one multiprocessor does in a cycle by mma.sync
     """
     multiprocessors: int
     shared_memory: int
     cluster: int = 0
     mhz: int = 1980
     wgmma: bool = False
+    multiply_adds: int = HOPPER_MULTIPLY_ADDS
 
     @staticmethod
     def of(device):
@@ -51,11 +59,12 @@ class Limits:
         if reason := none_on(device):
             raise PlanError(reason)
         p = torch.cuda.get_device_properties(device)
-        return Limits.like((p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin,
-                           getattr(p, "clock_rate", 1000 * Limits.mhz) // 1000)     # older versions of torch tell none
+        mhz = getattr(p, "clock_rate", 1000 * Limits.mhz) // 1000       # older versions of torch tell none
+        return Limits.like((p.major, p.minor), p.multi_processor_count, p.shared_memory_per_block_optin, mhz,
+                           geforce="GeForce" in p.name)
 
     @staticmethod
-    def like(capability, multiprocessors, shared_memory, mhz, version=TRITON):
+    def like(capability, multiprocessors, shared_memory, mhz, version=TRITON, geforce=False):
         """The limits of a GPU of compute ``capability``, (major, minor), with a ``version`` of Triton.
 
         All programs of a cluster run on the multiprocessors of one GPC. Only GPUs with 132 multiprocessors or more have
@@ -64,7 +73,8 @@ class Limits:
         cluster = 0
         if runs("gluon", capability, version):
             cluster = 1 if not runs("cluster", capability, version) else 16 if multiprocessors >= 132 else 8
-        return Limits(multiprocessors, shared_memory, cluster, mhz, runs("wgmma", capability, version))
+        multiply_adds = MULTIPLY_ADDS.get(capability, HOPPER_MULTIPLY_ADDS) // (2 if geforce else 1)
+        return Limits(multiprocessors, shared_memory, cluster, mhz, runs("wgmma", capability, version), multiply_adds)
 
 
 def runs(kernels, capability, version=TRITON):
@@ -90,11 +100,10 @@ def none_on(device):
     return None
 
 
-# Multiprocessors, shared memory of a program and boost clock as NVIDIA's architecture papers and data sheets state them
-# (bench/NOTES.md).
+# Multiprocessors, bytes of shared memory of a program and boost clock: bench/NOTES.md has the sources.
 A100 = Limits.like((8, 0), 108, 166912, 1410)
-RTX_3090 = Limits.like((8, 6), 82, 101376, 1695)
-RTX_4090 = Limits.like((8, 9), 128, 101376, 2520)
+RTX_3090 = Limits.like((8, 6), 82, 101376, 1695, geforce=True)
+RTX_4090 = Limits.like((8, 9), 128, 101376, 2520, geforce=True)
 H200 = H100 = Limits.like((9, 0), 132, 232448, 1980)
 B200 = Limits.like((10, 0), 148, 232448, 1965)
-RTX_5090 = Limits.like((12, 0), 170, 101376, 2407)
+RTX_5090 = Limits.like((12, 0), 170, 101376, 2407, geforce=True)

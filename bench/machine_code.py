@@ -22,8 +22,8 @@ READ_LATENCY = 30                               # until an instruction has read 
 WAITS = ("BAR", "UCGABAR_WAIT", "MEMBAR")       # the warp issues nothing until these are complete
 # Multiply-adds in 16-bit types that the tensor core of one scheduler does in a cycle. TF32 runs at half the rate.
 HGMMA_RATE = 512
-# By architecture. Those of 8.6, 8.9 and 12.0 are of GeForce cards, others have twice as much. Hopper's HMMA reaches 63 %
-# of its peak; that of 10.x is taken to be as fast (``triton_lstm.plan.limits``).
+# By architecture. Those of 8.6, 8.9 and 12.0 are of GeForce cards, others have twice as much. Hopper's HMMA reaches
+# 63 % of its peak; that of 10.x is taken to be as fast (``triton_lstm.plan.limits``).
 HMMA_RATE = {80: 256, 86: 64, 87: 256, 89: 64, 90: 320, 100: 320, 103: 320, 120: 64, 121: 128}
 MUFU_CYCLES = 8                                 # a warp's 32 results from the 4 lanes of its scheduler
 

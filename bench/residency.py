@@ -130,5 +130,5 @@ def show(workloads, arch=90):
     print(f"Plans compiled for sm_{arch} by Triton {triton.__version__}\n\n{table(found)}\n\n{LEGEND}")
     if ratios := model_ratios(found, arch):
         (least, low), (most, high) = (pick(ratios.items(), key=lambda item: item[1]) for pick in (min, max))
-        print(f"\nThe cost model predicts {low:.2f} ({' '.join(least)}) to {high:.2f} ({' '.join(most)}) times these cycles, "
-              "without the exchange and for one wave.")
+        print(f"\nThe cost model predicts {low:.2f} ({' '.join(least)}) to {high:.2f} ({' '.join(most)}) times these "
+              "cycles, without the exchange and for one wave.")

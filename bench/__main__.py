@@ -112,7 +112,7 @@ def parser():
         return p
 
     p = command("residency", "where the recurrent weights R are and what a step costs, from machine code")
-    p.add_argument("--arch", type=int, default=90, choices=(80, 90, 100),
+    p.add_argument("--arch", type=int, default=90, choices=(80, 86, 89, 90, 100, 120),
                    help="compute capability, times ten (default: 90)")
     p.add_argument("--workload", nargs="+", metavar="NAME", default=names[:-1], choices=names[:-1], dest="only",
                    help="only these workloads; there are " + ", ".join(names[:-1]))

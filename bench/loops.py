@@ -167,7 +167,7 @@ def row(candidate, found, facts, triton_version):
     """The CSV row of a candidate: its plan, its prediction, and ``found``, which is the answer of its worker or,
     without one, of ``runner``."""
     plan = candidate.plan
-    cycles = step_cycles(plan, facts["limits"]["multiprocessors"], candidate.loop)
+    cycles = step_cycles(plan, facts["limits"]["multiprocessors"], candidate.loop, facts["limits"]["multiply_adds"])
     status = found.get("status") or ": ".join([found["outcome"], *filter(None, [
         found.get("record") or found.get("message")])])
     return dict(dict.fromkeys(FIELDS), workload=candidate.workload, dtype=candidate.dtype, gpu=facts["gpu"],

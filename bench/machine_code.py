@@ -22,7 +22,9 @@ READ_LATENCY = 30                               # until an instruction has read 
 WAITS = ("BAR", "UCGABAR_WAIT", "MEMBAR")       # the warp issues nothing until these are complete
 # Multiply-adds in 16-bit types that the tensor core of one scheduler does in a cycle. TF32 runs at half the rate.
 HGMMA_RATE = 512
-HMMA_RATE = {8: 256, 9: 320}                    # by major architecture; Hopper's HMMA reaches 63 % of its peak
+# By architecture. Those of 8.6, 8.9 and 12.0 are of GeForce cards, others have twice as much. Hopper's HMMA reaches
+# 63 % of its peak; that of 10.x is taken to be as fast (``triton_lstm.plan.limits``).
+HMMA_RATE = {80: 256, 86: 64, 87: 256, 89: 64, 90: 320, 100: 320, 103: 320, 120: 64, 121: 128}
 MUFU_CYCLES = 8                                 # a warp's 32 results from the 4 lanes of its scheduler
 
 
@@ -207,7 +209,7 @@ def _held(body, warps):
 def _tensor_cycles(instruction, arch):
     """Cycles for which the matrix product of one warp keeps the tensor core of its scheduler busy; 0 for other
     instructions."""
-    rate = HMMA_RATE.get(arch // 10, HMMA_RATE[9])
+    rate = HMMA_RATE.get(arch, HMMA_RATE[90])
     if m := re.match(r"HMMA\.(16)(8)(16|8|4)\b", instruction.full):
         products = int(m[1]) * int(m[2]) * int(m[3])
     elif m := re.match(r"HGMMA\.64x(\d+)x(\d+)", instruction.full):

@@ -5,13 +5,15 @@ import triton
 from triton_lstm.kernels.offline import compile_plan
 
 from triton_lstm import Plan, PlanError, make_plan
-from triton_lstm.plan import A100, H200
+from triton_lstm.plan import A100, B200, H200, RTX_3090, RTX_4090, RTX_5090
+from triton_lstm.plan import step_cycles as model_cycles
 
+from . import fit
 from .console import markdown, progress
 from .correctness import dtype_of
 from .machine_code import Report, read
 
-LIMITS = {80: A100, 90: H200, 100: dataclasses.replace(H200, cluster=0)}     # by architecture
+LIMITS = {80: A100, 86: RTX_3090, 89: RTX_4090, 90: H200, 100: B200, 120: RTX_5090}        # by architecture
 OTHER_INPUTS = 64                   # features of x, where their number changes nothing in the kernels
 L2_BYTES_PER_CYCLE = 64             # the most that one multiprocessor reads from L2
 
@@ -57,6 +59,23 @@ def step_cycles(plan, report):
         bound += sum((passes - 1) * inner.bound for inner in report.inside(loop) if inner.counts["HMMA"])
     # one pass of the time loop computes one tile
     return plan.tiles * max(bound, plan.streamed_bytes / L2_BYTES_PER_CYCLE)
+
+
+def model_ratio(plan, loop, report, limits):
+    """What the cost model predicts for a step of a loop of ``plan`` ("forward" or "backward"), divided by the bound.
+
+    Both are for one wave of programs, and without the time that data is on its way, which the bound does not know.
+    """
+    with fit.trying({("CLUSTER_EXCHANGE", None): 0, ("L2_EXCHANGE", None): 0}):
+        one_wave = plan if plan.exchanges else dataclasses.replace(plan, groups=1)
+        predicted = model_cycles(one_wave, limits.multiprocessors, loop, limits.multiply_adds)
+    return predicted / step_cycles(plan, report)
+
+
+def model_ratios(found, arch):
+    """{(workload, loop): ``model_ratio``} of ``Residency`` objects."""
+    return {(f.workload, loop): model_ratio(plan, loop, report, LIMITS[arch]) for f in found if f.plan
+            for loop, plan, report in (("forward", f.plan, f.forward), ("backward", f.plan.backward, f.backward))}
 
 
 def read_plans(workloads, arch=90):
@@ -109,3 +128,7 @@ def show(workloads, arch=90):
     """Print the table of ``workloads``."""
     found = read_plans(workloads, arch)
     print(f"Plans compiled for sm_{arch} by Triton {triton.__version__}\n\n{table(found)}\n\n{LEGEND}")
+    if ratios := model_ratios(found, arch):
+        (least, low), (most, high) = (pick(ratios.items(), key=lambda item: item[1]) for pick in (min, max))
+        print(f"\nThe cost model predicts {low:.2f} ({' '.join(least)}) to {high:.2f} ({' '.join(most)}) times these "
+              "cycles, without the exchange and for one wave.")

@@ -125,9 +125,9 @@ def measure(case, providers, gpu, floors, environment, effort):
         p20, median, p80 = torch.tensor(samples[name]).quantile(torch.tensor([.2, .5, .8])).tolist()
         if (plan := getattr(run.layer, "timed_plan", None)) is not None:
             floor_us, exchange_us = floors.step_us(plan, case, sm_mhz)
-            cycles = case.layers * step_cycles(plan, gpu.multiprocessors, "forward")
+            cycles = case.layers * step_cycles(plan, gpu.multiprocessors, "forward", gpu.multiply_adds)
             if case.mode == "train":
-                cycles += case.layers * step_cycles(plan.backward, gpu.multiprocessors, "backward")
+                cycles += case.layers * step_cycles(plan.backward, gpu.multiprocessors, "backward", gpu.multiply_adds)
             figures.update(floor_us=floor_us, exchange_us=exchange_us, predicted_us=sm_mhz and cycles / sm_mhz,
                            plan=f"{plan.kind} {plan.programs} x {plan.groups}")
         yield row(name, **figures, ms_p20=p20, ms_median=median, ms_p80=p80, samples=len(samples[name]), sm_mhz=sm_mhz,

@@ -39,6 +39,16 @@ def poison():
         yield
 
 
+def pytest_addoption(parser):
+    parser.addoption("--arch", type=int, choices=list(harness.LIMITS),
+                     help="compile what runs in the emulator for this compute capability, times ten, in place of the "
+                          "one that each test names")
+
+
+def pytest_configure(config):
+    harness.ARCH = config.getoption("arch")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:

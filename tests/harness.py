@@ -31,9 +31,11 @@ from ptx_emulator import launch as emulate
 from triton_lstm import kernels
 from triton_lstm.kernels import launch as compiled_launch
 from triton_lstm.kernels import sequence as compiled_sequence
-from triton_lstm.plan import A100, H200, RTX_4090
+from triton_lstm.plan import A100, B200, H200, RTX_3090, RTX_4090, RTX_5090
+from triton_lstm.plan.limits import runs
 
-LIMITS = {80: A100, 89: RTX_4090, 90: H200}
+LIMITS = {80: A100, 86: RTX_3090, 89: RTX_4090, 90: H200, 100: B200, 120: RTX_5090}
+ARCH = None         # the option --arch: what the emulator compiles for, whatever the tests ask for
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
@@ -227,14 +229,20 @@ def interleaved(seed, patience=3000):
 def emulator(arch=90, seed=0, memory="sc", edit=None, only=None, **options):
     """Runs the compiled kernels in the PTX emulator. ``edit`` is a function that changes the PTX of the kernels named
     in ``only``. Further options are those of ``ptx_emulator.run``."""
+    arch = ARCH or arch
+
     def launch(kernel, plan, grid, *args, waits, **constants):
+        if ARCH and plan.kind in ("cluster", "wgmma") and not runs(plan.kind, divmod(ARCH, 10)):
+            pytest.skip(f"no {plan.kind} kernels on sm_{ARCH}")
         compiled, run_time = compile_launch(kernel, plan, args, waits, constants, arch)
         changed = dict(ptx=edit(compiled.asm["ptx"])) if edit is not None and kernel.__name__ in only else {}
         emulate(compiled, grid, *run_time, seed=seed, memory=memory, **changed, **options)
 
+    # Tests make plans for an H200. The emulator has room for these with --arch too.
+    limits = H200 if ARCH else LIMITS.get(arch, PORTABLE)
     with _use(compiled_sequence), mock.patch.object(compiled_launch, "launch_kernel", launch), \
             mock.patch.object(triton_lstm.functional, "runs_kernels", lambda x, dtype: True), \
-            mock.patch.object(triton_lstm.op, "limits_of", lambda device: LIMITS.get(arch, PORTABLE)):
+            mock.patch.object(triton_lstm.op, "limits_of", lambda device: limits):
         yield
 
 

@@ -76,7 +76,7 @@ def test_errors(input, hx):
     theirs, ours = pair(6, 9)
     with pytest.raises(Exception) as error:
         theirs(input, hx)
-    with harness.interpreter(), mock.patch.object(triton_lstm.layer, "_told", {"LSTMCell in torch.float64"}), \
+    with harness.interpreter(), mock.patch.object(triton_lstm.functional, "_told", {"LSTMCell in torch.float64"}), \
             pytest.raises(error.type) as our_error:
         ours(input, hx)
     assert str(our_error.value) == str(error.value)
@@ -88,7 +88,7 @@ def test_elsewhere_it_is_torchs_cell():
     x = torch.randn(3, 6)
     assert all(map(torch.equal, ours(x), theirs(x)))
     theirs.double(), ours.double()
-    with harness.interpreter(), mock.patch.object(triton_lstm.layer, "_told", set()), \
+    with harness.interpreter(), mock.patch.object(triton_lstm.functional, "_told", set()), \
             pytest.warns(UserWarning, match="torch's own LSTM: LSTMCell in torch.float64"):
         got = ours(x.double())
     assert all(map(torch.equal, got, theirs(x.double())))

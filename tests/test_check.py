@@ -282,6 +282,6 @@ def test_facts_of_a_gpu_are_printed(capsys, cache):
     assert "GPU: H100, compute capability 9.0, driver for CUDA 13.0, 132 multiprocessors, 227 KiB" in text
     assert "clusters of up to 16" in text and "Avoided: split forward native: hung: layer" in text
     command.about(dict(gpu="H100", capability=[9, 0], driver=13000, place="", limits=dataclasses.asdict(OLDER)))
-    assert "no clusters, which need compute capability 9.0 and Triton 3.9" in capsys.readouterr().out
+    assert "no clusters, which need compute capability 9.0, 10.0 or 10.3 and Triton 3.9" in capsys.readouterr().out
 
 

@@ -14,7 +14,7 @@ from test_cluster import check_compiled as check_cluster
 from test_split import check_compiled as check_split
 from test_wgmma import check_compiled as check_wgmma
 from triton_lstm import make_plan
-from triton_lstm.plan import A100, H200, RTX_4090
+from triton_lstm.plan import A100, B200, H200, RTX_3090, RTX_4090, RTX_5090
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 OPERAND = {"native": 2, "tf32": 4, "tf32x3": 8}        # bytes of an element of a product's operand, in registers
@@ -99,14 +99,14 @@ def test_exact_fp32(hidden_size, batch):
 SAMPLE = [(64, BF16, 1), (128, FP16, 1), (100, FP32, 2), (512, BF16, 1), (640, FP32, 1), (1024, BF16, 2)]
 
 
-LIMITS = {80: A100, 89: RTX_4090, 100: PORTABLE}
+LIMITS = {80: A100, 86: RTX_3090, 89: RTX_4090, 100: B200, 120: RTX_5090}
 
 
 @pytest.mark.parametrize("arch, hidden_size, dtype, directions", [
-    (arch, *layer) for arch, sample in ((80, SAMPLE), (89, SAMPLE[::2]), (100, SAMPLE[1::2])) for layer in sample],
+    (arch, *layer) for arch, sample in ((80, SAMPLE), (86, SAMPLE[2::3]), (89, SAMPLE[::2]), (100, SAMPLE[1::2]),
+                                           (120, SAMPLE[1::3])) for layer in sample],
                          ids=str)
 def test_sample_of_other_architectures(arch, hidden_size, dtype, directions):
-    """A Blackwell multiprocessor has Hopper's registers and shared memory."""
     limits = LIMITS[arch]
     check(make_plan(16, hidden_size, dtype, directions, limits=limits), dtype, arch, limits)
 

@@ -457,7 +457,7 @@ def test_in_the_place_of_nn_lstm(untold, interpreter):
 
 @pytest.fixture
 def untold():
-    with mock.patch.object(triton_lstm.layer, "_told", set()):
+    with mock.patch.object(triton_lstm.functional, "_told", set()):
         yield
 
 

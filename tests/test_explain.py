@@ -41,7 +41,8 @@ def test_grid():
         "would take 862.5 MiB and 283.3 MiB",
         "  not resident: 2097152 bytes of R do not fit the registers of a program, which hold 131072 beside what a "
         "step needs",
-        "  not cluster: the cluster kernels need compute capability 8.0, 8.9 or 9.0",
+        "  not cluster: the cluster kernels need compute capability 8.0, 8.6, 8.7, 8.9, 9.0, 10.0, 10.3, 12.0 or 12.1 "
+        "and Triton 3.6",
         "  not streamed: possible, with 8 programs for an R and 1 tile(s) of rows each, 160 KiB of R read from L2 by a "
         "program at every step: 7714 cycles predicted, 3327 as planned"]
 

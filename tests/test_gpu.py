@@ -155,7 +155,7 @@ def test_wgmma(shape, layout, dtype, flagged):
 def test_split(shape, layout, dtype, flagged):
     limits = Limits.of("cuda")
     if not limits.cluster:
-        pytest.skip("the split kernels need compute capability 8.0, 8.9 or 9.0")
+        pytest.skip("the split kernels do not run on this GPU with this Triton")
     if dtype == torch.float32 and not torch.backends.cudnn.allow_tf32:
         pytest.skip("nn.LSTM does not use TF32")
     problem = cuda(*shape, dtype=dtype, tf32=True, **flagged)

@@ -206,7 +206,7 @@ def test_list_as_state():
 
 @pytest.fixture
 def untold():
-    with mock.patch.object(triton_lstm.layer, "_told", set()):
+    with mock.patch.object(triton_lstm.functional, "_told", set()):
         yield
 
 

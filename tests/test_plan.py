@@ -6,7 +6,7 @@ import torch
 
 from problems import PORTABLE
 from triton_lstm import Plan, PlanError, make_plan
-from triton_lstm.plan import A100, H200, RTX_4090, Limits, check_plan, keep_every_for
+from triton_lstm.plan import A100, B200, H200, RTX_3090, RTX_4090, RTX_5090, Limits, check_plan, keep_every_for
 from triton_lstm.plan.plan import HELD_BYTES
 from triton_lstm.plan.search import BACKWARD_ELEMENTS, KEEP_EVERY
 
@@ -15,8 +15,8 @@ CLUSTERS = dataclasses.replace(H200, cluster=16, wgmma=False)
 SIZES = [1, 5, 16, 17, 33, 64, 96, 100, 128, 130, 192, 256, 400, 512, 640, 768, 1000, 1024, 1150, 1536, 2048]
 
 
-@pytest.mark.parametrize("limits", [H200, CLUSTERS, PORTABLE, A100, RTX_4090],
-                         ids=["H200", "clusters", "portable", "A100", "RTX 4090"])
+@pytest.mark.parametrize("limits", [H200, CLUSTERS, PORTABLE, A100, RTX_3090, RTX_4090, B200, RTX_5090], ids=[
+    "H200", "clusters", "portable", "A100", "RTX 3090", "RTX 4090", "B200", "RTX 5090"])
 @pytest.mark.parametrize("dtype, tf32", [(torch.bfloat16, True), (torch.float32, True), (torch.float32, False)],
                          ids=str)
 @pytest.mark.parametrize("hidden_size", SIZES)
@@ -165,7 +165,7 @@ def test_impossible_plans_say_why(change, reason):
 
 @pytest.mark.parametrize("change, cluster, reason", [
     (dict(), 8, "a cluster of 16 programs, where at most 8 run"),
-    (dict(), 0, "the cluster kernels need compute capability 8.0, 8.9 or 9.0"),
+    (dict(), 0, "the cluster kernels need compute capability 8.0, 8.6, .* or 12.1 and Triton 3.6"),
     (dict(programs=32), 16, "a cluster has 2 to 16 programs, got 32"),
     (dict(programs=11, block_h=64), 16, "must be powers of two"),
     (dict(block_h=16, programs=32), 16, "from 16 and four a warp up, got 32 of 16 units and 8 warps"),

@@ -219,7 +219,7 @@ def test_state_is_checked_as_nn_lstm_does():
 def test_larger_than_the_chip():
     """R W_hr of 2128 units does not fit on the chip, although R would. So torch's LSTM runs, for any batch, after one
     warning. With a plan of the user's, or with lengths, the kernels run."""
-    with harness.emulator(), mock.patch.object(triton_lstm.layer, "_told", set()), \
+    with harness.emulator(), mock.patch.object(triton_lstm.functional, "_told", set()), \
             mock.patch.object(triton_lstm.layer, "runs_kernels", lambda x, dtype: True), \
             mock.patch.object(triton_lstm.layer, "lstm", side_effect=InterruptedError):
         theirs, ours, _ = pair(4, 2128, proj_size=8, dtype=BF16)

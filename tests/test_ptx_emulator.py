@@ -967,6 +967,25 @@ def test_packed(kind, dtype):
     assert torch.equal(run_packed(f"fma.rn.{kind}x2 %r10, %r1, %r2, %r1;", src), (a * b + a).to(dtype))
 
 
+@pytest.mark.parametrize("kind,dtype", [("bf16", torch.bfloat16), ("f16", torch.float16)])
+def test_mixed_types(kind, dtype):
+    """Instructions of sm_100 on f32 that take some operands from 16-bit floats. Others with two types are refused."""
+    x = rand(64, 4)
+    narrow = x[:, :2].to(dtype)
+    src = x.numpy().copy().view(np.uint32)
+    src[:, 0] = narrow.contiguous().view(torch.int16).numpy().view(np.uint32)[:, 0]
+    (a, b), c = narrow.double().unbind(1), x[:, 2].double()
+
+    def run_mixed(body):
+        got = run_single(f"mov.b32 {{%rs1, %rs2}}, %r1; {body}", src)
+        return torch.from_numpy(got.view(np.float32))
+    assert torch.equal(run_mixed(f"add.rn.f32.{kind} %r10, %rs1, %r3;"), (a + c).float())
+    assert torch.equal(run_mixed(f"sub.rn.f32.{kind} %r10, %rs1, %r3;"), (a - c).float())
+    assert torch.equal(run_mixed(f"fma.rn.f32.{kind} %r10, %rs1, %rs2, %r3;"), (a * b + c).float())
+    with pytest.raises(Unsupported, match="which has two types"):
+        run_mixed(f"mul.rn.f32.{kind} %r10, %rs1, %r3;")
+
+
 @pytest.mark.parametrize("kind,dtype", [("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)])
 def test_fp8(kind, dtype):
     x = rand(64, 4, scale=100)

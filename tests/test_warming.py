@@ -66,6 +66,7 @@ def test_warm():
             mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)), \
             mock.patch.object(triton_lstm.op, "limits_of", lambda device: H200), \
             mock.patch.object(triton_lstm.op, "avoided", lambda device: frozenset()), \
+            mock.patch.object(triton_lstm.op, "no_kernels", lambda device: None), \
             pytest.warns(UserWarning, match="could not compile .*no compiler"):
         assert triton_lstm.warm(model, 16, seconds=5.) == [plan]
     options = dict(flagged=False, zoneout=None, inputs=64)

@@ -14,6 +14,7 @@ from . import check, faults, op, runner
 from .kernels import waiting
 from .kernels.offline import compile_apart
 from .plan import Limits, Plan
+from .plan.limits import needed
 
 DESCRIPTION = """\
 With no command: versions, the GPU, and what the package uses there. check: runs every kernel at small sizes against
@@ -33,6 +34,9 @@ def about(facts):
     if "error" in facts:
         print(f"GPU: unknown: {facts['error']}")
         return
+    if "none" in facts:
+        print(f"GPU: {facts['none']}.")
+        return
     if facts["gpu"] is None:
         print("GPU: none. torch.nn.LSTM computes for CPU tensors; with TRITON_INTERPRET=1 the kernels do, slowly.")
         return
@@ -41,10 +45,10 @@ def about(facts):
           f"{facts['driver'] // 1000}.{facts['driver'] % 1000 // 10}, {limits.multiprocessors} multiprocessors, "
           f"{limits.shared_memory // 1024} KiB of shared memory each")
     print("Kernels: plain Triton" + (", Gluon (resident, split)" if limits.cluster else
-                                     "; no Gluon, which is for compute capability 8.0, 8.9 and 9.0")
-          + (", warp groups" if limits.cluster and limits.wgmma else "")
+                                     f"; no Gluon, which needs {needed('gluon')}")
+          + (", warp groups (wgmma)" if limits.cluster and limits.wgmma else "")
           + (f", clusters of up to {limits.cluster}" if limits.cluster > 1 else
-             "; no clusters, which need compute capability 9.0 and Triton 3.9"))
+             f"; no clusters, which need {needed('cluster')}"))
     for key, what in sorted(faults.of(facts["place"]).items()):
         print(f"Avoided: {' '.join(key)}: {what}")
     print("`python -m triton_lstm check` runs every kernel against float64.")
@@ -151,7 +155,7 @@ def run_check(args):
 
 def run_case(kind):
     """The command ``case``; returns the exit code."""
-    gpu = torch.cuda.is_available() and not op.interpreted()
+    gpu = check.facts()["gpu"] is not None
     device = torch.device("cuda" if gpu else "cpu")
     case = next(case for case in check.cases(op.limits_of(device) if gpu else None)
                 if case.kind == kind and (case.what == "layer" or not case.runs))

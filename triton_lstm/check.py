@@ -398,11 +398,14 @@ def run(case, device):
 
 
 def facts() -> dict[str, Any]:
-    """The GPU and its limits, for JSON; {"gpu": None} if there is no GPU or the interpreter is on."""
+    """The GPU and its limits, for JSON. "gpu" is None if the interpreter is on or there is no GPU, or if no kernel runs
+    on the one there is, and then "none" says why."""
     from . import faults
     if op.interpreted() or not torch.cuda.is_available():
         return dict(gpu=None)
     device = torch.device("cuda", 0)
+    if reason := op.no_kernels(device):
+        return dict(gpu=None, none=f"{torch.cuda.get_device_name(device)}: torch's own LSTM computes, because {reason}")
     major, minor = torch.cuda.get_device_capability(device)
     limits = op.limits_of(device)
     assert limits is not None           # which only the interpreter has

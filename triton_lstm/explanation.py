@@ -6,8 +6,9 @@ import torch
 from . import wavefront
 from .functional import DTYPES, zoneout_rates
 from .layer import LSTM, _TorchLSTM
-from .op import avoided, plan_or_reason, tf32_allowed
+from .op import avoided, no_kernels, plan_or_reason, tf32_allowed
 from .plan import H200, SCHEDULES, Limits, PlanError, check_plan, make_plan, step_cycles
+from .plan.search import FAST_PRODUCTS
 from .projection import too_large_together
 
 
@@ -36,6 +37,8 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
     dtype = x.dtype if x.device.type == "meta" else LSTM._compute_dtype(x)
     D, H, own = 2 if layer.bidirectional else 1, layer.hidden_size, getattr(layer, "plan", None)
     whose = "the given limits"
+    if limits is None and x.is_cuda and (reason := no_kernels(x.device)):
+        return f"LSTM({layer.extra_repr()}) on T={T}, B={B}\ntorch's own LSTM computes: {reason}"
     if limits is None:
         limits, whose = (Limits.of(x.device), f"{x.device}") if x.is_cuda else (H200, "an H200")
     title = (f"LSTM({layer.extra_repr()}) on T={T}, B={B} in {str(dtype).removeprefix('torch.')}, planned for {whose}: "
@@ -88,7 +91,7 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
     forward, backward = (-(-T // max(n, 1)) for n in (steps, plan.keep_every))
     loops = [plan] if plan.backward is plan else [dataclasses.replace(plan, backward_plan=None), plan.backward]
     which, names = ([""], [None]) if len(loops) == 1 else (["forward ", "backward "], ["forward", "backward"])
-    cycles = [step_cycles(loop, limits.multiprocessors, name) for loop, name in zip(loops, names)]
+    cycles = [step_cycles(loop, limits.multiprocessors, name, limits.multiply_adds) for loop, name in zip(loops, names)]
     matrix, m_bytes = "R", 0
     if layer.proj_size:
         matrix = f"weight_hh weight_hr, {4 * H} x {H} in the place of R,"
@@ -131,13 +134,14 @@ def _why_not(schedule, taken, dtype, limits, zoned):
         reasons = str(error).split("; ")
         of_it = [reason.removeprefix(f"{schedule}: ") for reason in reasons if reason.startswith(f"{schedule}: ")]
         return "; ".join(dict.fromkeys(of_it or reasons))
-    cycles = lambda plan: f"{step_cycles(plan, limits.multiprocessors):.0f}"
-    if schedule == "resident":
+    cycles = lambda plan: f"{step_cycles(plan, limits.multiprocessors, None, limits.multiply_adds):.0f}"
+    wherever = limits.multiply_adds >= FAST_PRODUCTS
+    if schedule == "resident" and wherever:
         return "possible, and chosen where no plan is given: its programs wait for nobody"
     text = f"possible, with {other.programs} programs for an R and {other.tiles} tile(s) of rows each"
     if other.streamed_bytes:
         text += f", {_size(other.streamed_bytes)} of R read from L2 by a program at every step"
-    if taken.schedule == "resident":
+    if taken.schedule == "resident" and wherever:
         return f"{text}; resident is taken wherever it fits"
     return f"{text}: {cycles(other)} cycles predicted, {cycles(taken)} as planned"
 

@@ -1,4 +1,5 @@
 """``lstm``: one layer as a function."""
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -9,17 +10,33 @@ from . import op
 from .kernels.rows import step_flags
 from .op import differentiable, lstm_op, transformed
 from .plan import Plan, PlanError
+from .plan.limits import none_on
 from .plan.search import BACKWARD_ELEMENTS, KEEP_EVERY
 from .projection import combine, product, project, with_state
 from .reference import lstm_reference, packed_reference, zoneout_shares
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_told = set()
 
 
 def runs_kernels(x, dtype):
     """Whether the kernels compute on the device of ``x`` in ``dtype``; torch's own LSTM does the rest. AMD GPUs, which
-    torch calls "cuda" too, are other devices: the kernels contain PTX."""
-    return dtype in DTYPES and (x.is_cuda and torch.version.hip is None or op.interpreted() and x.device.type == "cpu")
+    torch calls CUDA too, and old GPUs have no kernels. The first call there warns of it."""
+    if not x.is_cuda:
+        return dtype in DTYPES and x.device.type == "cpu" and op.interpreted()
+    reason = none_on(x.device) if torch.compiler.is_compiling() else op.no_kernels(x.device)
+    if reason is None:
+        return dtype in DTYPES
+    if not torch.compiler.is_compiling():
+        tell_once(reason, "triton_lstm")
+    return False
+
+
+def tell_once(reason, who="triton_lstm.LSTM"):
+    """Warn that torch's own LSTM computes, once for each reason."""
+    if reason not in _told:
+        _told.add(reason)
+        warnings.warn(f"{who} uses torch's own LSTM: {reason}", stacklevel=4)
 
 
 def zoneout_rates(zoneout):

@@ -1,5 +1,4 @@
 """``LSTM``: torch.nn.LSTM with the time loop in Triton."""
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,18 +8,10 @@ from torch.nn.modules.rnn import LSTM as _TorchLSTM  # stays torch's where a pro
 from torch.nn.utils.rnn import PackedSequence
 
 from . import apart, eager, one_step, wavefront
-from .functional import DTYPES, lstm, runs_kernels, zoneout_rates
+from .functional import DTYPES, lstm, runs_kernels, tell_once, zoneout_rates
 from .op import on_device
 from .plan import Plan
 from .projection import too_large_together
-
-_told = set()
-
-
-def _tell_once(reason):
-    if reason not in _told:
-        _told.add(reason)
-        warnings.warn(f"triton_lstm.LSTM uses torch's own LSTM: {reason}", stacklevel=4)
 
 
 class LSTM(torch.nn.RNNBase):
@@ -310,5 +301,5 @@ class LSTM(torch.nn.RNNBase):
     @staticmethod
     def _no(reason, tensor):
         if runs_kernels(tensor, torch.float32):         # on other devices nobody expects the kernels
-            _tell_once(reason)
+            tell_once(reason)
         return False

@@ -17,6 +17,7 @@ from . import faults
 from .kernels import launch, sequence
 from .kernels.rows import lengths_and_reset
 from .plan import Limits, Plan, PlanError, check_plan, make_plan
+from .plan.limits import none_on
 from .plan.search import precision_for
 from .reference import lstm_reference, packed_reference, zoneout_shares
 
@@ -32,6 +33,12 @@ def interpreted():
 def limits_of(device):
     """The limits of a CUDA device; None if the kernels run in the interpreter, which has no limits."""
     return None if interpreted() else Limits.of(device)
+
+
+@functools.lru_cache
+def no_kernels(device):
+    """Why no kernel runs on a device that torch calls CUDA; None if kernels do."""
+    return none_on(device)
 
 
 _RNN = getattr(torch.backends.cudnn, "rnn", None)       # since torch 2.9
@@ -66,7 +73,11 @@ def plan_or_reason(batch, hidden_size, dtype, directions, limits, tf32, keep_eve
 
 def on_device(batch, hidden_size, dtype, directions, device, keep_every=None, zoneout=False):
     """``plan_or_reason`` for a device and the present state of torch's switch for TF32."""
-    return plan_or_reason(batch, hidden_size, dtype, directions, limits_of(device), tf32_allowed(), keep_every, zoneout,
+    try:
+        limits = limits_of(device)
+    except PlanError as error:          # a GPU without kernels
+        return None, str(error)
+    return plan_or_reason(batch, hidden_size, dtype, directions, limits, tf32_allowed(), keep_every, zoneout,
                           avoided(device))
 
 

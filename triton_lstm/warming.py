@@ -38,6 +38,8 @@ def warm(model: torch.nn.Module, batch: int, dtype: torch.dtype | None = None, *
         raise ValueError(f"warm compiles for CUDA devices, the layers are on {', '.join(map(str, devices))}")
     plans = []
     for device in devices:
+        if op.no_kernels(device):
+            continue
         of_device = [layer for layer in layers if device_of(layer) == device]
         major, minor = torch.cuda.get_device_capability(device)
         jobs = jobs_of(of_device, batch, dtype, device, lengths)

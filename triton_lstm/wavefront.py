@@ -19,7 +19,7 @@ def chunk_steps(T, plan, limits):
     compiles nothing new."""
     least = CHUNK
     if limits is not None:
-        step_us = step_cycles(plan, limits.multiprocessors, "forward") / limits.mhz
+        step_us = step_cycles(plan, limits.multiprocessors, "forward", limits.multiply_adds) / limits.mhz
         least = max(least, math.ceil(CHUNK_US / step_us / 16) * 16)
     return max(-(-T // (16 * CHUNKS)) * 16, least)
 

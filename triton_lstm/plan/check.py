@@ -1,5 +1,5 @@
 """``check_plan``: whether a plan can run on a device."""
-from .limits import Limits
+from .limits import Limits, needed
 from .plan import (
     HELD_BYTES,
     KINDS,
@@ -102,9 +102,9 @@ def _check_wgmma(plan):
 
 def _check_limits(plan, limits):
     if plan.gluon and limits.cluster == 0:
-        raise PlanError(f"the {plan.kind} kernels need compute capability 8.0, 8.9 or 9.0")
+        raise PlanError(f"the {plan.kind} kernels need {needed('gluon')}")
     if plan.kind == "wgmma" and not limits.wgmma:
-        raise PlanError("products by warp groups need compute capability 9.0")
+        raise PlanError(f"products by warp groups need {needed('wgmma')}")
     if plan.kind == "cluster" and plan.programs > min(limits.cluster, limits.multiprocessors):
         raise PlanError(f"a cluster of {plan.programs} programs, where at most "
                         f"{min(limits.cluster, limits.multiprocessors)} run")

@@ -11,7 +11,9 @@ GLUON_STEP = {"native": 350, "tf32": 650}
 RESIDENT_STEP, TILE_STEP, TILE_WORK = 2400, 1500, 0.3
 # What an exchange adds, in a cluster and through L2.
 CLUSTER_EXCHANGE, L2_EXCHANGE = 400, 1000
-# The work: multiply-adds a cycle, cycles an element of the cell, bytes a cycle from L2.
+# The work: multiply-adds a cycle by mma.sync on Hopper, which other GPUs do faster or slower (``Limits``); cycles an
+# element of the cell, bytes a cycle from L2.
+HOPPER_MULTIPLY_ADDS = 1280
 MULTIPLY_ADDS, CELL_CYCLES, L2_BYTES = {"native": 1280, "tf32": 640, "tf32x3": 640 / 3}, 0.5, 32
 # A step of one warp group, in cycles: beyond its products, for each unit of the program, for each look at h, and for a
 # product along 32 bytes at least. Then multiply-adds a cycle, which all warp groups of a program share. One
@@ -36,42 +38,45 @@ LOOP_SHARE = {("split", "forward"): 0.9, ("split", "backward"): 1.1, ("grid", "f
               ("grid", "backward"): 0.85}
 
 
-def step_cycles(plan: Plan, multiprocessors: int, loop: str | None = None) -> float:
+def step_cycles(plan: Plan, multiprocessors: int, loop: str | None = None,
+                multiply_adds: int = HOPPER_MULTIPLY_ADDS) -> float:
     """The predicted cycles of one step of all batch rows in a time loop of ``plan``.
 
     multiprocessors    of the device
     loop               "forward", "backward", or None for the mean of both
+    multiply_adds      ``Limits.multiply_adds`` of the device
 
     Programs that wait for no program outside their cluster run one wave after the other. Programs that exchange h
     through L2 all run at the same time and compute their tiles in turn: while the h of one tile travels, they compute
     the others.
     """
+    rate = MULTIPLY_ADDS[plan.precision] * multiply_adds / HOPPER_MULTIPLY_ADDS
     if plan.kind in ("streamed", "resident", "cluster") or plan.wide:
         cycles = _streamed_cycles if plan.kind == "streamed" else _wide_cycles if plan.wide else _wave_cycles
         loops = [loop] if loop else ["forward", "backward"]
-        return sum(cycles(plan, multiprocessors, loop) for loop in loops) / len(loops)
-    return _mean_cycles(plan, multiprocessors) * (LOOP_SHARE.get((plan.kind, loop), 1) if loop else 1)
+        return sum(cycles(plan, multiprocessors, loop, rate) for loop in loops) / len(loops)
+    return _mean_cycles(plan, multiprocessors, rate) * (LOOP_SHARE.get((plan.kind, loop), 1) if loop else 1)
 
 
 def _waves(plan, multiprocessors):
     return -(-plan.groups * plan.directions // max(multiprocessors // plan.programs, 1))
 
 
-def _wave_cycles(plan, multiprocessors, loop):
+def _wave_cycles(plan, multiprocessors, loop, rate):
     """Of resident and cluster plans. Forward multiplies by the units that there are, backward by padding too."""
     units = plan.hidden_size if plan.programs == 1 else plan.block_h
     feeding = plan.programs * plan.block_h if loop == "backward" and plan.programs > 1 else plan.hidden_size
-    products = 4 * plan.block_b * units * feeding / MULTIPLY_ADDS[plan.precision]
-    work = 4 * plan.block_b * units * plan.hidden_size / MULTIPLY_ADDS[plan.precision]
+    products = 4 * plan.block_b * units * feeding / rate
+    work = 4 * plan.block_b * units * plan.hidden_size / rate
     work += plan.block_b * units * CELL_CYCLES
     step = max(GLUON_STEP[plan.precision] + work / 4, products)
     return _waves(plan, multiprocessors) * (step + (CLUSTER_EXCHANGE if plan.programs > 1 else 0))
 
 
-def _streamed_cycles(plan, multiprocessors, loop):
+def _streamed_cycles(plan, multiprocessors, loop, rate):
     passes, block_k = -(-(plan.hidden_size - plan.held) // plan.block_k), plan.block_k
+    products = 4 * plan.block_b * plan.block_h * plan.hidden_size / rate
     if loop == "forward":
-        products = 4 * plan.block_b * plan.block_h * plan.hidden_size / MULTIPLY_ADDS[plan.precision]
         work = products + plan.block_b * plan.block_h * CELL_CYCLES
         h = plan.block_b * plan.hidden_size * (2 if plan.precision == "native" else 4)
         tile = TILE_STEP + plan.hidden_size + TILE_WORK * (work + h / L2_BYTES) + STREAMED_PASS[loop] * passes
@@ -80,24 +85,24 @@ def _streamed_cycles(plan, multiprocessors, loop):
         tile = max(STREAMED_STEP + STREAMED_PASS[loop] * longer * passes, STREAMED_LEAST)
     if plan.precision == "native" and plan.hidden_size % 8:
         tile *= STREAMED_UNALIGNED
-    tile = max(tile, plan.streamed_bytes / L2_BYTES)
+    tile = max(tile, products, plan.streamed_bytes / L2_BYTES)
     return plan.tiles * tile + max(L2_EXCHANGE - (plan.tiles - 1) * tile, 0)
 
 
-def _wide_cycles(plan, multiprocessors, loop):
-    products = 4 * plan.block_b * plan.block_h * plan.hidden_size / MULTIPLY_ADDS[plan.precision]
+def _wide_cycles(plan, multiprocessors, loop, rate):
+    products = 4 * plan.block_b * plan.block_h * plan.hidden_size / rate
     tile = WIDE_STEP[plan.precision, loop] + WIDE_PRODUCTS[plan.precision, loop] * products
     h = plan.block_b * plan.hidden_size * element_bytes(plan.precision)
-    tile = max(tile, h / L2_BYTES * max(plan.launched / multiprocessors, 0.5))
+    tile = max(tile, products, h / L2_BYTES * max(plan.launched / multiprocessors, 0.5))
     return plan.tiles * tile + max(L2_EXCHANGE - (plan.tiles - 1) * tile, 0)
 
 
-def _mean_cycles(plan, multiprocessors):
+def _mean_cycles(plan, multiprocessors, rate):
     units = plan.hidden_size if plan.kind == "portable resident" else plan.block_h
-    products = 4 * plan.block_b * units * plan.hidden_size / MULTIPLY_ADDS[plan.precision]
+    products = 4 * plan.block_b * units * plan.hidden_size / rate
     work = products + plan.block_b * units * CELL_CYCLES
     if plan.kind == "portable resident":
-        return _waves(plan, multiprocessors) * (RESIDENT_STEP + work / 2)
+        return _waves(plan, multiprocessors) * max(RESIDENT_STEP + work / 2, products)
     h = plan.block_b * plan.hidden_size * (2 if plan.precision == "native" else 4)
     if plan.kind == "wgmma":
         products = 4 * plan.block_b * plan.block_h * plan.held / WARP_GROUP_MULTIPLY_ADDS[plan.precision]
@@ -112,5 +117,5 @@ def _mean_cycles(plan, multiprocessors):
     if plan.gluon:
         tile = max(own, products, h / L2_BYTES * max(plan.launched / multiprocessors, 0.5))
     else:
-        tile = TILE_STEP + plan.hidden_size + TILE_WORK * (work + h / L2_BYTES)
+        tile = max(TILE_STEP + plan.hidden_size + TILE_WORK * (work + h / L2_BYTES), products)
     return plan.tiles * tile + max(L2_EXCHANGE - (plan.tiles - 1) * tile, 0)

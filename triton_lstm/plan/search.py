@@ -27,6 +27,7 @@ BLOCK_BYTES = 1 << 14                   # of R that a streamed plan reads at a t
 GLUON_BYTES = 128                       # along a row of R, of one product of the Gluon kernels of a CTA or cluster
 BACKWARD_ELEMENTS = 1 << 24             # units x rows x steps that backward recomputes at a time, if it can choose
 KEEP_EVERY = 2048                       # at most
+FAST_PRODUCTS = 1024                    # ``Limits.multiply_adds`` from which on a resident plan is always taken
 
 
 def keep_every_for(batch: int, hidden_size: int, directions: int, derives: bool = False) -> int:
@@ -68,10 +69,13 @@ def make_plan(batch: int, hidden_size: int, dtype: torch.dtype, directions: int 
     """
     plans, reasons = _candidates(batch, hidden_size, dtype, directions, limits, tf32, schedule, keep_every, zoneout)
     good = lambda plans, loop: [plan for plan in plans if (plan.variant, loop, plan.precision) not in avoid]
-    cost = lambda plan, loop: 0 if limits is None else step_cycles(plan, limits.multiprocessors, loop)
-    # Where every program can have all of R, nothing is faster. Where R fits on the chip, it is not read from L2. But
-    # wide split plans have small tiles only, so for many rows a streamed plan may be cheaper.
-    alone = [plan for plan in plans if plan.schedule == "resident"]
+    cost = lambda plan, loop: 0 if limits is None else step_cycles(plan, limits.multiprocessors, loop,
+                                                                  limits.multiply_adds)
+    # Where every program can have all of R, nothing is faster, unless products take longer than the exchange of h, as
+    # they do on GeForce cards. Where R fits on the chip, it is not read from L2. But wide split plans have small tiles
+    # only, so for many rows a streamed plan may be cheaper.
+    alone = [plan for plan in plans if plan.schedule == "resident"] if (
+        limits is None or limits.multiply_adds >= FAST_PRODUCTS) else []
     on_chip = lambda plans: [plan for plan in plans if plan.kind != "streamed"]
     best = lambda plans: plans if all(plan.wide for plan in on_chip(plans)) else on_chip(plans)
     backwards = good(alone, "backward") or good(best(plans), "backward") or good(plans, "backward")
@@ -97,7 +101,8 @@ def candidates(batch: int, hidden_size: int, dtype: torch.dtype, directions: int
     """
     plans, _ = _candidates(batch, hidden_size, dtype, directions, limits, tf32, None, keep_every, False)
     if plans and limits is not None:
-        cheapest = min(plans, key=lambda plan: step_cycles(plan, limits.multiprocessors, "backward"))
+        cheapest = min(plans, key=lambda plan: step_cycles(plan, limits.multiprocessors, "backward",
+                                                          limits.multiply_adds))
         plans += _fitting(_wgmma(cheapest, limits), limits)
     return plans
 

@@ -67,6 +67,18 @@ def shift(x, k, left, arithmetic):
     return r
 
 
+def mixed(parts, ty):
+    """Whether an instruction on f32 takes its factors, or the first of its summands, from 16-bit floats of type ``ty``
+    (sm_100 and later). An instruction with two types that is not of this kind is unsupported: taken for one of its last
+    type it would compute something else."""
+    types = [part for part in parts[1:] if part in BITS]
+    if len(types) < 2:
+        return False
+    if parts[0] in ("add", "sub", "fma") and types[0] == "f32" and ty in ("f16", "bf16") and "sat" not in parts:
+        return True
+    raise Unsupported(f"{'.'.join(parts)}, which has two types")
+
+
 @builds("neg", "abs", "not", "ex2", "lg2", "sqrt", "rcp", "rsqrt", "tanh", "sin", "cos", "cnot")
 def build_unary(prog, ins, parts, args, ty):
     f = np.logical_not if ty == "pred" else UNARY[parts[0]]
@@ -79,6 +91,8 @@ def build_unary(prog, ins, parts, args, ty):
 @builds("add", "sub", "mul", "div", "rem", "min", "max", "and", "or", "xor", "shl", "shr", "copysign", "addc", "subc")
 def build_binary(prog, ins, parts, args, ty):
     name, dst, srcs = parts[0], args[0], args[1:]
+    if mixed(parts, ty):
+        return elementwise(prog, BINARY[name], dst, srcs, "f32", [ty, "f32"])
     if "cc" in parts or name in ("addc", "subc"):
         return build_carry(prog, ins, parts, args, ty)
     if name == "mul" and "wide" in parts:
@@ -113,6 +127,8 @@ def build_binary(prog, ins, parts, args, ty):
 @builds("mad", "fma", "madc")
 def build_multiply_add(prog, ins, parts, args, ty):
     name, dst, srcs = parts[0], args[0], args[1:]
+    if mixed(parts, ty):
+        return elementwise(prog, fused_multiply_add, dst, srcs, "f32", [ty, ty, "f32"])
     if "cc" in parts or name == "madc":
         return build_carry(prog, ins, parts, args, ty)
     if name == "mad" and "wide" in parts:

@@ -9,11 +9,12 @@ order, but it goes step by step and keeps every activation.
 import contextlib
 import functools
 import inspect
+import warnings
 
 import torch
 from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
 
-from . import faults
+from . import backends, faults, tuned
 from .kernels import launch, sequence
 from .kernels.rows import lengths_and_reset
 from .plan import Limits, Plan, PlanError, check_plan, make_plan
@@ -55,8 +56,7 @@ def avoided(device):
 @functools.lru_cache
 def plan_or_reason(batch, hidden_size, dtype, directions, limits, tf32, keep_every=None, zoneout=False,
                    avoid=frozenset()):
-    """(plan, None) of a call that names no plan, or (None, reason) where the kernels cannot run it. This is decided
-    here and nowhere else."""
+    """(plan, None) by arithmetic of a call that names no plan, or (None, reason) where the kernels cannot run it."""
     try:
         return make_plan(batch, hidden_size, dtype, directions, limits=limits, tf32=tf32, keep_every=keep_every,
                          zoneout=zoneout, avoid=avoid), None
@@ -64,20 +64,68 @@ def plan_or_reason(batch, hidden_size, dtype, directions, limits, tf32, keep_eve
         return None, str(error)
 
 
-def on_device(batch, hidden_size, dtype, directions, device, keep_every=None, zoneout=False):
-    """``plan_or_reason`` for a device and the present state of torch's switch for TF32."""
-    return plan_or_reason(batch, hidden_size, dtype, directions, limits_of(device), tf32_allowed(), keep_every, zoneout,
-                          avoided(device))
+def possible(loops, arithmetic, batch, keep_every, limits, zoneout, avoid):
+    """``tuned.plan_of`` the first four arguments. Raises ValueError where it cannot run, or must not."""
+    plan = tuned.plan_of(loops, arithmetic, batch, keep_every)
+    check_plan(plan, limits, zoneout)
+    for of_loop, loop in ((plan, "forward"), (plan.backward, "backward")):
+        if (of_loop.variant, loop, of_loop.precision) in avoid:
+            raise PlanError(f"the check found {of_loop.variant} {loop} wrong")
+    return plan
 
 
-def plan_for(x, h0, text, keep_every, zoneout):
+@functools.lru_cache
+def _remembered(known, batch, hidden_size, dtype, directions, limits, tf32, keep_every, zoneout, avoid, sequences):
+    """(plan, None) from what is ``known`` (``tuned.Remembered``) of a call, or what ``plan_or_reason`` says: where
+    nothing is known and, with a warning, where the plan is not possible any more."""
+    arithmetic = plan_or_reason(batch, hidden_size, dtype, directions, limits, tf32, keep_every, zoneout, avoid)
+    if arithmetic[0] is None:
+        return arithmetic
+    call = tuned.Call.of(batch, hidden_size, dtype, directions, arithmetic[0].precision, sequences, zoneout)
+    loops = known.calls.get(str(call))
+    if loops is None:
+        return arithmetic
+    try:
+        return possible(loops, arithmetic[0], batch, keep_every, limits, zoneout, avoid), None
+    except ValueError as error:
+        warnings.warn(f"triton_lstm ignores the plan that was measured for {call}: {error}. triton_lstm.tune.clear() "
+                      "forgets what was measured", stacklevel=2)
+        return arithmetic
+
+
+def sequences_of(flagged, packed):
+    """``tuned.Call.sequences`` of a call. flagged: whether it has lengths, resets or step flags."""
+    return tuned.PACKED if packed else tuned.FLAGS if flagged else tuned.PADDED
+
+
+def automatic(batch, hidden_size, dtype, directions, device, keep_every=None, zoneout=False, sequences=tuned.PADDED):
+    """(plan, None) of a call that names no plan, or (None, reason) where the kernels cannot run it: as measured on the
+    device, else by arithmetic, in the present state of torch's switch for TF32. This is decided here and nowhere else.
+    """
+    limits, tf32, avoid = limits_of(device), tf32_allowed(), avoided(device)
+    if (known := tuned.known(device)) is not None:
+        return _remembered(known, batch, hidden_size, dtype, directions, limits, tf32, keep_every, zoneout, avoid,
+                           sequences)
+    return plan_or_reason(batch, hidden_size, dtype, directions, limits, tf32, keep_every, zoneout, avoid)
+
+
+def on_device(batch, hidden_size, dtype, directions, device, keep_every=None, zoneout=False, sequences=tuned.PADDED):
+    """``automatic`` for the caller of a layer. With ``backends.benchmark`` what is not known is measured first."""
+    if backends.benchmark or tuned.recorded is not None:
+        from . import tuning  # not above: it imports this module
+        tuning.notice(batch, hidden_size, dtype, directions, device, zoneout, sequences)
+    return automatic(batch, hidden_size, dtype, directions, device, keep_every, zoneout, sequences)
+
+
+def plan_for(x, h0, text, keep_every, zoneout, sequences=tuned.PADDED):
     """The plan that runs x from the state h0 (D, B, H): the decoded ``text``, or the automatic plan if it is empty.
+    Nothing is measured here, where a compiled graph, a capture or a transform may call.
 
     Raises ValueError if the plan is for another layer or input, PlanError if no plan can run.
     """
     directions, batch, hidden_size = h0.shape
     if not text:
-        plan, reason = on_device(batch, hidden_size, x.dtype, directions, x.device, keep_every, zoneout)
+        plan, reason = automatic(batch, hidden_size, x.dtype, directions, x.device, keep_every, zoneout, sequences)
         if plan is None:
             raise PlanError(reason)
         return plan
@@ -122,7 +170,8 @@ def _lstm(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | N
         return y, h_n, c_n, x.new_empty(0, *h0.shape, dtype=torch.float32), x.new_empty(0, 4 * h0.shape[-1])
     with without_autocast(x):
         zoneout = _zoneout(seed, rate_h, rate_c)
-        chosen = plan_for(x, h0, plan, keep_every, zoneout is not None)
+        chosen = plan_for(x, h0, plan, keep_every, zoneout is not None,
+                          sequences_of(flags is not None, batch_sizes is not None))
         return sequence.forward(x, w, r, b, h0, c0, flags, chosen, save, batch_sizes, zoneout, keep_gates=keep_gates)
 
 
@@ -148,7 +197,8 @@ def _lstm_backward(dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: tor
                    seed: torch.Tensor | None = None, rate_h: float = 0., rate_c: float = 0.
                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     zoneout = _zoneout(seed, rate_h, rate_c)
-    chosen = plan_for(x, h0, plan, keep_every, zoneout is not None)
+    chosen = plan_for(x, h0, plan, keep_every, zoneout is not None,
+                      sequences_of(flags is not None, batch_sizes is not None))
     with without_autocast(x):
         gradients = sequence.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, chosen, needs,
                                       batch_sizes, zoneout)

@@ -31,7 +31,7 @@ def read(name, check):
         found = json.loads(path.read_text())
         check(found)
         return found
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         warnings.warn(f"triton_lstm ignores {path}: {error}", stacklevel=3)

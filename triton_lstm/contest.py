@@ -87,17 +87,21 @@ def plainly(function, *args, **kwargs):
     return function(*args, **kwargs)
 
 
+def launcher_of(timed):
+    """Launches kernels for ``sequence``, those of time loops by ``timed``."""
+    def launcher(kernel, *args, **options):
+        run = plainly if kernel.__name__ in launch.BEFORE_LOOPS else timed
+        return run(launch.launch_kernel, kernel, *args, **options)
+    return launcher
+
+
 def results(call, loop, plan, present, device, timed=plainly):
     """What ``plan`` computes of the synthetic call, {name: tensor}; ``timed`` runs the part of it that is timed.
 
     loop       FORWARD or BACKWARD: that time loop by itself. TRAINING: forward and backward as a whole
     present    the plan whose forward pass comes before a backward loop
     """
-    p = problem(call, device)
-
-    def launcher(kernel, *args, **options):
-        run = plainly if kernel.__name__ in launch.BEFORE_LOOPS else timed
-        return run(launch.launch_kernel, kernel, *args, **options)
+    p, launcher = problem(call, device), launcher_of(timed)
 
     def forward(save, keep_gates=False, **more):
         return op.sequence.forward(*p.inputs, p.flags, plan, save, p.batch_sizes, p.zoneout, keep_gates=keep_gates,
@@ -150,7 +154,7 @@ def compute(question, device):
     plans = [Plan.decode(text) for text in question.plans]
     run = functools.partial(results, question.call, question.loop, present=plans[0], device=device)
     if question.what == "time":
-        samples = clock([functools.partial(run, plan) for plan in plans], device)
+        samples = clock([lambda timed, plan=plan: run(plan, timed=timed) for plan in plans], device)
         return dict(outcome="timed", us=[statistics.median(of) / STEPS for of in samples])
     right, got = run(plans[0]), run(plans[-1])
     precision = {"tf32": "tf32", "tf32x3": "fp32"}.get(plans[0].precision) or {

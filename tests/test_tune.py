@@ -123,13 +123,16 @@ def test_the_file_is_read_once(here):
 
 
 GOOD = {"plan": make_plan(64, 512, torch.bfloat16).encode(), "chosen": "a", "us": {"a": 1.}}
+ODD = [json.dumps({**json.loads(GOOD["plan"]), **change}) for change in (
+    dict(num_warps="8"), dict(r_slices=[[0, "16"]]), dict(gates_steps="x"),
+    dict(backward_plan={**json.loads(GOOD["plan"]), "tiles": 1.5}))]
 
 
 @pytest.mark.parametrize("text", [
     "{", "[]", "{}", '{"format": 0, "plans": {}}', '{"format": 1}', '{"format": 1, "plans": {"here": 3}}',
     *[json.dumps(dict(format=1, plans={"here": {str(CALL): {loop: {**GOOD, **change}}}})) for loop, change in [
-        (FORWARD, dict(plan="{}")), (FORWARD, dict(plan=3)), (FORWARD, dict(us={})), (FORWARD, dict(us={"a": "1"})),
-        (FORWARD, dict(us={"a": -1})), (FORWARD, dict(chosen="b")), ("sideways", {}), (FORWARD, dict(more=1))]]])
+        *[(FORWARD, dict(plan=text)) for text in ("{}", *ODD, 3)], ("sideways", {}), *[(FORWARD, change) for change in (
+            dict(us={}), dict(us={"a": "1"}), dict(us={"a": -1}), dict(chosen="b"), dict(more=1))]]]])
 def test_a_broken_file_is_ignored(cache, here, text):
     cache.parent.mkdir()
     cache.write_text(text)

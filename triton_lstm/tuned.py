@@ -100,10 +100,20 @@ def _check(found):
     for calls in found["plans"].values():
         for loops in calls.values():
             for loop, entry in loops.items():
-                Plan.decode(entry["plan"])
+                _check_types(Plan.decode(entry["plan"]))
                 if loop not in LOOPS or entry["chosen"] not in entry["us"] or len(entry) != 3 or not all(
                         us > 0 for us in entry["us"].values()):
                     raise ValueError(f"not a measured loop: {loop} {entry}")
+
+
+def _check_types(plan):
+    """Raise unless the numbers of ``plan`` are integers."""
+    fields = dataclasses.asdict(dataclasses.replace(plan, kind=0, precision=0, r_slices=0, backward_plan=None))
+    numbers = *fields.values(), *(number for of_slice in plan.r_slices for number in of_slice)
+    if not all(isinstance(number, int) for number in numbers if number is not None):
+        raise ValueError(f"not a plan: {plan.encode()}")
+    if plan.backward_plan:
+        _check_types(plan.backward_plan)
 
 
 # While ``tuning.tune`` looks which calls a model makes: (Call, device) of each, as the keys of a dict. Else None.

@@ -58,11 +58,11 @@ class Machine:
     def ask(self, question):
         question = contest.Question.decode(question.encode())
         self.asked.append(question)
-        plans = [Plan.decode(text) for text in question.plans]
+        plans = [Plan.decode(text) if text else None for text in question.plans]
         if question.what == "time":
             return dict(outcome="timed", us=[self.us(question.loop, plan) for plan in plans])
-        of_loop = plans[1].backward if question.loop == BACKWARD else plans[1]
-        return self.bad.get((question.loop, of_loop.variant), dict(outcome="right"))
+        of_loop = plans[1] and (plans[1].backward if question.loop == BACKWARD else plans[1])
+        return self.bad.get((question.loop, of_loop and of_loop.variant), dict(outcome="right"))
 
     @contextlib.contextmanager
     def measuring(self):
@@ -533,6 +533,42 @@ def test_when_nothing_is_measured(here, monkeypatch):
         triton_lstm.tune(triton_lstm.LSTM(4, 6), torch.zeros(3, 2, 4))
 
 
+@pytest.mark.parametrize("faster", ["torch", "ours", "wrong"])
+def test_allow_torch(here, capsys, recwarn, faster):
+    """A layer then uses torch's own LSTM for such calls, after one warning; everything else goes on."""
+    layer, x = triton_lstm.LSTM(4, 33), torch.zeros(7, 5, 4)
+    call, whole = Call("float32", "tf32", 33, 1, 16), "whole training"
+    of = lambda loop, plan: 2. if plan else 1. if faster != "ours" else 3.
+    bad = {(whole, None): dict(outcome="wrong")} if faster == "wrong" else {}
+    triton_lstm.layer._told.clear()
+    with on_gpu(), Machine(of, bad).measuring() as machine:
+        triton_lstm.tune(layer, [x, dict(input=x, lengths=torch.ones(5, dtype=torch.int64))], allow_torch=True)
+        entry, out = found_of(call)[whole], capsys.readouterr().out
+        assert (entry.chosen == "torch's own LSTM") == (faster == "torch") and f"  {whole}  " in out
+        assert (len(entry.us), "left out" in out) == ((1, True) if faster == "wrong" else (2, False))
+        assert set(found_of(dataclasses.replace(call, sequences=FLAGS))) == set(LOOPS)
+        with mock.patch.object(triton_lstm.layer._TorchLSTM, "forward", autospec=True,
+                               side_effect=triton_lstm.layer._TorchLSTM.forward) as theirs:
+            for _ in range(2):
+                layer(x)
+            assert theirs.call_count == (2 if faster == "torch" else 0)
+            with torch.no_grad():
+                layer(x)
+            layer(x, lengths=torch.ones(5, dtype=torch.int64))
+            layer(torch.zeros(7, 17, 4))
+            triton_lstm.lstm(x, *[p.detach() for p in list(layer.parameters())[:2]])
+            assert theirs.call_count == (2 if faster == "torch" else 0)
+        count = len(machine.asked)
+        triton_lstm.tune(layer, x, allow_torch=True)
+        assert len(machine.asked) == count
+    told = [str(warning.message) for warning in recwarn]
+    assert len(told) == (faster == "torch") and all("it was measured to be faster in whole training" in t for t in told)
+    if faster == "torch":
+        text = explain(layer, 7, 5, 4, dtype=torch.float32)
+        assert "  measured, whole training: 2.00 us a step triton_lstm, 1.00 us a step torch's own LSTM (chosen), " \
+            "which computes such calls in eager mode" in text
+
+
 # ``backends.benchmark``
 
 def test_benchmark_measures_at_the_first_call(here, monkeypatch):
@@ -555,6 +591,16 @@ def test_benchmark_measures_at_the_first_call(here, monkeypatch):
         assert len(machine.asked) == count
         triton_lstm.lstm(torch.zeros(3, 17, 4), *[p.detach() for p in list(layer.parameters())[:2]])
         assert len(machine.asked) > count and machine.asked[-1].call == dataclasses.replace(call, batch=32)
+
+
+def test_benchmark_goes_on_where_nothing_can_be_measured(here, monkeypatch):
+    monkeypatch.setattr(backends, "benchmark", True)
+    monkeypatch.setattr(tuning, "measure", mock.Mock(side_effect=OSError("no process")))
+    with on_gpu(), mock.patch.object(tuning, "why_not", lambda device: None):
+        with pytest.warns(UserWarning, match="could not measure plans for H=33 B=16 .*no process") as told:
+            for _ in range(2):
+                assert triton_lstm.LSTM(4, 33)(torch.zeros(3, 5, 4))[0].shape == (3, 5, 33)
+    assert len(told) == 1
 
 
 def test_benchmark_never_measures_inside_of_others(here, monkeypatch):
@@ -611,8 +657,8 @@ def test_one_measures_and_the_others_read(here):
 def small(monkeypatch):
     monkeypatch.setattr(contest, "STEPS", 3)
     yield
-    contest.problem.cache_clear()
-    contest._forward.cache_clear()
+    for cached in (contest.problem, contest._forward, contest._layer):
+        cached.cache_clear()
 
 
 @pytest.mark.parametrize("sequences", [tuned.PADDED, FLAGS, PACKED])
@@ -651,6 +697,30 @@ def test_right_and_wrong_candidates(small, loop, sequences):
     assert found["outcome"] == "wrong" and f"{'dx' if loop == BACKWARD else 'y'} is off by 0.1" in found["message"]
     with mock.patch.object(contest, "compute", side_effect=RuntimeError("CUDA error")):
         assert ask("check")["fatal"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("sequences, directions", [(tuned.PADDED, 2), (PACKED, 1)])
+def test_whole_calls(small, training, sequences, directions):
+    """Of our layer and of torch's, with the same weights: in the emulator both give the same."""
+    call, cpu = Call("float32", "tf32", 33, directions, 16, sequences), torch.device("cpu")
+    loop, plan = tuned.WHOLE[training], make_plan(16, 33, torch.float32, directions, limits=H200)
+    question = contest.Question(call, loop, "check", (plan.encode(), "")).encode()
+    real, computed = torch.nn.LSTM.forward, []
+    with harness.emulator(), mock.patch.object(triton_lstm.layer, "runs_kernels", lambda x, dtype: True):
+        assert contest.answer(question, cpu) == dict(outcome="right")
+        names = contest.results(call, loop, plan, plan, cpu)
+        assert set(names) == {"y", "h_n", "c_n"} | ({"dx", "dh0", "dc0", *(
+            f"d{name}" for name, _ in torch.nn.LSTM(1, 1, bidirectional=directions == 2).named_parameters())}
+            if training else set())
+
+        def off(self, x, hx):
+            computed.append(1)
+            y, (h_n, c_n) = real(self, x, hx)
+            return y, (h_n, c_n * 1.1)
+        with mock.patch.object(torch.nn.LSTM, "forward", off):
+            found = contest.answer(question, cpu)
+    assert computed == [1] and found["outcome"] == "wrong" and "c_n is off by 0.1" in found["message"]
 
 
 def test_clock(monkeypatch):

@@ -6,12 +6,14 @@ import json
 import statistics
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 from . import check, op
 from .kernels import launch
 from .kernels.rows import step_flags
+from .layer import LSTM
 from .plan import Plan
-from .tuned import BACKWARD, FLAGS, FORWARD, PACKED, Call
+from .tuned import BACKWARD, FLAGS, FORWARD, PACKED, WHOLE, Call
 
 STEPS, INPUTS, SAMPLES = 64, 64, 9      # steps and features of the synthetic input, and how often each plan is timed
 ZONEOUT = 0.1
@@ -22,7 +24,7 @@ SLEEP = 2_000_000       # cycles, about a millisecond, that the GPU waits so tha
 class Question:
     """What is asked: "check", whether the last of ``plans`` computes what the first one does, or "time" of all.
 
-    plans    encoded. The first is the present plan
+    plans    encoded. The first is the present plan. "" is torch's own LSTM, for the loops ``tuned.WHOLE``
     """
     call: Call
     loop: str
@@ -95,12 +97,51 @@ def launcher_of(timed):
     return launcher
 
 
+@functools.lru_cache(maxsize=2)
+def _layer(call, device, plan):
+    """A layer with the weights of the ``problem``, by ``plan``; torch's own if that is None."""
+    _, w, r, b, _, _ = problem(call, device).inputs
+    layer = (torch.nn.LSTM if plan is None else LSTM)(
+        INPUTS, call.hidden_size, bidirectional=call.directions == 2, device=device, dtype=call.torch_dtype)
+    with torch.no_grad():
+        for parameter, values in zip(layer.parameters(), (t for d in range(call.directions) for t in (
+                w[d], r[d], b[d], torch.zeros_like(b[d])))):
+            parameter.copy_(values)
+    if isinstance(layer, LSTM):
+        layer.plan, layer.keep_gates = plan, plan.keeps_gates(STEPS)
+    return layer
+
+
+def _whole(call, training, plan, device, timed):
+    """``results`` of a layer as users call it."""
+    p, layer = problem(call, device), _layer(call, device, plan)
+    x, _, _, _, h0, c0 = (t.detach().requires_grad_(training) for t in p.inputs)
+
+    def run():
+        y, (h_n, c_n) = layer(x if p.batch_sizes is None else PackedSequence(x, p.batch_sizes), (h0, c0))
+        outputs = y if p.batch_sizes is None else y.data, h_n, c_n
+        leaves = [x, h0, c0, *layer.parameters()]
+        return *outputs, *(torch.autograd.grad(outputs, leaves, p.gradients) if training else ())
+    with torch.set_grad_enabled(training), check.switched(_type_of(call)):
+        found = timed(run)
+    names = "y", "h_n", "c_n", "dx", "dh0", "dc0", *(f"d{name}" for name, _ in layer.named_parameters())
+    return {name: t.detach() for name, t in zip(names, found)}
+
+
+def _type_of(call):
+    """The type of a call as ``check.DTYPES`` names it."""
+    return {"float16": "fp16", "bfloat16": "bf16"}.get(call.dtype) or {"tf32": "tf32", "tf32x3": "fp32"}[call.precision]
+
+
 def results(call, loop, plan, present, device, timed=plainly):
     """What ``plan`` computes of the synthetic call, {name: tensor}; ``timed`` runs the part of it that is timed.
 
-    loop       FORWARD or BACKWARD: that time loop by itself. TRAINING: forward and backward as a whole
+    loop       FORWARD or BACKWARD: that time loop by itself. TRAINING: forward and backward as a whole. One of WHOLE:
+               a call of a layer
     present    the plan whose forward pass comes before a backward loop
     """
+    if loop in WHOLE.values():
+        return _whole(call, loop == WHOLE[True], plan, device, timed)
     p, launcher = problem(call, device), launcher_of(timed)
 
     def forward(save, keep_gates=False, **more):
@@ -151,16 +192,14 @@ def clock(calls, device):
 
 def compute(question, device):
     """The answer to a ``Question``."""
-    plans = [Plan.decode(text) for text in question.plans]
+    plans = [Plan.decode(text) if text else None for text in question.plans]
     run = functools.partial(results, question.call, question.loop, present=plans[0], device=device)
     if question.what == "time":
         samples = clock([lambda timed, plan=plan: run(plan, timed=timed) for plan in plans], device)
         return dict(outcome="timed", us=[statistics.median(of) / STEPS for of in samples])
     right, got = run(plans[0]), run(plans[-1])
-    precision = {"tf32": "tf32", "tf32x3": "fp32"}.get(plans[0].precision) or {
-        torch.float16: "fp16", torch.bfloat16: "bf16"}[question.call.torch_dtype]
     errors = {name: check.relative_error(got[name], right[name].double()) for name in right}
-    wrong = {name: error for name, error in errors.items() if not error <= check.TOLERANCE[precision]}
+    wrong = {name: error for name, error in errors.items() if not error <= check.TOLERANCE[_type_of(question.call)]}
     return dict(outcome="wrong", message=", ".join(f"{name} is off by {error:.2g}" for name, error in wrong.items())
                 ) if wrong else dict(outcome="right")
 

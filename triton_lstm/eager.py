@@ -100,7 +100,7 @@ def layers(x, hx, weights, sizes, dropout, keep_gates, batch_sizes=None, lengths
     if one_step:
         return None
     plan, _ = op.on_device(B, H, dtype, D, device, sequences=op.sequences_of(
-        lengths is not None or reset is not None, batch_sizes is not None))
+        lengths is not None or reset is not None, batch_sizes is not None), or_torch=True)
     if plan is None:
         return None
     if keep_gates is None:

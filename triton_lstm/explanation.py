@@ -129,7 +129,8 @@ def _origin(device, own, plan, dtype, limits, zoned):
         possible(loops, plan, plan.batch, None, limits, zoned, avoided(device))
     except ValueError as error:
         return [f"  chosen by arithmetic: what was measured is not possible any more: {error}"]
-    return [f"  measured, {loop}: {entry}" for loop, entry in loops.items()]
+    return [f"  measured, {loop}: {entry}" + ("" if entry.plan else
+            ", which computes such calls in eager mode") for loop, entry in loops.items()]
 
 
 def _memory(gates, keeping, recomputing):

@@ -300,7 +300,8 @@ class LSTM(torch.nn.RNNBase):
                 return False
         if self.plan is None and not self._zoned() and not torch.compiler.is_compiling():
             D = 2 if self.bidirectional else 1
-            plan, reason = on_device(B, self.hidden_size, dtype, D, x.device, sequences=sequences_of(masked, packed))
+            plan, reason = on_device(B, self.hidden_size, dtype, D, x.device, sequences=sequences_of(masked, packed),
+                                     or_torch=not self.proj_size)
             if plan is not None and self.proj_size and not masked:
                 one_row, _ = automatic(1, self.hidden_size, dtype, D, x.device)
                 reason = too_large_together(one_row)

@@ -109,12 +109,25 @@ def automatic(batch, hidden_size, dtype, directions, device, keep_every=None, zo
     return plan_or_reason(batch, hidden_size, dtype, directions, limits, tf32, keep_every, zoneout, avoid)
 
 
-def on_device(batch, hidden_size, dtype, directions, device, keep_every=None, zoneout=False, sequences=tuned.PADDED):
-    """``automatic`` for the caller of a layer. With ``backends.benchmark`` what is not known is measured first."""
+@functools.lru_cache
+def _torch_is_faster(known, plan, dtype, sequences, zoneout, training):
+    """The reason why torch's own LSTM computes a call that ``plan`` could run; None if it does not."""
+    call = tuned.Call.of(plan.batch, plan.hidden_size, dtype, plan.directions, plan.precision, sequences, zoneout)
+    entry = known.calls.get(str(call), {}).get(tuned.WHOLE[training])
+    return None if entry is None or entry.plan else f"it was measured to be faster in {tuned.WHOLE[training]}, {call}"
+
+
+def on_device(batch, hidden_size, dtype, directions, device, keep_every=None, zoneout=False, sequences=tuned.PADDED,
+              or_torch=False):
+    """``automatic`` for the caller of a layer. With ``backends.benchmark`` what is not known is measured first.
+    or_torch: whether torch's own LSTM may compute instead, where it was measured to be faster."""
     if backends.benchmark or tuned.recorded is not None:
         from . import tuning  # not above: it imports this module
         tuning.notice(batch, hidden_size, dtype, directions, device, zoneout, sequences)
-    return automatic(batch, hidden_size, dtype, directions, device, keep_every, zoneout, sequences)
+    plan, reason = automatic(batch, hidden_size, dtype, directions, device, keep_every, zoneout, sequences)
+    if or_torch and plan is not None and (known := tuned.known(device)) is not None:
+        reason = _torch_is_faster(known, plan, dtype, sequences, zoneout, torch.is_grad_enabled())
+    return (plan, None) if reason is None else (None, reason)
 
 
 def plan_for(x, h0, text, keep_every, zoneout, sequences=tuned.PADDED):

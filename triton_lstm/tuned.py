@@ -17,6 +17,7 @@ FILE, FORMAT = "plans.json", 1
 PADDED, FLAGS, PACKED = "padded", "flags", "packed"     # sequences of a call: they decide which kernels it takes
 FORWARD, BACKWARD, TRAINING = "forward", "backward", "training"
 LOOPS = FORWARD, BACKWARD, TRAINING
+WHOLE = {False: "whole inference", True: "whole training"}      # of a layer, ours and torch's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Entry:
     """What was measured of one loop of a call.
 
     plan    that was chosen, encoded. Of FORWARD and BACKWARD it stands for that loop only. Of TRAINING only its
-            ``keep_every`` and ``gates_steps`` count
+            ``keep_every`` and ``gates_steps`` count. "" is torch's own LSTM, which only WHOLE may choose
     chosen  its name in ``us``
     us      microseconds of a step of all candidates, by name. The first is the plan by arithmetic
     """
@@ -100,9 +101,10 @@ def _check(found):
     for calls in found["plans"].values():
         for loops in calls.values():
             for loop, entry in loops.items():
-                _check_types(Plan.decode(entry["plan"]))
-                if loop not in LOOPS or entry["chosen"] not in entry["us"] or len(entry) != 3 or not all(
-                        us > 0 for us in entry["us"].values()):
+                if entry["plan"] or loop in LOOPS:
+                    _check_types(Plan.decode(entry["plan"]))
+                if (loop not in (*LOOPS, *WHOLE.values()) or entry["chosen"] not in entry["us"] or len(entry) != 3
+                        or not all(us > 0 for us in entry["us"].values())):
                     raise ValueError(f"not a measured loop: {loop} {entry}")
 
 
@@ -175,7 +177,7 @@ def clear():
 def plan_of(loops, arithmetic, batch, keep_every=None):
     """The plan that ``loops``, {loop: Entry}, make for so many batch rows. Of a loop that was not measured it is that
     of ``arithmetic``. Raises ValueError where they are of another layer. keep_every: of the plan, if not None."""
-    decoded = {loop: Plan.decode(entry.plan) for loop, entry in loops.items()}
+    decoded = {loop: Plan.decode(entry.plan) for loop, entry in loops.items() if loop in LOOPS}
     for plan in decoded.values():
         if any(getattr(plan, name) != getattr(arithmetic, name) for name in ("hidden_size", "directions", "precision")):
             raise ValueError(f"it is for another layer: {plan}")

@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import os
+import warnings
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
@@ -19,7 +20,7 @@ from .kernels import waiting
 from .kernels.offline import compile_apart
 from .plan import Plan, PlanError, combined, contenders, precision_for
 from .table import aligned
-from .tuned import BACKWARD, FORWARD, LOOPS, TRAINING, Call, Entry
+from .tuned import BACKWARD, FORWARD, LOOPS, PACKED, PADDED, TRAINING, WHOLE, Call, Entry
 
 log = logging.getLogger("triton_lstm")
 SHARE, WAIT_LIMIT = 60., "2"    # seconds for an answer of the other process; after which its kernels give up waiting
@@ -43,13 +44,16 @@ def why_not(device):
     return None
 
 
-def tune(model, x) -> None:
+def tune(model, x, *, allow_torch: bool = False) -> None:
     """Measure which plans are the fastest for what ``model`` calls on ``x``, remember them for this and later
     processes, and print a table with the gain over the plans by arithmetic.
 
     model    a ``triton_lstm.LSTM``, or a module or function that has such layers or calls ``triton_lstm.lstm``
     x        its input: a tensor or a packed sequence, a tuple of arguments, or a dict of keyword arguments; or a list
              of such inputs
+    allow_torch  whether whole calls of torch's own LSTM are measured too, with and without packed sequences. Where they
+             are faster, a ``triton_lstm.LSTM`` uses it from then on, after one warning, as long as it is called
+             eagerly, and whether gradients are enabled is as it was measured
 
     ``model`` is called once with each input, as it is: in the present mode, and with gradients if they are enabled.
     Under ``torch.no_grad()`` only forward loops are measured. Calls are told apart by H, directions, batch rows in
@@ -87,7 +91,7 @@ def tune(model, x) -> None:
         if (reason := why_not(device)) is not None:
             raise (ValueError if op.interpreted() or tuned.place(device) is None else RuntimeError)(
                 f"there is nothing to measure: {reason}")
-    loops = _loops()
+    loops = *_loops(), *([WHOLE[torch.is_grad_enabled()]] if allow_torch else [])
     for device, of_device in itertools.groupby(sorted(calls, key=lambda of: str(of[1])), key=lambda of: of[1]):
         of_device = [call for call, _ in of_device]
         measure(of_device, loops, device, print)
@@ -122,16 +126,24 @@ def notice(*call):
         tuned.recorded[of, device] = None
     elif why_not(device) is None:
         _noticed.add(key)
-        measure([of], _loops(), device, log.warning)
-        log.info("measured: %s", tuned.known(device) and tuned.known(device).calls.get(str(of)))
+        try:
+            measure([of], _loops(), device, log.warning)
+        except Exception as error:      # a call goes on without what could not be measured
+            warnings.warn(f"triton_lstm could not measure plans for {of}: {error}", stacklevel=4)
+        known = tuned.known(device)
+        log.info("measured plans:\n%s", describe({str(of): known.calls.get(str(of), {})} if known else {}))
 
 
 def measure(calls, loops, device, say):
     """Measure those of ``loops`` that are not known of ``calls`` on a device, and remember them. ``say`` takes messages
     about candidates that are left out. Of several processes one measures at a time, and the others then know."""
+    def known(call):
+        return getattr(tuned.known(device), "calls", {}).get(str(call), {})
+
     def missing():
-        known = tuned.known(device)
-        found = {call: [loop for loop in loops if known is None or loop not in known.calls.get(str(call), {})]
+        # torch's own LSTM has neither lengths nor zoneout
+        comparable = lambda call: call.sequences in (PADDED, PACKED) and not call.zoneout
+        found = {call: [loop for loop in loops if loop not in known(call) and (loop in LOOPS or comparable(call))]
                  for call in calls}
         return {call: of for call, of in found.items() if of}
     if not missing():
@@ -150,14 +162,14 @@ def measure(calls, loops, device, say):
         if not plans:
             return
         compiling = list(dict.fromkeys(job for call, of in plans.items() for job in jobs(call, of, left[call])))
-        steps = len(compiling) + sum(1 + len(ways(of[FORWARD][0]) if loop == TRAINING else of[loop])
+        steps = len(compiling) + sum(1 + len(ways(of[FORWARD][0]) if loop == TRAINING else of.get(loop, WHOLE))
                                      for call, of in plans.items() for loop in left[call])
         with progress(steps) as step:
             for _ in compiled(compiling, device):
                 step()
             with worker(device) as ask:
                 for call, of in plans.items():
-                    found = contest_of(call, of, left[call], ask, say, step)
+                    found = contest_of(call, of, left[call], known(call), ask, say, step)
                     if found:
                         tuned.remember(tuned.place(device), call, found)
 
@@ -239,7 +251,9 @@ def progress(steps):
 
 
 def name_of(plan, loop):
-    """A candidate in words."""
+    """A candidate in words. None is torch's own LSTM."""
+    if loop in WHOLE.values():
+        return "triton_lstm" if plan else "torch's own LSTM"
     if loop == TRAINING:
         return "keeping the gates" if plan.keeps_gates(STEPS) else f"recomputing {plan.keep_every} steps at a time"
     plan = plan.backward if loop == BACKWARD else plan
@@ -247,14 +261,19 @@ def name_of(plan, loop):
             f"{plan.block_b} rows")
 
 
-def contest_of(call, plans, loops, ask, say, step):
-    """{loop: Entry} of those of ``loops`` that could be measured. plans: the ``contenders`` of the call."""
+def contest_of(call, plans, loops, known, ask, say, step):
+    """{loop: Entry} of those of ``loops`` that could be measured. plans: the ``contenders`` of the call. known: the
+    entries that there are already."""
     found = {}
     for loop in loops:
-        if loop == TRAINING:
-            of_loop = ways(tuned.plan_of(found, plans[FORWARD][0], call.batch))
-        else:
+        if loop in (FORWARD, BACKWARD):
             of_loop = plans[loop]
+        else:
+            try:
+                plan = tuned.plan_of({**known, **found}, plans[FORWARD][0], call.batch)
+            except ValueError:          # what was known is of another layer
+                plan = tuned.plan_of(found, plans[FORWARD][0], call.batch)
+            of_loop = ways(plan) if loop == TRAINING else [plan, None]
         if (entry := contest(call, loop, of_loop, ask, say, step)) is not None:
             found[loop] = entry
     return found
@@ -277,9 +296,9 @@ def ways(plan):
 def contest(call, loop, plans, ask, say, step):
     """The ``Entry`` of one loop: the fastest of ``plans`` among those that compute what the first does. None if the
     first fails or nothing can be timed."""
-    right, first = {}, plans[0].encode()
+    right, text = {}, lambda plan: plan.encode() if plan else ""
     for plan in plans:
-        found = ask(Question(call, loop, "check", (first, plan.encode())))
+        found = ask(Question(call, loop, "check", (text(plans[0]), text(plan))))
         step()
         if found["outcome"] == "right":
             right[name_of(plan, loop)] = plan
@@ -288,7 +307,7 @@ def contest(call, loop, plans, ask, say, step):
         say(f"{call}, {loop}: {name_of(plan, loop)} is left out: {why}. `python -m triton_lstm check` looks closer")
         if plan is plans[0]:
             return None
-    found = ask(Question(call, loop, "time", tuple(plan.encode() for plan in right.values())))
+    found = ask(Question(call, loop, "time", tuple(map(text, right.values()))))
     step()
     if found["outcome"] != "timed":
         say(f"{call}, {loop}: not timed: {found['outcome']}; {found.get('message')}")
@@ -296,7 +315,7 @@ def contest(call, loop, plans, ask, say, step):
     us = dict(zip(right, found["us"]))
     chosen = fastest(us)
     plan = right[chosen] if loop != TRAINING else way(plans[0], right, us)
-    return Entry(plan.encode(), chosen, us)
+    return Entry(text(plan), chosen, us)
 
 
 def fastest(us):

@@ -651,6 +651,27 @@ def test_one_measures_and_the_others_read(here):
     assert len(machine.asked) == 6 and max(most) == 1
 
 
+def test_what_another_process_has_measured_meanwhile_is_read(here, cache, monkeypatch):
+    of, machine = contenders(64, 512, torch.bfloat16, limits=FULL), Machine()
+    real = tuned.cachefile.locked
+
+    @contextlib.contextmanager
+    def locked(name):
+        if name is not None:                # the other one had the lock, and has written
+            entry = dict(plan=of[FORWARD][1].encode(), chosen="a", us={"a": 1.})
+            cache.write_text(json.dumps(dict(format=1, plans={"here": {str(CALL): {FORWARD: entry}}})))
+        with real(name):
+            yield
+    cache.parent.mkdir()
+    monkeypatch.setattr(tuned.cachefile, "locked", locked)
+    assert automatic().variant == of[FORWARD][0].variant
+    with machine.measuring():
+        tuning.measure([CALL], [FORWARD], GPU, pytest.fail)
+        assert not machine.asked and automatic().variant == of[FORWARD][1].variant
+        tuning.measure([CALL], LOOPS, GPU, pytest.fail)     # what it has not measured is
+    assert {question.loop for question in machine.asked} == {BACKWARD, TRAINING}
+
+
 # The processes that compile and measure
 
 @pytest.fixture

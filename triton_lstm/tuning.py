@@ -92,12 +92,10 @@ def tune(model, x, *, allow_torch: bool = False) -> None:
             raise (ValueError if op.interpreted() or tuned.place(device) is None else RuntimeError)(
                 f"there is nothing to measure: {reason}")
     loops = *_loops(), *([WHOLE[torch.is_grad_enabled()]] if allow_torch else [])
-    for device, of_device in itertools.groupby(sorted(calls, key=lambda of: str(of[1])), key=lambda of: of[1]):
-        of_device = [call for call, _ in of_device]
+    for device in dict.fromkeys(device for _, device in calls):
+        of_device = [call for call, of in calls if of == device]
         measure(of_device, loops, device, print)
-        known = tuned.known(device)
-        print(describe({str(call): known.calls[str(call)] for call in of_device if str(call) in known.calls} if known
-                       else {}))
+        print(describe({str(call): known_of(call, device) for call in of_device}))
 
 
 tune.clear = tuned.clear        # pyright: ignore[reportFunctionMemberAccess]
@@ -130,21 +128,24 @@ def notice(*call):
             measure([of], _loops(), device, log.warning)
         except Exception as error:      # a call goes on without what could not be measured
             warnings.warn(f"triton_lstm could not measure plans for {of}: {error}", stacklevel=4)
-        known = tuned.known(device)
-        log.info("measured plans:\n%s", describe({str(of): known.calls.get(str(of), {})} if known else {}))
+        log.info("measured plans:\n%s", describe({str(of): known_of(of, device)}))
+
+
+def known_of(call, device):
+    """{loop: Entry} of what is remembered of a call."""
+    known = tuned.known(device)
+    return known.calls.get(str(call), {}) if known else {}
 
 
 def measure(calls, loops, device, say):
     """Measure those of ``loops`` that are not known of ``calls`` on a device, and remember them. ``say`` takes messages
     about candidates that are left out. Of several processes one measures at a time, and the others then know."""
-    def known(call):
-        return getattr(tuned.known(device), "calls", {}).get(str(call), {})
+    # torch's own LSTM has neither lengths nor zoneout
+    comparable = lambda call: call.sequences in (PADDED, PACKED) and not call.zoneout
 
     def missing():
-        # torch's own LSTM has neither lengths nor zoneout
-        comparable = lambda call: call.sequences in (PADDED, PACKED) and not call.zoneout
-        found = {call: [loop for loop in loops if loop not in known(call) and (loop in LOOPS or comparable(call))]
-                 for call in calls}
+        found = {call: [loop for loop in loops if loop not in known_of(call, device) and (
+            loop in LOOPS or comparable(call))] for call in calls}
         return {call: of for call, of in found.items() if of}
     if not missing():
         return
@@ -169,7 +170,7 @@ def measure(calls, loops, device, say):
                 step()
             with worker(device) as ask:
                 for call, of in plans.items():
-                    found = contest_of(call, of, left[call], known(call), ask, say, step)
+                    found = contest_of(call, of, left[call], known_of(call, device), ask, say, step)
                     if found:
                         tuned.remember(tuned.place(device), call, found)
 

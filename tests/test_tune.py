@@ -85,7 +85,7 @@ def found_of(call=CALL):
 
 
 def automatic(batch=64, hidden_size=512, dtype=torch.bfloat16, **options):
-    return op.automatic(batch, hidden_size, dtype, 1, GPU, **options)[0]
+    return op.on_device(batch, hidden_size, dtype, 1, GPU, **options)[0]
 
 
 def entry(plan, name="a", **us):
@@ -233,7 +233,7 @@ def test_which_calls_are_alike(here):
         plan = automatic(32, **options)
         zoned = make_plan(32, 512, torch.bfloat16, limits=FULL, zoneout=True).variant
         assert plan.variant == (zoned if options.get("zoneout") else arithmetic), options
-    assert op.automatic(32, 512, torch.bfloat16, 2, GPU)[0].variant == arithmetic
+    assert op.on_device(32, 512, torch.bfloat16, 2, GPU)[0].variant == arithmetic
 
 
 def test_tf32_and_exact_products_are_different_calls(here, monkeypatch):
@@ -418,7 +418,7 @@ def kept(us, directions=1, batch=64, H=512):
         return 1. if loop != TRAINING else us["gates" if plan.keeps_gates(contest.STEPS) else plan.keep_every]
     with Machine(of).measuring() as machine:
         tuning.measure([call], LOOPS, GPU, pytest.fail)
-    plan = op.automatic(batch, H, torch.bfloat16, directions, GPU)[0]
+    plan = op.on_device(batch, H, torch.bfloat16, directions, GPU)[0]
     assert plan.backward.keep_every == plan.keep_every
     timed = [Plan.decode(text) for text in machine.asked[-1].plans]
     assert machine.asked[-1].loop == TRAINING and len(timed) == len(us)
@@ -670,6 +670,7 @@ def test_what_another_process_has_measured_meanwhile_is_read(here, cache, monkey
         assert not machine.asked and automatic().variant == of[FORWARD][1].variant
         tuning.measure([CALL], LOOPS, GPU, pytest.fail)     # what it has not measured is
     assert {question.loop for question in machine.asked} == {BACKWARD, TRAINING}
+    assert Plan.decode(machine.asked[-1].plans[0]).variant == of[FORWARD][1].variant        # what is known goes on
 
 
 # The processes that compile and measure
@@ -830,3 +831,18 @@ def test_command(here, capsys, cache):
 def test_no_plan_no_contenders(here):
     with pytest.raises(PlanError):
         contenders(3, 512, torch.bfloat16, limits=dataclasses.replace(FULL, multiprocessors=1))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(capsys):
+    """What was measured is used, and computes what the plan by arithmetic does."""
+    layer, x = triton_lstm.LSTM(24, 72).cuda(), torch.randn(9, 5, 24, device="cuda")
+    with torch.no_grad():
+        before = layer(x)[0]
+        triton_lstm.tune(layer, x)
+        after = layer(x)[0]
+    found = tuned.known(x.device).calls[str(Call("float32", "tf32", 72, 1, 16))]
+    assert set(found) == {FORWARD} and all(us > 0 for us in found[FORWARD].us.values()) and len(found[FORWARD].us) > 1
+    assert "left out" not in capsys.readouterr().out
+    assert check.relative_error(after, before.double()) < check.TOLERANCE["tf32"]
+    assert f"  measured, forward: {found[FORWARD]}" in triton_lstm.explain(layer, x).splitlines()

@@ -6,7 +6,7 @@ import torch
 from . import tuned, wavefront
 from .functional import DTYPES, zoneout_rates
 from .layer import LSTM, _TorchLSTM
-from .op import automatic, avoided, plan_or_reason, possible, tf32_allowed
+from .op import avoided, on_device, plan_or_reason, possible, tf32_allowed
 from .plan import H200, SCHEDULES, Limits, PlanError, check_plan, make_plan, step_cycles
 from .projection import too_large_together
 
@@ -58,7 +58,7 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
     else:
         avoid = avoided(x.device) if x.is_cuda else frozenset()
         decide = lambda B, keep_every=None: (
-            automatic(B, H, dtype, D, x.device, keep_every, zoned) if here else
+            on_device(B, H, dtype, D, x.device, keep_every, zoned, measure=False) if here else
             plan_or_reason(B, H, dtype, D, limits, tf32_allowed(), keep_every, zoned, avoid))
         plan, reason = decide(B)
         if plan is not None and layer.proj_size:

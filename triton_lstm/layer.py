@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import apart, eager, one_step, wavefront
 from .functional import DTYPES, lstm, runs_kernels, zoneout_rates
-from .op import automatic, on_device, sequences_of
+from .op import on_device, sequences_of
 from .plan import Plan
 from .projection import too_large_together
 
@@ -303,7 +303,7 @@ class LSTM(torch.nn.RNNBase):
             plan, reason = on_device(B, self.hidden_size, dtype, D, x.device, sequences=sequences_of(masked, packed),
                                      or_torch=not self.proj_size)
             if plan is not None and self.proj_size and not masked:
-                one_row, _ = automatic(1, self.hidden_size, dtype, D, x.device)
+                one_row, _ = on_device(1, self.hidden_size, dtype, D, x.device, measure=False)
                 reason = too_large_together(one_row)
             if reason is not None:
                 return self._no(reason, x)

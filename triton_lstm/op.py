@@ -98,17 +98,6 @@ def sequences_of(flagged, packed):
     return tuned.PACKED if packed else tuned.FLAGS if flagged else tuned.PADDED
 
 
-def automatic(batch, hidden_size, dtype, directions, device, keep_every=None, zoneout=False, sequences=tuned.PADDED):
-    """(plan, None) of a call that names no plan, or (None, reason) where the kernels cannot run it: as measured on the
-    device, else by arithmetic, in the present state of torch's switch for TF32. This is decided here and nowhere else.
-    """
-    limits, tf32, avoid = limits_of(device), tf32_allowed(), avoided(device)
-    if (known := tuned.known(device)) is not None:
-        return _remembered(known, batch, hidden_size, dtype, directions, limits, tf32, keep_every, zoneout, avoid,
-                           sequences)
-    return plan_or_reason(batch, hidden_size, dtype, directions, limits, tf32, keep_every, zoneout, avoid)
-
-
 @functools.lru_cache
 def _torch_is_faster(known, plan, dtype, sequences, zoneout, training):
     """The reason why torch's own LSTM computes a call that ``plan`` could run; None if it does not."""
@@ -118,27 +107,38 @@ def _torch_is_faster(known, plan, dtype, sequences, zoneout, training):
 
 
 def on_device(batch, hidden_size, dtype, directions, device, keep_every=None, zoneout=False, sequences=tuned.PADDED,
-              or_torch=False):
-    """``automatic`` for the caller of a layer. With ``backends.benchmark`` what is not known is measured first.
-    or_torch: whether torch's own LSTM may compute instead, where it was measured to be faster."""
-    if backends.benchmark or tuned.recorded is not None:
+              or_torch=False, measure=True):
+    """(plan, None) of a call that names no plan, or (None, reason) where the kernels do not compute it: as measured on
+    the device, else by arithmetic, in the present state of torch's switch for TF32. This is decided here and nowhere
+    else.
+
+    or_torch    whether torch's own LSTM may compute instead, where it was measured to be faster
+    measure     whether with ``backends.benchmark`` what is not known is measured now. Not where a compiled graph, a
+                capture or a transform may call
+    """
+    if (backends.benchmark or tuned.recorded is not None) and measure:
         from . import tuning  # not above: it imports this module
         tuning.notice(batch, hidden_size, dtype, directions, device, zoneout, sequences)
-    plan, reason = automatic(batch, hidden_size, dtype, directions, device, keep_every, zoneout, sequences)
-    if or_torch and plan is not None and (known := tuned.known(device)) is not None:
+    limits, tf32, avoid = limits_of(device), tf32_allowed(), avoided(device)
+    known = tuned.known(device)
+    if known is None:
+        return plan_or_reason(batch, hidden_size, dtype, directions, limits, tf32, keep_every, zoneout, avoid)
+    plan, reason = _remembered(known, batch, hidden_size, dtype, directions, limits, tf32, keep_every, zoneout, avoid,
+                               sequences)
+    if or_torch and plan is not None:
         reason = _torch_is_faster(known, plan, dtype, sequences, zoneout, torch.is_grad_enabled())
     return (plan, None) if reason is None else (None, reason)
 
 
 def plan_for(x, h0, text, keep_every, zoneout, sequences=tuned.PADDED):
     """The plan that runs x from the state h0 (D, B, H): the decoded ``text``, or the automatic plan if it is empty.
-    Nothing is measured here, where a compiled graph, a capture or a transform may call.
 
     Raises ValueError if the plan is for another layer or input, PlanError if no plan can run.
     """
     directions, batch, hidden_size = h0.shape
     if not text:
-        plan, reason = automatic(batch, hidden_size, x.dtype, directions, x.device, keep_every, zoneout, sequences)
+        plan, reason = on_device(batch, hidden_size, x.dtype, directions, x.device, keep_every, zoneout, sequences,
+                                 measure=False)
         if plan is None:
             raise PlanError(reason)
         return plan

@@ -15,16 +15,16 @@ import time
 import torch
 from triton_lstm.kernels.offline import compile_apart
 
-from triton_lstm import PlanError, check, make_plan, runner
+from triton_lstm import PlanError, check, contest, make_plan, runner
 from triton_lstm.check import TOLERANCE
-from triton_lstm.kernels import launch, sequence, waiting
+from triton_lstm.kernels import sequence, waiting
 from triton_lstm.plan import Limits, Plan, candidates, step_cycles
 
 from .console import progress
 from .correctness import dtype_of, error
 from .workloads import WORKLOADS
 
-STEPS, SAMPLES = 64, 9
+STEPS = 64
 SHARE, WAIT_LIMIT = 10., "2"        # seconds for one candidate, and seconds after which its kernel gives up waiting
 FIELDS = ("workload", "dtype", "gpu", "triton", "loop", "kind", "plan", "chosen", "status", "error", "us_p20",
           "us_median", "us_p80", "exchange_us", "predicted_cycles", "predicted_us", "encoded")
@@ -101,27 +101,17 @@ def problem(name, dtype, device):
     return (x, both(0), both(1), both(2) + both(3), h0, c0), gradients, right
 
 
-def measure(candidate, device, synchronize=torch.cuda.synchronize, timed=None):
+def measure(candidate, device, clock=contest.clock):
     """Compare a candidate with float64, then time its loop. Returns a dict with "status", "error" and, if the result is
     right, three quantiles of the microseconds of a step.
 
-    Tests pass ``synchronize`` and ``timed``, stand-ins for the device's synchronisation and for the timed launch, to
-    run this without a GPU.
+    Tests pass another ``clock``, to run this without a GPU.
     """
     inputs, gradients, right = problem(candidate.workload, candidate.dtype, device)
-    plan, events = candidate.plan, []
+    plan = candidate.plan
 
-    def run(kernel, *args, **options):
-        if kernel.__name__ in launch.BEFORE_LOOPS:
-            return launch.launch_kernel(kernel, *args, **options)
-        torch.cuda._sleep(2_000_000)            # about a millisecond, so that the loop is launched before it begins
-        pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        pair[0].record()
-        launch.launch_kernel(kernel, *args, **options)
-        pair[1].record()
-        events.append(pair)
-
-    def call(run):
+    def call(timed=contest.plainly):
+        run = contest.launcher_of(timed)
         if candidate.loop == "forward":
             y, h_n, c_n, *_ = sequence.forward(*inputs, None, plan, False, launcher=run)
             return dict(y=y, h_n=h_n, c_n=c_n)
@@ -131,19 +121,14 @@ def measure(candidate, device, synchronize=torch.cuda.synchronize, timed=None):
                                                     launcher=run)
         return dict(dx=dx, dw=dw, dr=dr, dh0=dh0, dc0=dc0)
 
-    got = call(None)
+    got = call()
     precision = {"tf32": "tf32", "tf32x3": "fp32"}.get(plan.precision, candidate.dtype)
     off = error(got, {name: right[name] for name in got})
     if not off <= TOLERANCE[precision]:
         return dict(status="wrong", error=off)
-    for _ in range(SAMPLES):
-        call(timed or run)
-    synchronize(device)
-    found = dict(status="ok", error=off)
-    if events:
-        us = torch.tensor([1000 * a.elapsed_time(b) / STEPS for a, b in events])
-        found.update(zip(("us_p20", "us_median", "us_p80"), us.quantile(torch.tensor([.2, .5, .8])).tolist()))
-    return found
+    us = torch.tensor(clock([call], device)[0]) / STEPS
+    return dict(status="ok", error=off, **dict(zip(("us_p20", "us_median", "us_p80"),
+                                                   us.quantile(torch.tensor([.2, .5, .8])).tolist())))
 
 
 def work():

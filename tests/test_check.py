@@ -15,7 +15,7 @@ from triton_lstm.kernels.offline import compile_plan
 import harness
 import triton_lstm.__main__ as command
 from problems import PORTABLE
-from triton_lstm import check, faults, op, runner
+from triton_lstm import cachefile, check, faults, op, runner
 from triton_lstm.plan import A100, H200, Plan, PlanError, candidates, check_plan, make_plan
 
 OLDER = dataclasses.replace(H200, cluster=1)        # a Hopper GPU with Triton 3.6, which compiles no clusters
@@ -179,7 +179,7 @@ def test_faults_are_remembered_until_they_are_right(cache, monkeypatch):
     assert faults.of("here") == {other: "wrong: packed"} and list(cache.parent.iterdir()) == [cache]
     monkeypatch.delenv("TRITON_LSTM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
-    assert faults.folder() == cache.parent / "triton_lstm" and faults.of("here") == {}
+    assert cachefile.folder() == cache.parent / "triton_lstm" and faults.of("here") == {}
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"here": {"one": "two"}}', '{"here": 3}'])

@@ -32,6 +32,7 @@ def test_grid():
         "LSTM(64, 512, num_layers=2) on T=2300, B=64 in bfloat16, planned for the given limits: 132 multiprocessors, "
         "227 KiB of shared memory a program",
         f"2 layer(s), each by {plan}",
+        "  chosen by arithmetic, by predicted cycles",
         "  R takes 2 MiB a direction",
         "  4 group(s) of programs a direction share the rows, 1 tile(s) of 16 rows each",
         "  layers run one after the other: 256 programs of all layers do not run side by side on 132 multiprocessors",

@@ -7,14 +7,12 @@ from unittest import mock
 
 import pytest
 import torch
-from triton_lstm.kernels.launch import BEFORE_LOOPS
 
 import harness
 from bench import __main__ as command
 from bench import fit, loops
 from bench.workloads import WORKLOADS
 from triton_lstm import make_plan
-from triton_lstm.kernels import launch
 from triton_lstm.plan import H200, Plan, check_plan, step_cycles
 
 LOOPS_WORKER = """
@@ -63,21 +61,23 @@ def test_a_loop_is_compared_and_runs_by_itself(loop):
     w = dataclasses.replace(WORKLOADS[0], name="small", batch=3, input_size=4, hidden_size=33, directions=1)
     calls = []
 
-    def timed(kernel, *args, **options):
-        calls.append(kernel.__name__)
-        launch.launch_kernel(kernel, *args, **options)
-    with mock.patch.object(loops, "WORKLOADS", [w]), mock.patch.object(loops, "STEPS", 4), \
-            mock.patch.object(loops, "SAMPLES", 1), harness.emulator():
+    def clock(of, device):
+        def timed(function, kernel, *args, **options):
+            calls.append(kernel.__name__)
+            function(kernel, *args, **options)
+        of[0](timed)
+        return [[4., 8., 80.]]
+    with mock.patch.object(loops, "WORKLOADS", [w]), mock.patch.object(loops, "STEPS", 4), harness.emulator():
         plan = dataclasses.replace(make_plan(3, 33, torch.float32, limits=dataclasses.replace(H200, cluster=1)),
                                    keep_every=4)
         candidate = loops.Candidate("small", "fp32", loop, True, plan)
         loops.problem.cache_clear()
-        found = loops.measure(candidate, torch.device("cpu"), lambda device: None, timed)
+        found = loops.measure(candidate, torch.device("cpu"), clock)
         with mock.patch.object(loops, "TOLERANCE", dict(tf32=1e-9)):
             assert loops.measure(candidate, torch.device("cpu"))["status"] == "wrong"
         loops.problem.cache_clear()
-    assert found["status"] == "ok" and 0 < found["error"] < 1e-2
-    assert [name for name in calls if name not in BEFORE_LOOPS] == [f"{loop}_cluster"]
+    assert found["status"] == "ok" and 0 < found["error"] < 1e-2 and found["us_median"] == 2
+    assert calls == [f"{loop}_cluster"]
 
 
 

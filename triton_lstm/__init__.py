@@ -1,4 +1,5 @@
 """LSTM for PyTorch in Triton: recurrent weights stay on chip over all timesteps, backward recomputes the gates."""
+from . import backends
 from .conversion import Conversion, convert, to_torch
 from .dropconnect import drop_connect
 from .explanation import explain
@@ -9,9 +10,10 @@ from .kernels.waiting import set_wait_limit, wait_report
 from .layer import LSTM
 from .lstm_cell import LSTMCell
 from .plan import Plan, PlanError, make_plan
+from .tuning import tune
 from .warming import warm
 
-__all__ = ["Conversion", "Gates", "LSTM", "LSTMCell", "Plan", "PlanError", "convert", "drop_connect", "explain",
-           "gates", "lstm", "make_graphed", "make_plan", "plot_gates", "set_wait_limit", "to_torch", "wait_report",
-           "warm"]
+__all__ = ["Conversion", "Gates", "LSTM", "LSTMCell", "Plan", "PlanError", "backends", "convert", "drop_connect",
+           "explain", "gates", "lstm", "make_graphed", "make_plan", "plot_gates", "set_wait_limit", "to_torch", "tune",
+           "wait_report", "warm"]
 __version__ = "0.1.0"

@@ -10,11 +10,12 @@ import time
 import torch
 import triton
 
-from . import check, faults, op, runner
+from . import cachefile, check, contest, faults, op, runner, tuned, tuning
 from .kernels import waiting
 from .kernels.offline import compile_apart
 from .plan import Limits, Plan
 from .plan.limits import needed
+from .table import aligned
 
 DESCRIPTION = """\
 With no command: versions, the GPU, and what the package uses there. check: runs every kernel at small sizes against
@@ -23,6 +24,8 @@ CHECK = """\
 Each case runs in a process that is killed when it takes too long, so that a kernel that hangs costs seconds. One line
 of JSON a case, as soon as it is known, then a table. What is wrong on a GPU is remembered, and automatic plans keep
 away from it, until a later check finds it right. The exit code is 1 if anything is not right."""
+TUNED = """\
+What triton_lstm.tune has measured and remembers in the user's cache folder, on all GPUs."""
 SHARE = {True: 15., False: 120.}        # seconds of a case at most, on a GPU and in the interpreter
 WAIT_LIMIT = "2"                        # seconds that a kernel waits there before it gives up
 
@@ -102,8 +105,7 @@ def table(lines):
         times = [line for line in lines if line["kind"] == kind and line["forward_us"]]
         row.append(", ".join(f"{line['dtype']} {line['forward_us']:.1f} / {line['backward_us']:.1f}" for line in times))
         rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return aligned(rows)
 
 
 def run_check(args):
@@ -153,6 +155,15 @@ def run_check(args):
     return int(bool(bad) or not reached)
 
 
+def print_tuned():
+    """The command ``tuned``."""
+    plans = tuned.everything()
+    for where, calls in plans.items():
+        print(f"{where}\n{tuning.describe(calls)}")
+    if not plans:
+        print(f"No plan was measured: there is none in {cachefile.folder() / tuned.FILE}. triton_lstm.tune measures.")
+
+
 def run_case(kind):
     """The command ``case``; returns the exit code."""
     gpu = check.facts()["gpu"] is not None
@@ -185,6 +196,9 @@ def main(arguments=None):
     p.add_argument("--list", action="store_true", help="list the cases and run none")
     for hidden in ("worker", "facts"):      # of ``check``'s own processes
         commands.add_parser(hidden)
+    commands.add_parser("tuned", help="the plans that were measured, and their times", description=TUNED)
+    for hidden in ("compile", "contest"):   # of ``tune``'s own processes
+        commands.add_parser(hidden).add_argument("number", type=int)
     p = commands.add_parser("case", help="one small case of a kind, in this process: for sanitizers and profilers")
     p.add_argument("kind", choices=check.KINDS)
     args = root.parse_args(arguments)
@@ -194,6 +208,13 @@ def main(arguments=None):
         print(json.dumps(check.facts()))
     elif args.command == "case":
         return run_case(args.kind)
+    elif args.command == "tuned":
+        print_tuned()
+    elif args.command == "compile":
+        runner.serve(lambda line: tuning.compile_jobs(line, args.number))
+    elif args.command == "contest":
+        torch.cuda.set_device(args.number)
+        runner.serve(lambda line: contest.answer(line, torch.device("cuda", args.number)))
     elif args.command == "worker":
         device = torch.device("cpu" if op.interpreted() else "cuda")
         runner.serve(lambda line: check.run(check.Case.decode(line), device))

@@ -245,12 +245,12 @@ def compare(case, got, right):
 
 
 @contextlib.contextmanager
-def _precision(case):
-    """torch's switch for fp32 in LSTMs is set as the case needs it."""
-    if case.dtype not in ("tf32", "fp32"):
+def switched(dtype):
+    """torch's switch for fp32 in LSTMs is set as ``dtype``, one of DTYPES, needs it."""
+    if dtype not in ("tf32", "fp32"):
         yield
         return
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, case.dtype == "tf32"
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, dtype == "tf32"
     try:
         yield
     finally:
@@ -332,7 +332,7 @@ def _microseconds(case, device):
 
 def measure(case, device):
     """The outcome of ``case`` on ``device``, computed in this process."""
-    with _precision(case):
+    with switched(case.dtype):
         if case.what in ("layers", "wavefront"):
             return compare(case, *_layers(case, device))
         if case.kind == op.STEP:

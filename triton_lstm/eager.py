@@ -95,8 +95,11 @@ def layers(x, hx, weights, sizes, dropout, keep_gates, batch_sizes=None, lengths
         len(batch_sizes), hx[0].shape[1] if hx is not None else int(batch_sizes[0]))
     needed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *(hx or ())))
     one_step = T == 1 and not needed and batch_sizes is lengths is reset is None        # has a kernel of its own
-    plan, _ = op.on_device(B, H, dtype, D, device)
-    if one_step or plan is None:
+    if one_step:
+        return None
+    plan, _ = op.on_device(B, H, dtype, D, device, sequences=op.sequences_of(
+        lengths is not None or reset is not None, batch_sizes is not None), or_torch=True)
+    if plan is None:
         return None
     if keep_gates is None:
         keep_gates = plan.keeps_gates(T, num_layers)

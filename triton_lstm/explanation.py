@@ -3,10 +3,10 @@ import dataclasses
 
 import torch
 
-from . import wavefront
+from . import tuned, wavefront
 from .functional import DTYPES, zoneout_rates
 from .layer import LSTM, _TorchLSTM
-from .op import avoided, no_kernels, plan_or_reason, tf32_allowed
+from .op import avoided, no_kernels, on_device, plan_or_reason, possible, tf32_allowed
 from .plan import H200, SCHEDULES, Limits, PlanError, check_plan, make_plan, step_cycles
 from .plan.search import FAST_PRODUCTS
 from .projection import too_large_together
@@ -36,9 +36,9 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
     T, B = (x.shape[0], 1) if x.dim() == 2 else (x.shape[1], x.shape[0]) if layer.batch_first else x.shape[:2]
     dtype = x.dtype if x.device.type == "meta" else LSTM._compute_dtype(x)
     D, H, own = 2 if layer.bidirectional else 1, layer.hidden_size, getattr(layer, "plan", None)
-    whose = "the given limits"
     if limits is None and x.is_cuda and (reason := no_kernels(x.device)):
         return f"LSTM({layer.extra_repr()}) on T={T}, B={B}\ntorch's own LSTM computes: {reason}"
+    whose, here = "the given limits", limits is None and x.is_cuda
     if limits is None:
         limits, whose = (Limits.of(x.device), f"{x.device}") if x.is_cuda else (H200, "an H200")
     title = (f"LSTM({layer.extra_repr()}) on T={T}, B={B} in {str(dtype).removeprefix('torch.')}, planned for {whose}: "
@@ -60,8 +60,9 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
         plan = own
     else:
         avoid = avoided(x.device) if x.is_cuda else frozenset()
-        decide = lambda B, keep_every=None: plan_or_reason(B, H, dtype, D, limits, tf32_allowed(), keep_every, zoned,
-                                                           avoid)
+        decide = lambda B, keep_every=None: (
+            on_device(B, H, dtype, D, x.device, keep_every, zoned, measure=False) if here else
+            plan_or_reason(B, H, dtype, D, limits, tf32_allowed(), keep_every, zoned, avoid))
         plan, reason = decide(B)
         if plan is not None and layer.proj_size:
             reason = too_large_together(decide(1)[0])
@@ -100,6 +101,7 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
         title,
         f"{layer.num_layers} layer(s), each {which[0]}by {'layer.plan, ' if own else ''}{loops[0]}",
         *[f"  {name}by {loop}" for name, loop in zip(which[1:], loops[1:])],
+        *_origin(x.device if here else None, own, plan, dtype, limits, zoned),
         f"  {matrix} takes {_size(plan.r_bytes)} a direction",
         *[f"  {name}{loop.groups} group(s) of programs a direction share the rows, {loop.tiles} tile(s) of "
           f"{loop.block_b} rows each" for name, loop in zip(which, loops)],
@@ -114,6 +116,24 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
     lines += [f"  not {schedule}: {_why_not(schedule, plan, dtype, limits, zoned)}"
               for schedule in SCHEDULES if schedule != plan.schedule]
     return "\n".join(lines) + single
+
+
+def _origin(device, own, plan, dtype, limits, zoned):
+    """The lines on where ``plan`` comes from. device: for which it is; None where ``limits`` stand for one."""
+    if own:
+        return ["  given, as layer.plan"]
+    call = tuned.Call.of(plan.batch, plan.hidden_size, dtype, plan.directions, plan.precision, tuned.PADDED, zoned)
+    known = device and tuned.known(device)
+    loops = known.calls.get(str(call)) if known else None
+    if not loops:
+        return ["  chosen by arithmetic, by predicted cycles" + (
+            "; triton_lstm.tune measures which is the fastest" if device else "")]
+    try:
+        possible(loops, plan, plan.batch, None, limits, zoned, avoided(device))
+    except ValueError as error:
+        return [f"  chosen by arithmetic: what was measured is not possible any more: {error}"]
+    return [f"  measured, {loop}: {entry}" + ("" if entry.plan else
+            ", which computes such calls in eager mode") for loop, entry in loops.items()]
 
 
 def _memory(gates, keeping, recomputing):

@@ -1,29 +1,20 @@
 """Remembers in the user's cache folder what ``python -m triton_lstm check`` found wrong on a GPU.
 
-A JSON file: {where: {"variant loop precision": what was found}}, where "where" names the GPU, its driver and the
-versions of Triton and this package. Folder: $TRITON_LSTM_CACHE, else $XDG_CACHE_HOME/triton_lstm, else
-~/.cache/triton_lstm.
+A JSON file (see ``cachefile``): {where: {"variant loop precision": what was found}}, where "where" names the GPU, its
+driver and the versions of Triton and this package.
 """
 import contextlib
 import functools
 import importlib.metadata
-import json
-import os
-import pathlib
-import tempfile
 import warnings
 
 import torch
 import triton
 
+from . import cachefile
+
 LOOPS = ("forward", "backward")
-
-
-def folder():
-    """The path of the cache folder, which may not exist yet."""
-    if own := os.environ.get("TRITON_LSTM_CACHE"):
-        return pathlib.Path(own)
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "triton_lstm"
+FILE = "faults.json"
 
 
 def version():
@@ -46,37 +37,26 @@ def place(device):
     return f"{torch.cuda.get_device_name(device)}, driver {driver()}, Triton {triton.__version__}, {version()}"
 
 
-def _read():
-    """What the file holds; empty if there is none, or, with a warning, if it is broken."""
-    path = folder() / "faults.json"
-    try:
-        found = json.loads(path.read_text())
-        if not (isinstance(found, dict) and all(isinstance(of, dict) and all(
-                len(key.rsplit(" ", 2)) == 3 for key in of) for of in found.values())):
-            raise ValueError("not a table of faults")
-        return found
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        warnings.warn(f"triton_lstm ignores {path}: {error}", stacklevel=3)
-        return {}
+def _check(found):
+    """Raise unless ``found`` is what this file holds."""
+    if not (isinstance(found, dict) and all(isinstance(of, dict) and all(
+            len(key.rsplit(" ", 2)) == 3 for key in of) for of in found.values())):
+        raise ValueError("not a table of faults")
 
 
 def remember(where, found, right):
     """Add ``found``, {(variant, loop, precision): what}, to the entries of ``where``, and remove those of ``right``, a
-    set of such keys. If two processes write at the same time, the file of one of them remains."""
-    entries = _read()
-    left = {key: what for key, what in entries.get(where, {}).items() if tuple(key.rsplit(" ", 2)) not in right}
-    entries[where] = {**left, **{" ".join(key): what for key, what in found.items()}}
-    folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=folder(), suffix=".json", delete=False) as file:
-        json.dump({where: of for where, of in entries.items() if of}, file, indent=1)
-    os.replace(file.name, folder() / "faults.json")
+    set of such keys."""
+    def change(entries):
+        left = {key: what for key, what in entries.get(where, {}).items() if tuple(key.rsplit(" ", 2)) not in right}
+        entries[where] = {**left, **{" ".join(key): what for key, what in found.items()}}
+        return {where: of for where, of in entries.items() if of}
+    cachefile.update(FILE, _check, change)
 
 
 def of(where):
     """The entries of a ``place``: {(variant, loop, precision): what}."""
-    return {tuple(key.rsplit(" ", 2)): what for key, what in _read().get(where, {}).items()}
+    return {tuple(key.rsplit(" ", 2)): what for key, what in cachefile.read(FILE, _check).get(where, {}).items()}
 
 
 @functools.lru_cache

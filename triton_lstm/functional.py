@@ -180,7 +180,8 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
     if steps is None and torch.compiler.is_compiling():
         steps, keep_gates = _symbolic_keep_every(B, H, D), bool(keep_gates)
     elif steps is None:
-        automatic, reason = op.on_device(B, H, x.dtype, D, x.device, zoneout=any(rates))
+        automatic, reason = op.on_device(B, H, x.dtype, D, x.device, zoneout=any(rates),
+                                         sequences=op.sequences_of(flags is not None, packed))
         if automatic is None:
             raise PlanError(reason)
         steps = automatic.keep_every

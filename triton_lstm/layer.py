@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import apart, eager, one_step, wavefront
 from .functional import DTYPES, lstm, runs_kernels, tell_once, zoneout_rates
-from .op import on_device
+from .op import on_device, sequences_of
 from .plan import Plan
 from .projection import too_large_together
 
@@ -221,7 +221,8 @@ class LSTM(torch.nn.RNNBase):
         if (keep_gates is None and self.num_layers > 1 and torch.is_grad_enabled() and runs_kernels(x, dtype)
                 and not torch.compiler.is_compiling()):
             T, B = x.shape[:2] if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
-            plan, _ = on_device(B, self.hidden_size, dtype, D, x.device, zoneout=self._zoned())
+            plan, _ = on_device(B, self.hidden_size, dtype, D, x.device, zoneout=self._zoned(), sequences=sequences_of(
+                any(mask is not None for mask in masks.values()), batch_sizes is not None))
             if plan is not None and not plan.keeps_gates(T, self.num_layers):
                 keep_gates = False
         for layer in range(self.num_layers):
@@ -290,9 +291,10 @@ class LSTM(torch.nn.RNNBase):
                 return False
         if self.plan is None and not self._zoned() and not torch.compiler.is_compiling():
             D = 2 if self.bidirectional else 1
-            plan, reason = on_device(B, self.hidden_size, dtype, D, x.device)
+            plan, reason = on_device(B, self.hidden_size, dtype, D, x.device, sequences=sequences_of(masked, packed),
+                                     or_torch=not self.proj_size)
             if plan is not None and self.proj_size and not masked:
-                one_row, _ = on_device(1, self.hidden_size, dtype, D, x.device)
+                one_row, _ = on_device(1, self.hidden_size, dtype, D, x.device, measure=False)
                 reason = too_large_together(one_row)
             if reason is not None:
                 return self._no(reason, x)

@@ -9,11 +9,12 @@ order, but it goes step by step and keeps every activation.
 import contextlib
 import functools
 import inspect
+import warnings
 
 import torch
 from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingImports]
 
-from . import faults
+from . import backends, faults, tuned
 from .kernels import launch, sequence
 from .kernels.rows import lengths_and_reset
 from .plan import Limits, Plan, PlanError, check_plan, make_plan
@@ -62,8 +63,7 @@ def avoided(device):
 @functools.lru_cache
 def plan_or_reason(batch, hidden_size, dtype, directions, limits, tf32, keep_every=None, zoneout=False,
                    avoid=frozenset()):
-    """(plan, None) of a call that names no plan, or (None, reason) where the kernels cannot run it. This is decided
-    here and nowhere else."""
+    """(plan, None) by arithmetic of a call that names no plan, or (None, reason) where the kernels cannot run it."""
     try:
         return make_plan(batch, hidden_size, dtype, directions, limits=limits, tf32=tf32, keep_every=keep_every,
                          zoneout=zoneout, avoid=avoid), None
@@ -71,24 +71,84 @@ def plan_or_reason(batch, hidden_size, dtype, directions, limits, tf32, keep_eve
         return None, str(error)
 
 
-def on_device(batch, hidden_size, dtype, directions, device, keep_every=None, zoneout=False):
-    """``plan_or_reason`` for a device and the present state of torch's switch for TF32."""
+def possible(loops, arithmetic, batch, keep_every, limits, zoneout, avoid):
+    """``tuned.plan_of`` the first four arguments. Raises ValueError where it cannot run, or must not."""
+    plan = tuned.plan_of(loops, arithmetic, batch, keep_every)
+    check_plan(plan, limits, zoneout)
+    for of_loop, loop in ((plan, "forward"), (plan.backward, "backward")):
+        if (of_loop.variant, loop, of_loop.precision) in avoid:
+            raise PlanError(f"the check found {of_loop.variant} {loop} wrong")
+    return plan
+
+
+@functools.lru_cache
+def _remembered(known, batch, hidden_size, dtype, directions, limits, tf32, keep_every, zoneout, avoid, sequences):
+    """(plan, None) from what is ``known`` (``tuned.Remembered``) of a call, or what ``plan_or_reason`` says: where
+    nothing is known and, with a warning, where the plan is not possible any more."""
+    arithmetic = plan_or_reason(batch, hidden_size, dtype, directions, limits, tf32, keep_every, zoneout, avoid)
+    if arithmetic[0] is None:
+        return arithmetic
+    call = tuned.Call.of(batch, hidden_size, dtype, directions, arithmetic[0].precision, sequences, zoneout)
+    loops = known.calls.get(str(call))
+    if loops is None:
+        return arithmetic
+    try:
+        return possible(loops, arithmetic[0], batch, keep_every, limits, zoneout, avoid), None
+    except ValueError as error:
+        warnings.warn(f"triton_lstm ignores the plan that was measured for {call}: {error}. triton_lstm.tune.clear() "
+                      "forgets what was measured", stacklevel=2)
+        return arithmetic
+
+
+def sequences_of(flagged, packed):
+    """``tuned.Call.sequences`` of a call. flagged: whether it has lengths, resets or step flags."""
+    return tuned.PACKED if packed else tuned.FLAGS if flagged else tuned.PADDED
+
+
+@functools.lru_cache
+def _torch_is_faster(known, plan, dtype, sequences, zoneout, training):
+    """The reason why torch's own LSTM computes a call that ``plan`` could run; None if it does not."""
+    call = tuned.Call.of(plan.batch, plan.hidden_size, dtype, plan.directions, plan.precision, sequences, zoneout)
+    entry = known.calls.get(str(call), {}).get(tuned.WHOLE[training])
+    return None if entry is None or entry.plan else f"it was measured to be faster in {tuned.WHOLE[training]}, {call}"
+
+
+def on_device(batch, hidden_size, dtype, directions, device, keep_every=None, zoneout=False, sequences=tuned.PADDED,
+              or_torch=False, measure=True):
+    """(plan, None) of a call that names no plan, or (None, reason) where the kernels do not compute it: as measured on
+    the device, else by arithmetic, in the present state of torch's switch for TF32. This is decided here and nowhere
+    else.
+
+    or_torch    whether torch's own LSTM may compute instead, where it was measured to be faster
+    measure     whether with ``backends.benchmark`` what is not known is measured now. Not where a compiled graph, a
+                capture or a transform may call
+    """
+    if (backends.benchmark or tuned.recorded is not None) and measure:
+        from . import tuning  # not above: it imports this module
+        tuning.notice(batch, hidden_size, dtype, directions, device, zoneout, sequences)
     try:
         limits = limits_of(device)
     except PlanError as error:          # a GPU without kernels
         return None, str(error)
-    return plan_or_reason(batch, hidden_size, dtype, directions, limits, tf32_allowed(), keep_every, zoneout,
-                          avoided(device))
+    tf32, avoid, known = tf32_allowed(), avoided(device), tuned.known(device)
+    if known is None:
+        return plan_or_reason(batch, hidden_size, dtype, directions, limits, tf32, keep_every, zoneout, avoid)
+    plan, reason = _remembered(known, batch, hidden_size, dtype, directions, limits, tf32, keep_every, zoneout, avoid,
+                               sequences)
+    if or_torch and plan is not None:
+        reason = _torch_is_faster(known, plan, dtype, sequences, zoneout, torch.is_grad_enabled())
+    return (plan, None) if reason is None else (None, reason)
 
 
-def plan_for(x, h0, text, keep_every, zoneout):
+def plan_for(x, h0, text, keep_every, zoneout, sequences=tuned.PADDED):
     """The plan that runs x from the state h0 (D, B, H): the decoded ``text``, or the automatic plan if it is empty.
 
     Raises ValueError if the plan is for another layer or input, PlanError if no plan can run.
     """
     directions, batch, hidden_size = h0.shape
     if not text:
-        plan, reason = on_device(batch, hidden_size, x.dtype, directions, x.device, keep_every, zoneout)
+        plan, reason = on_device(batch, hidden_size, x.dtype, directions, x.device, keep_every, zoneout, sequences,
+                                 measure=False)
         if plan is None:
             raise PlanError(reason)
         return plan
@@ -133,7 +193,8 @@ def _lstm(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | N
         return y, h_n, c_n, x.new_empty(0, *h0.shape, dtype=torch.float32), x.new_empty(0, 4 * h0.shape[-1])
     with without_autocast(x):
         zoneout = _zoneout(seed, rate_h, rate_c)
-        chosen = plan_for(x, h0, plan, keep_every, zoneout is not None)
+        chosen = plan_for(x, h0, plan, keep_every, zoneout is not None,
+                          sequences_of(flags is not None, batch_sizes is not None))
         return sequence.forward(x, w, r, b, h0, c0, flags, chosen, save, batch_sizes, zoneout, keep_gates=keep_gates)
 
 
@@ -159,7 +220,8 @@ def _lstm_backward(dy: torch.Tensor | None, dh_n: torch.Tensor | None, dc_n: tor
                    seed: torch.Tensor | None = None, rate_h: float = 0., rate_c: float = 0.
                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     zoneout = _zoneout(seed, rate_h, rate_c)
-    chosen = plan_for(x, h0, plan, keep_every, zoneout is not None)
+    chosen = plan_for(x, h0, plan, keep_every, zoneout is not None,
+                      sequences_of(flags is not None, batch_sizes is not None))
     with without_autocast(x):
         gradients = sequence.backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, chosen, needs,
                                       batch_sizes, zoneout)

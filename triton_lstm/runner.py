@@ -12,17 +12,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 
 def serve(answer):
-    """Be a worker: send back ``answer`` of each line of standard input, as JSON. Everything else that is printed goes
-    to stderr."""
+    """Be a worker: send back ``answer`` of each line of standard input, as JSON, or each answer where it is an iterator
+    of several. Everything else that is printed goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     say = lambda found: print(json.dumps(found), file=answers, flush=True)
     say(dict(ready=True))
     for line in sys.stdin:
-        say(answer(line))
+        found = answer(line)
+        for each in found if isinstance(found, Iterator) else [found]:
+            say(each)
 
 
 class Worker:

@@ -57,7 +57,8 @@ def jobs_of(layers, batch, dtype, device, lengths):
         D, H = 2 if layer.bidirectional else 1, layer.hidden_size
         of_layer = dtype or layer.weight_hh_l0.dtype
         zoned = any(zoneout_rates(layer.zoneout))
-        plan, _ = (layer.plan, None) if layer.plan else op.on_device(batch, H, of_layer, D, device, None, zoned) if (
+        plan, _ = (layer.plan, None) if layer.plan else op.on_device(
+            batch, H, of_layer, D, device, None, zoned, op.sequences_of(lengths, False), measure=False) if (
             of_layer in DTYPES) else (None, None)
         if plan is None:
             continue

@@ -62,6 +62,7 @@ class Plan:
                      plans 64 for every four warps
     backward_plan    the plan of the backward loop if it is another one, else None; see ``backward``
     register_room    bytes of R that a Gluon program has in registers at most; see ``register_bytes``
+    gates_steps      how many steps there may be for forward to keep the gates by default: ``keep_every`` if None
     """
     kind: str
     hidden_size: int
@@ -79,6 +80,7 @@ class Plan:
     block_b: int = BLOCK_B
     backward_plan: "Plan | None" = None
     register_room: int = HELD_BYTES
+    gates_steps: int | None = None
 
     @property
     def backward(self):
@@ -168,7 +170,7 @@ class Plan:
     def compiled_as(self):
         """What decides the plan's kernels: the plan without the sizes that are no constants of them, and whether the
         backward loop computes its coefficients. Plans that have the same share their kernels."""
-        sizes = dict(batch=0, groups=0, tiles=0, keep_every=1)
+        sizes = dict(batch=0, groups=0, tiles=0, keep_every=1, gates_steps=None)
         backward = self.backward_plan and dataclasses.replace(self.backward_plan, **sizes)
         return dataclasses.replace(self, backward_plan=backward, **sizes), self.backward.derives_coefficients
 
@@ -251,8 +253,9 @@ class Plan:
 
     def keeps_gates(self, T, layers=1):
         """Whether forward keeps the gates and every c of T steps by default: where backward would recompute as many
-        steps as ``layers`` have together at a time. They take no more memory than those that it would recompute."""
-        return layers * T <= self.keep_every
+        steps as ``layers`` have together at a time. They take no more memory than those that it would recompute.
+        Where something else was measured to be faster, ``gates_steps`` says so."""
+        return layers * T <= (self.keep_every if self.gates_steps is None else self.gates_steps)
 
     def saved_bytes(self, T, gates=None):
         """Bytes kept for backward in addition to x, y and the weights, for T steps.

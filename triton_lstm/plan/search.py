@@ -1,5 +1,6 @@
 """``make_plan``: the plan with the fewest predicted cycles among those that fit."""
 import dataclasses
+import functools
 import itertools
 
 import torch
@@ -28,6 +29,7 @@ GLUON_BYTES = 128                       # along a row of R, of one product of th
 BACKWARD_ELEMENTS = 1 << 24             # units x rows x steps that backward recomputes at a time, if it can choose
 KEEP_EVERY = 2048                       # at most
 FAST_PRODUCTS = 1024                    # ``Limits.multiply_adds`` from which on a resident plan is always taken
+CONTENDERS, WITHIN = 5, 2.              # of the plans of a loop that are measured: how many, and how near the cheapest
 
 
 def keep_every_for(batch: int, hidden_size: int, directions: int, derives: bool = False) -> int:
@@ -88,9 +90,39 @@ def make_plan(batch: int, hidden_size: int, dtype: torch.dtype, directions: int 
         loops = [loop for loop, plan in (("forward", forward), ("backward", backward)) if plan is None]
         raise PlanError("; ".join(reasons) if not plans else
                         f"every kernel that fits is known to be wrong here, {' and '.join(loops)}")
-    if forward is backward or forward.kind == "wgmma":
-        return forward
-    return dataclasses.replace(forward, backward_plan=backward, keep_every=backward.keep_every)
+    return combined(forward, backward)
+
+
+def combined(forward: Plan, backward: Plan) -> Plan:
+    """The plan whose forward loop is that of ``forward``, and whose backward loop and ``keep_every`` are those of
+    ``backward``."""
+    own = dataclasses.replace(forward, backward_plan=None, keep_every=backward.keep_every)
+    return own if own == backward else dataclasses.replace(own, backward_plan=backward)
+
+
+def contenders(batch: int, hidden_size: int, dtype: torch.dtype, directions: int = 1, *, limits: Limits,
+               tf32: bool = True, zoneout: bool = False, avoid: frozenset = frozenset()) -> dict[str, list[Plan]]:
+    """The plans that are worth measuring, for each loop, "forward" and "backward". Arguments are those of
+    ``make_plan``.
+
+    The first is the plan that ``make_plan`` chooses. Then comes the cheapest plan of each other kind, then others that
+    are predicted to take at most ``WITHIN`` times the cycles of the cheapest. They are ``CONTENDERS`` at most. Those of
+    the forward loop all have the backward loop of the first.
+
+    Raises PlanError if no plan fits.
+    """
+    chosen = make_plan(batch, hidden_size, dtype, directions, limits=limits, tf32=tf32, zoneout=zoneout, avoid=avoid)
+    plans, _ = _candidates(batch, hidden_size, dtype, directions, limits, tf32, None, None, zoneout)
+    more = _fitting(_wgmma(chosen.backward, limits), limits, zoneout)
+    found = {}
+    for loop, first, others in (("forward", chosen, [combined(plan, chosen.backward) for plan in plans + more]),
+                                ("backward", chosen.backward, plans)):
+        cost = functools.partial(step_cycles, multiprocessors=limits.multiprocessors, loop=loop)
+        others = sorted((plan for plan in others if (plan.variant, loop, plan.precision) not in avoid), key=cost)
+        of_kinds = list({plan.kind: plan for plan in reversed(others) if plan.kind != first.kind}.values())
+        close = [plan for plan in others if cost(plan) <= WITHIN * cost(others[0])]
+        found[loop] = list(dict.fromkeys([first, *sorted(of_kinds, key=cost), *close]))[:CONTENDERS]
+    return found
 
 
 def candidates(batch: int, hidden_size: int, dtype: torch.dtype, directions: int = 1, *, limits: Limits | None = H200,

@@ -124,8 +124,7 @@ def on_device(batch, hidden_size, dtype, directions, device, keep_every=None, zo
                 capture or a transform may call
     """
     if (backends.benchmark or tuned.recorded is not None) and measure:
-        from . import tuning  # not above: it imports this module
-        tuning.notice(batch, hidden_size, dtype, directions, device, zoneout, sequences)
+        tuned.notice(batch, hidden_size, dtype, directions, device, zoneout, sequences)
     try:
         limits = limits_of(device)
     except PlanError as error:          # a GPU without kernels

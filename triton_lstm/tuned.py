@@ -6,6 +6,7 @@ driver and versions, see ``place``, and a call is a ``Call`` as text. ``tuning``
 import dataclasses
 import functools
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -120,6 +121,7 @@ def _check_types(plan):
 
 # While ``tuning.tune`` looks which calls a model makes: (Call, device) of each, as the keys of a dict. Else None.
 recorded: dict | None = None
+notice: Callable = lambda *call: None       # ``tuning.notice``, which that module puts here
 _own = {}       # {place: {call: {loop: Entry}}} that this process has measured, also where no file can be written
 
 

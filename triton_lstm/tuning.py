@@ -131,6 +131,9 @@ def notice(*call):
         log.info("measured plans:\n%s", describe({str(of): known_of(of, device)}))
 
 
+tuned.notice = notice
+
+
 def known_of(call, device):
     """{loop: Entry} of what is remembered of a call."""
     known = tuned.known(device)

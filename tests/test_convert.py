@@ -249,3 +249,63 @@ def test_encodec():
     options = dict(channels=1, dimension=8, n_filters=2, ratios=[4, 2], lstm=2)
     model = torch.nn.Sequential(encodec.SEANetEncoder(**options, norm="weight_norm"), encodec.SEANetDecoder(**options))
     check_published(model, ["0.model.7.lstm", "1.model.1.lstm"], torch.randn(2, 1, 40))
+
+
+class Library(torch.nn.Module):
+    """Makes its layers inside, and more of them at each call, as code does that one cannot edit."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = torch.nn.LSTM(4, 6, batch_first=True)
+        assert isinstance(self.lstm, torch.nn.LSTM)
+        self.special = Special(6, 6, batch_first=True)
+
+    def forward(self, x):
+        made = torch.nn.LSTM(6, 6)
+        made.load_state_dict(self.special.state_dict())
+        return made(self.special(self.lstm(x)[0])[0])[0]
+
+
+class Special(torch.nn.LSTM):
+    """A subclass: its forward may do anything."""
+
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def test_everywhere():
+    """Layers run our kernels inside, also those made there; subclasses do not; afterwards all is as it was."""
+    torch.manual_seed(0)
+    x, before = torch.randn(2, 3, 4), torch.nn.LSTM.forward
+    outside = Library()
+    with harness.interpreter(), mock.patch.object(triton_lstm.eager, "layers", wraps=triton_lstm.eager.layers) as runs:
+        right = results(outside, x)
+        assert not runs.called
+        with triton_lstm.everywhere():
+            library = Library()
+            library.load_state_dict(outside.state_dict())
+            parameters = list(library.parameters())
+            got = results(library, x)
+            assert runs.call_count == 2 and type(library.lstm) is triton_lstm.LSTM
+            with triton_lstm.everywhere():
+                results(outside, x)
+            assert type(outside.lstm) is torch.nn.LSTM and type(library.lstm) is triton_lstm.LSTM
+            assert triton_lstm.to_torch(library).swapped == ["lstm"]
+            results(library, x)
+        assert runs.call_count == 6
+        results(library, x)
+        assert runs.call_count == 6
+    assert torch.nn.LSTM.forward is before and type(library.lstm) is torch.nn.LSTM
+    assert type(library.special) is Special
+    assert all(now is then for now, then in zip(library.parameters(), parameters, strict=True))
+    for name, value in right.items():
+        torch.testing.assert_close(got[name], value, msg=name)
+
+
+def test_everywhere_ends_with_an_exception():
+    before, layer = torch.nn.LSTM.forward, torch.nn.LSTM(4, 6)
+    with pytest.raises(RuntimeError, match="must be equal to input_size"), triton_lstm.everywhere():
+        layer(torch.randn(3, 2, 4))
+        assert type(layer) is triton_lstm.LSTM
+        layer(torch.randn(3, 2, 5))
+    assert torch.nn.LSTM.forward is before and type(layer) is torch.nn.LSTM

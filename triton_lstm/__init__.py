@@ -1,6 +1,6 @@
 """LSTM for PyTorch in Triton: recurrent weights stay on chip over all timesteps, backward recomputes the gates."""
 from . import backends
-from .conversion import Conversion, convert, to_torch
+from .conversion import Conversion, convert, everywhere, to_torch
 from .dropconnect import drop_connect
 from .explanation import explain
 from .functional import lstm
@@ -14,6 +14,6 @@ from .tuning import tune
 from .warming import warm
 
 __all__ = ["Conversion", "Gates", "LSTM", "LSTMCell", "Plan", "PlanError", "backends", "convert", "drop_connect",
-           "explain", "gates", "lstm", "make_graphed", "make_plan", "plot_gates", "set_wait_limit", "to_torch", "tune",
-           "wait_report", "warm"]
+           "everywhere", "explain", "gates", "lstm", "make_graphed", "make_plan", "plot_gates", "set_wait_limit",
+           "to_torch", "tune", "wait_report", "warm"]
 __version__ = "0.1.0"

@@ -1,5 +1,10 @@
-"""``convert`` turns a model's nn.LSTM layers into triton_lstm.LSTM in place, ``to_torch`` turns them back."""
+"""``convert`` turns a model's nn.LSTM layers into triton_lstm.LSTM in place, ``to_torch`` turns them back.
+``everywhere`` does both to layers that code calls which one cannot edit."""
+import contextlib
+import functools
 import typing
+import weakref
+from collections.abc import Iterator
 
 import torch
 from torch.nn.utils import parametrize
@@ -44,10 +49,44 @@ def to_torch(model: torch.nn.Module) -> Conversion:
     for name in result.swapped:
         module = model.get_submodule(name)
         assert isinstance(module, torch.nn.RNNBase)
-        for name in ("plan", "zoneout"):
+        for name in ("plan", "keep_gates", "zoneout"):
             module.__dict__.pop(name, None)
+        given = module.__dict__.pop("_given_weights", None)
         module._init_flat_weights()         # which ours does without
+        if given is not None:
+            module._flat_weights = given
     return result
+
+
+@contextlib.contextmanager
+def everywhere() -> Iterator[None]:
+    """A context in which every ``torch.nn.LSTM`` that is called becomes a ``triton_lstm.LSTM``: for layers inside code
+    that one cannot edit, where ``convert`` finds no model to convert.
+
+    A layer is converted at its first call, so code that makes and initialises layers still sees nn.LSTMs. Those that
+    ``convert`` would leave are left. At the end of the context all are nn.LSTMs again, and optimizers, state dicts and
+    references to them are not concerned by either change.
+
+    It is for the whole process, not for a thread. Contexts may be nested.
+    """
+    torchs, converted = _TorchLSTM.forward, weakref.WeakSet()
+
+    @functools.wraps(torchs)
+    def forward(self, *args, **kwargs):
+        # a subclass may call this as its super(), and ours for what the kernels do not cover
+        if parametrize.type_before_parametrizations(self) is not _TorchLSTM or _why_left(self, _TorchLSTM):
+            return torchs(self, *args, **kwargs)
+        _change(self, LSTM)
+        converted.add(self)
+        return self.forward(*args, **kwargs)
+
+    _TorchLSTM.forward = forward
+    try:
+        yield
+    finally:
+        _TorchLSTM.forward = torchs
+        for layer in converted:
+            to_torch(layer)
 
 
 def _swap(model, source, target):
@@ -57,16 +96,27 @@ def _swap(model, source, target):
             result.left[name] = "it is scripted"
         elif not isinstance(module, source):
             continue
-        elif parametrize.type_before_parametrizations(module) is not source:
-            result.left[name] = f"{type(module).__name__} is a subclass of {source.__module__}.{source.__name__}"
-        elif "forward" in vars(module):
-            result.left[name] = "its forward was replaced on the instance"
-        elif source is LSTM and module._zoned():
-            result.left[name] = f"zoneout={module.zoneout}: torch's own LSTM has none"
+        elif reason := _why_left(module, source):
+            result.left[name] = reason
         else:
-            module.__class__ = _parametrized(type(module), target) if parametrize.is_parametrized(module) else target
+            _change(module, target)
             result.swapped.append(name)
     return result
+
+
+def _why_left(module, source):
+    """The reason why an LSTM of the class ``source`` is not converted; None if it can be."""
+    if parametrize.type_before_parametrizations(module) is not source:
+        return f"{type(module).__name__} is a subclass of {source.__module__}.{source.__name__}"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if source is LSTM and module._zoned():
+        return f"zoneout={module.zoneout}: torch's own LSTM has none"
+    return None
+
+
+def _change(module, target):
+    module.__class__ = _parametrized(type(module), target) if parametrize.is_parametrized(module) else target
 
 
 def _parametrized(cls, target):

@@ -21,7 +21,10 @@ _told = set()
 
 def runs_kernels(x, dtype):
     """Whether the kernels compute on the device of ``x`` in ``dtype``; torch's own LSTM does the rest. AMD GPUs, which
-    torch calls CUDA too, and old GPUs have no kernels. The first call there warns of it."""
+    torch calls CUDA too, and old GPUs have no kernels. The first call there warns of it. What is recorded for other
+    places has none either, see ``recorded``."""
+    if recorded():
+        return False
     if not x.is_cuda:
         return dtype in DTYPES and x.device.type == "cpu" and op.interpreted()
     reason = none_on(x.device) if torch.compiler.is_compiling() else op.no_kernels(x.device)
@@ -30,6 +33,11 @@ def runs_kernels(x, dtype):
     if not torch.compiler.is_compiling():
         tell_once(reason, "triton_lstm")
     return False
+
+
+def recorded():
+    """Whether calls are recorded to run where this package is not: by torch.jit.trace or torch.onnx.export."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def tell_once(reason, who="triton_lstm.LSTM"):

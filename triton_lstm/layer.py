@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules.rnn import LSTM as _TorchLSTM  # stays torch's where a program puts ours in torch.nn
+from torch.nn.utils._expanded_weights import ExpandedWeight
 from torch.nn.utils.rnn import PackedSequence
 
 from . import apart, eager, one_step, wavefront
-from .functional import DTYPES, lstm, runs_kernels, tell_once, zoneout_rates
+from .functional import DTYPES, lstm, recorded, runs_kernels, tell_once, zoneout_rates
 from .op import on_device, sequences_of
 from .plan import Plan
 from .projection import too_large_together
@@ -44,10 +45,14 @@ class LSTM(torch.nn.RNNBase):
     keep_gates: bool | None = None
     zoneout: float | tuple[float, float] = 0.
 
-    def __init__(self, *args, zoneout=0., **kwargs):
-        if "mode" in kwargs:
-            raise TypeError(f"LSTM got an unexpected argument mode={kwargs['mode']!r}")
-        super().__init__("LSTM", *args, **kwargs)
+    _given_weights: list[Tensor] | None = None      # assigned to ``_flat_weights``, and not the layer's own
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
+                 batch_first: bool = False, dropout: float = 0., bidirectional: bool = False, proj_size: int = 0,
+                 device: torch.device | str | int | None = None, dtype: torch.dtype | None = None, *,
+                 zoneout: float | tuple[float, float] = 0.):
+        super().__init__("LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+                         proj_size, device, dtype)
         if any(zoneout_rates(zoneout)):     # otherwise the layer has what torch's has and nothing else
             self.zoneout = zoneout
             self._zoned()
@@ -64,12 +69,31 @@ class LSTM(torch.nn.RNNBase):
 
     @property
     def _flat_weights(self):
-        """The weights, read at each access. nn.LSTM keeps a list, which is stale after a weight is replaced."""
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        """The weights that the layer computes with: its own, read at each access, or others that were assigned here, as
+        some code for nn.LSTM does. nn.LSTM always keeps a list, which is stale after a weight is replaced."""
+        return self._given_weights or [getattr(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter
     def _flat_weights(self, weights):
-        pass
+        weights = list(weights)
+        own = [getattr(self, name, None) for name in self._flat_weights_names]
+        if len(weights) != len(own):
+            raise ValueError(f"_flat_weights must be the {len(own)} tensors of {self._flat_weights_names}, got "
+                             f"{len(weights)}")
+        self._given_weights = None if all(given is of for given, of in zip(weights, own)) else weights
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if self._given_weights is not None and name in self._flat_weights_names:
+            self._given_weights = None          # as nn.LSTM, which makes a new list when a weight has changed
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._given_weights = None              # a copy of an nn.LSTM makes a new list too
+
+    def _weights(self):
+        """``_flat_weights``. AttributeError where one is missing."""
+        return self._given_weights or [getattr(self, name) for name in self._flat_weights_names]
 
     # nn.LSTM's own differ in their types from nn.RNNBase's: states are pairs
     check_forward_args = _TorchLSTM.check_forward_args              # pyright: ignore[reportAssignmentType]
@@ -91,13 +115,17 @@ class LSTM(torch.nn.RNNBase):
         ``lengths``, ``reset`` and ``plan``. Raises ValueError for ``lengths`` or ``reset`` with a packed sequence.
         """
         masked = lengths is not None or reset is not None
+        if recorded() and not masked and not self._zoned():
+            return _TorchLSTM.forward(self, input, hx)  # pyright: ignore[reportCallIssue, reportArgumentType]
         if not masked and (found := self._one_step(input, hx)) is not None:
             return found
         if (found := self._eager(input, hx, lengths, reset)) is not None:
             return found
+        if isinstance(input, torch.fx.Proxy):
+            return self._leaf(input, hx, dict(lengths=lengths, reset=reset) if masked else {})
         if masked and isinstance(input, PackedSequence):
             raise ValueError(f"lengths and reset are for padded input, got {type(input).__name__}")
-        weights = [getattr(self, name) for name in self._flat_weights_names]    # once: they may be parametrized
+        weights = self._weights()               # once: they may be parametrized
         if not self._natively(input, hx, weights, masked) and not masked and not self._zoned():
             return _TorchLSTM.forward(self, input, hx)  # pyright: ignore[reportCallIssue, reportArgumentType]
         if isinstance(input, PackedSequence):
@@ -153,6 +181,16 @@ class LSTM(torch.nn.RNNBase):
             old.copy_(s)
         return y.squeeze(time), state
 
+    def _leaf(self, input, hx, masks):
+        """The call in a graph that torch.fx is tracing, as one node, like that of a layer of torch.nn."""
+        tracer, state = input.tracer, () if hx is None else (hx,)
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *state), masks)
+
+    def __prepare_scriptable__(self):
+        """torch.jit.script calls this of every module before it compiles."""
+        raise RuntimeError("torch.jit.script compiles no triton_lstm.LSTM: call triton_lstm.to_torch(model) before, "
+                           "which makes it an nn.LSTM with the same parameters; or use torch.jit.trace")
+
     def _one_step(self, input, hx):
         """``forward`` of T = 1 where no gradient is wanted, by one launch a layer; None for other calls, for wrong
         input, and where something needs the general way."""
@@ -162,7 +200,7 @@ class LSTM(torch.nn.RNNBase):
                 or not runs_kernels(input, input.dtype)):
             return None
         D, H, layers = 2 if self.bidirectional else 1, self.hidden_size, self.num_layers
-        found = one_step.layers(input, hx, [getattr(self, name) for name in self._flat_weights_names],
+        found = one_step.layers(input, hx, self._weights(),
                                 (layers, D, self.input_size, H, self.bias),
                                 (layers * D, input.shape[0 if self.batch_first else 1], H))
         return found and (found[0], found[1:])
@@ -187,7 +225,7 @@ class LSTM(torch.nn.RNNBase):
                 isinstance(hx, (tuple, list)) and len(hx) == 2
                 and all(isinstance(s, torch.Tensor) and s.shape == (layers * D, x.shape[1], H) for s in hx)):
             return None
-        found = eager.layers(x, hx, [getattr(self, name) for name in self._flat_weights_names],
+        found = eager.layers(x, hx, self._weights(),
                              (layers, D, self.input_size, H, self.bias), self.dropout if self.training else 0.,
                              self.keep_gates, None, lengths, reset)
         return (found[0].transpose(0, 1), found[1]) if found and self.batch_first else found
@@ -271,6 +309,8 @@ class LSTM(torch.nn.RNNBase):
             return False
         if weights[0].device != x.device or not runs_kernels(x, torch.float32):
             return False
+        if isinstance(weights[0], ExpandedWeight):
+            return self._no("torch.nn.utils computes gradients of each sample only of torch's operators", x)
         dtype = self._compute_dtype(x)
         accepted = lambda t: t.dtype == x.dtype or self._autocast(x) and self._autocast(t)
         if not all(map(accepted, weights)):

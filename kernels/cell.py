@@ -1,6 +1,5 @@
 """The LSTM cell: activations, one step from pre-activations, and zoneout."""
-import triton
-import triton.language as tl
+from .language import tl, triton
 
 TANH_SMALL = tl.constexpr(0.625)
 # Factors and key steps of Philox-4x32

@@ -1,11 +1,8 @@
 """The backward time loop in Gluon: by one CTA, or by a cluster whose CTAs share R by hidden units."""
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .cell import coefficients_from, near_sigmoid, near_tanh
 from .cluster_exchange import add_shares, allocate_mbarriers, send_shares
+from .language import gl, gluon, mbarrier, mma_v2
 from .layouts import (
     buffers,
     chains,

@@ -3,10 +3,8 @@
 Two buffers, each with an mbarrier, take turns. No CTA stores into a buffer that is still being read: what it stores
 depends on the exchange in between, and each warp takes part in that one only after it has read the buffer.
 """
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from .language import gl, gluon, mbarrier
 from .layouts import powers, unit_layout
 
 try:

@@ -13,9 +13,8 @@ shares of dh (2, directions, groups, tiles, PADDED_PROGRAMS to, PROGRAMS from, B
              either half, zero in the next, and so on. A share has arrived once its flag is that of the turn.
 """
 import torch
-import triton
-import triton.language as tl
 
+from .language import tl, triton
 from .precision import rounded_to_tf32
 from .rows import FRESH, has, times_of
 from .waiting import give_up, look_at_clock

@@ -7,12 +7,10 @@ import time
 from collections.abc import Callable
 
 import torch
-import triton
-from triton.compiler import CompiledKernel
-from triton.runtime import driver
 
 from .cluster_backward import backward_cluster
 from .cluster_forward import forward_cluster
+from .language import CompiledKernel, driver, triton
 from .portable_backward import backward_grid, backward_resident, coefficients, previous, states
 from .portable_forward import forward_grid, forward_resident
 from .precision import INTERPRET

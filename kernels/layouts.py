@@ -15,9 +15,8 @@ columns are, in each CTA:
 So elementwise work, loads from memory and both products give each thread the same units, and only the first operand of
 a product moves between threads.
 """
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
 
+from .language import gl, gluon
 from .precision import round_tf32
 
 

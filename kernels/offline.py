@@ -5,10 +5,9 @@ import multiprocessing
 import os
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 
 from . import launch, sequence
+from .language import GPUTarget, driver
 
 
 class _Names:

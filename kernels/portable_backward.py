@@ -13,11 +13,10 @@ The loop goes from the last step to the first and has neither sigmoid nor tanh:
 With zoneout a unit keeps the shares m_h and m_c of its earlier state. These are two more coefficients: m_h dh and
 m_c dc go to the earlier state directly, and the step gets (1 - m_h) dh, which is part of ko and kh, and (1 - m_c) dc.
 """
-import triton
-import triton.language as tl
 
 from .cell import coefficients_from, near_sigmoid, near_tanh, sigmoid, tanh, zoneout
 from .exchange import add_shares, flag_of, send_shares
+from .language import tl, triton
 from .precision import load_operand, narrow, operand, product
 from .rows import (
     BEFORE,

@@ -1,9 +1,8 @@
 """The forward time loop in plain Triton, which runs wherever Triton does: ``forward_resident`` and ``forward_grid``."""
-import triton
-import triton.language as tl
 
 from .cell import cell, zoneout
 from .exchange import receive, send_h, values, wait_for_rest
+from .language import tl, triton
 from .precision import load_operand, narrow, operand, product, received_operand, round_tf32
 from .rows import FRESH, LIVE, START, chunk_shift, first_row, load_flags, rows_at
 from .waiting import FORWARD_GRID

@@ -9,9 +9,8 @@ import threading
 import warnings
 
 import torch
-import triton
-import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction
+
+from .language import InterpretedFunction, tl, triton
 
 # -- in the kernels ---------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ every row runs through all steps. In the order in which a direction takes the st
 import itertools
 
 import torch
-import triton
-import triton.language as tl
+
+from .language import tl, triton
 
 LIVE, FRESH, START, END, BEFORE, CUT = (tl.constexpr(1 << n) for n in range(6))
 

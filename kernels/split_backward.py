@@ -8,11 +8,9 @@ all programs. The four da of all units of the program then meet in shared memory
 them. A warp computes shares of dh for a part of the targets, which are the units of the earlier h. It sends the shares
 from the registers of the accumulator, whose columns are in such an order that a thread has four adjacent targets.
 """
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .exchange import flag_of, flagged, look_at_words, unflagged, wait_for_shares
+from .language import gl, gluon, mma_v2
 from .layouts import in_registers, load_r, load_there, powers, shared_layout, split_unit_layout
 from .precision import round_tf32
 from .rows import BEFORE, CUT, END, FRESH, LIVE, chunk_shift, load_flags, padded_or_packed, rows_at

@@ -11,12 +11,10 @@ gates innermost.
 The head and the tail of a step are the same as in ``wgmma_forward``. As helpers for both they compile to the same
 instructions in another order, in TF32 to others. So they are written out in both files: a change belongs in both.
 """
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .cell import cell_for
 from .exchange import bits_of, send, wait_for_words
+from .language import gl, gluon, mma_v2
 from .layouts import in_registers, load_gates, load_r, powers, split_unit_layout, store_gates, unit_of
 from .precision import round_tf32
 from .rows import FRESH, LIVE, chunk_shift, load_flags, rows_at

@@ -1,8 +1,7 @@
 """One step of a layer (T = 1) without gradients, in plain Triton: ``forward_step``."""
-import triton
-import triton.language as tl
 
 from .cell import cell
+from .language import tl, triton
 from .precision import load_operand, narrow, operand, product
 
 

@@ -10,8 +10,8 @@ import os
 import sys
 
 import torch
-import triton
-import triton.language as tl
+
+from .language import tl, triton
 
 KERNELS = {1: "forward_grid", 2: "backward_grid", 3: "forward_wgmma", 4: "forward_split",
            5: "backward_split", 6: "exchanges"}

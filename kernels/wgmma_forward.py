@@ -17,12 +17,10 @@ The units that feed are in the order of ``layouts.unit_of``, so that what a thre
 The head and the tail of a step are the same as in ``split_forward``. As helpers for both they compile to the same
 instructions in another order, in TF32 to others. So they are written out in both files: a change belongs in both.
 """
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
 from .cell import cell_for
 from .exchange import bits_of, send, wait_for_words
+from .language import fence_async_shared, gl, gluon, warpgroup_mma
 from .layouts import join_gates, load_gates, load_r, powers, split_gates, store_gates, unit_of
 from .precision import round_tf32
 from .rows import FRESH, LIVE, chunk_shift, load_flags, rows_at

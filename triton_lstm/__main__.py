@@ -8,10 +8,10 @@ import sys
 import time
 
 import torch
-import triton
 
 from . import cachefile, check, contest, faults, op, runner, tuned, tuning
 from .kernels import waiting
+from .kernels.language import VERSION
 from .kernels.offline import compile_apart
 from .plan import Limits, Plan
 from .plan.limits import needed
@@ -32,13 +32,17 @@ WAIT_LIMIT = "2"                        # seconds that a kernel waits there befo
 
 def about(facts):
     """Print versions, the GPU, and what the package uses there."""
-    print(f"triton_lstm {faults.version()}, torch {torch.__version__} (CUDA {torch.version.cuda}), "
-          f"Triton {triton.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    compiler = f"Triton {VERSION}" if VERSION else "no Triton"
+    print(f"triton_lstm {faults.version()}, torch {torch.__version__} (CUDA {torch.version.cuda}), {compiler}, "
+          f"Python {platform.python_version()}, {platform.platform()}")
     if "error" in facts:
         print(f"GPU: unknown: {facts['error']}")
         return
     if "none" in facts:
         print(f"GPU: {facts['none']}.")
+        return
+    if VERSION is None:
+        print("Triton is not installed, so torch.nn.LSTM computes everything.")
         return
     if facts["gpu"] is None:
         print("GPU: none. torch.nn.LSTM computes for CPU tensors; with TRITON_INTERPRET=1 the kernels do, slowly.")

@@ -5,6 +5,7 @@ import torch
 
 from . import tuned, wavefront
 from .functional import DTYPES, zoneout_rates
+from .kernels.language import VERSION
 from .layer import LSTM, _TorchLSTM
 from .op import avoided, no_kernels, on_device, plan_or_reason, possible, tf32_allowed
 from .plan import H200, SCHEDULES, Limits, PlanError, check_plan, make_plan, step_cycles
@@ -36,6 +37,8 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
     T, B = (x.shape[0], 1) if x.dim() == 2 else (x.shape[1], x.shape[0]) if layer.batch_first else x.shape[:2]
     dtype = x.dtype if x.device.type == "meta" else LSTM._compute_dtype(x)
     D, H, own = 2 if layer.bidirectional else 1, layer.hidden_size, getattr(layer, "plan", None)
+    if VERSION is None:
+        return f"LSTM({layer.extra_repr()}) on T={T}, B={B}\ntorch's own LSTM computes: Triton is not installed"
     if limits is None and x.is_cuda and (reason := no_kernels(x.device)):
         return f"LSTM({layer.extra_repr()}) on T={T}, B={B}\ntorch's own LSTM computes: {reason}"
     whose, here = "the given limits", limits is None and x.is_cuda

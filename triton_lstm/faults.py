@@ -9,9 +9,9 @@ import importlib.metadata
 import warnings
 
 import torch
-import triton
 
 from . import cachefile
+from .kernels.language import VERSION
 
 LOOPS = ("forward", "backward")
 FILE = "faults.json"
@@ -34,7 +34,7 @@ def driver():
 
 def place(device):
     """The key under which the file holds the faults of a CUDA device."""
-    return f"{torch.cuda.get_device_name(device)}, driver {driver()}, Triton {triton.__version__}, {version()}"
+    return f"{torch.cuda.get_device_name(device)}, driver {driver()}, Triton {VERSION}, {version()}"
 
 
 def _check(found):

@@ -84,7 +84,7 @@ class LSTM(torch.nn.RNNBase):
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
-        if self._given_weights is not None and name in self._flat_weights_names:
+        if vars(self).get("_given_weights") is not None and name in self._flat_weights_names:
             self._given_weights = None          # as nn.LSTM, which makes a new list when a weight has changed
 
     def __setstate__(self, state):

@@ -2,8 +2,8 @@
 import dataclasses
 
 import torch
-import triton
 
+from ..kernels.language import VERSION
 from .cost import HOPPER_MULTIPLY_ADDS
 from .plan import PlanError
 
@@ -31,7 +31,7 @@ SINCE = {
 MULTIPLY_ADDS = {(8, 0): 1024, (8, 6): 512, (8, 7): 1024, (8, 9): 512, (9, 0): 1280, (10, 0): 1280, (10, 3): 1280,
                  (12, 0): 512, (12, 1): 512}
 OLDEST = (8, 0)         # compute capability. For older ones Triton cannot compile the plain kernels either
-TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+TRITON = tuple(map(int, VERSION.split(".")[:2])) if VERSION else (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +92,8 @@ def needed(kernels):
 
 def none_on(device):
     """Why no kernel runs on a device that torch calls CUDA; None if kernels do."""
+    if VERSION is None:
+        return "Triton is not installed"
     if torch.version.hip is not None:
         return "the kernels contain instructions of NVIDIA GPUs, so they do not run on AMD GPUs"
     p = torch.cuda.get_device_properties(device)

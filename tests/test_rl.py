@@ -19,8 +19,8 @@ import harness
 import triton_lstm
 from triton_lstm.rl import run_episodes
 
-PACKAGES = ("sb3-contrib stable-baselines3 gymnasium cloudpickle farama-notifications torchrl==0.14.1 "
-            "tensordict==0.14.3 pyvers, and with --ignore-requires-python cleanrl==1.2.0")
+PACKAGES = ("sb3-contrib stable-baselines3 gymnasium torchrl==0.14.1 tensordict==0.14.3 cloudpickle pyvers, "
+            "and with --ignore-requires-python cleanrl==1.2.0")
 PAGE = Path(triton_lstm.rl.__file__).with_name("README.md")
 
 # Both sum the same products in fp32 in another order, and backward over a rollout sums over its steps.
@@ -117,6 +117,8 @@ def test_run_episodes_of_one_step_without_a_state_and_after_nan(where):
     with computing(where), torch.no_grad():
         torch.testing.assert_close(run_episodes(ours, x, state, starts)[0], want.detach(), **CLOSE)
         torch.testing.assert_close(run_episodes(ours, x, None, starts)[0], theirs(x)[0], **CLOSE)
+        longer = run_episodes(ours, torch.randn(4, 3, 3), state, starts.expand(4, 3))[0]
+        assert longer.isfinite().all()
 
 
 def test_acting_is_one_launch(monkeypatch):
@@ -152,12 +154,14 @@ def test_a_missing_library_is_named(module, package):
     name = f"triton_lstm.rl.{module}"
     with mock.patch.dict(sys.modules, {package: None}):
         sys.modules.pop(name, None)
-        with pytest.raises(ImportError, match=f"{package}[a-z.]* cannot be imported: pip install {package.replace('_', '-')}"):
+        wanted = f"{package}[a-z.]* cannot be imported: pip install {package.replace('_', '-')}"
+        with pytest.raises(ImportError, match=wanted):
             importlib.import_module(name)
 
 
 def test_import_needs_no_library():
-    program = "import sys, triton_lstm.rl; print([m for m in ('sb3_contrib', 'torchrl', 'gymnasium') if m in sys.modules])"
+    program = "import sys, triton_lstm.rl; print([m for m in ('sb3_contrib', 'torchrl', 'gymnasium', 'tensordict') " \
+        "if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stderr
 
@@ -266,8 +270,14 @@ def test_recurrent_ppo_is_saved_and_loaded(recurrent_ppo, tmp_path):
     ours.save(tmp_path / "model")
     loaded = type(ours).load(tmp_path / "model")
     assert type(loaded.policy) is MlpLstmPolicy and type(loaded.policy.lstm_critic) is triton_lstm.LSTM
-    for a, b in zip(loaded.policy.parameters(), ours.policy.parameters()):
-        assert torch.equal(a, b)
+    theirs = recurrent_ppo("MlpLstmPolicy")
+    theirs.save(tmp_path / "theirs")
+    entered = type(ours).load(tmp_path / "theirs", custom_objects=dict(policy_class=MlpLstmPolicy))
+    left = type(ours).load(tmp_path / "model", custom_objects=dict(policy_class=type(theirs.policy)))
+    assert type(entered.policy) is MlpLstmPolicy and type(left.policy.lstm_actor) is torch.nn.LSTM
+    for model, source in ((loaded, ours), (entered, theirs), (left, ours)):
+        for a, b in zip(model.policy.parameters(), source.policy.parameters()):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name, value", [("batch_first", True), ("bidirectional", True), ("proj_size", 2)])

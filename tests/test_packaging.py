@@ -34,7 +34,8 @@ def test_wheel(built):
 def test_sdist(built):
     names = {name.split("/", 1)[-1] for name in tarfile.open(built[1]).getnames()}
     for path in ("kernels/sequence.py", "triton_lstm/rl/README.md", "tests/conftest.py",
-                 "tests/ptx_emulator/__init__.py", "bench/__main__.py", "bench/host_stubs/libcuda.c", "README.md", "CONTRIBUTING.md", "LICENSE"):
+                 "tests/ptx_emulator/__init__.py", "bench/__main__.py", "bench/host_stubs/libcuda.c", "README.md",
+                 "CONTRIBUTING.md", "LICENSE"):
         assert path in names
 
 

@@ -114,6 +114,9 @@ WORKLOADS = tuple(Workload(*row) for row in (
     ("isaac_ppo", 4096, 32, 32, 256, 1, 1, "fp32", "train", "pytorch/rl bench_rnn_recompute_memory.py", "resets"),
     ("legged_gym", 1024, 24, 235, 512, 1, 1, "fp32", "train", "legged_robot_config.py", "resets"),
     ("cleanrl_atari", 8, 128, 512, 128, 1, 1, "fp32", "train", "cleanrl ppo_atari_lstm.py", "resets"),
+    # its reset benchmark runs forward alone, with 65,536 rows; here it is a training step
+    ("torchrl_resets", 128, 128, 32, 256, 1, 1, "fp32", "train",
+     "pytorch/rl test_rnn_reset_backends_benchmark.py", "resets"),
     # the source names no type, so it is TensorFlow's default
     ("r2d2", 64, 140, 531, 512, 1, 1, "fp32", "train", "seed_rl learner.py"),
     ("openunmix", 16, 255, 512, 256, 3, 2, "fp32", "train", "open-unmix model.py", "padded", 0.4),

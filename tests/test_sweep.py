@@ -87,7 +87,7 @@ def run(path, ours=nn_lstm, cases=CASES, gpu=None, **options):
 # Cases
 
 def test_workloads():
-    assert len({w.name for w in workloads.WORKLOADS}) == len(workloads.WORKLOADS) == 24
+    assert len({w.name for w in workloads.WORKLOADS}) == len(workloads.WORKLOADS) == 25
     for w in workloads.WORKLOADS:
         case = w.case()
         assert min(case.batch, case.steps, case.input_size, case.hidden_size, case.layers) >= 1
@@ -212,7 +212,7 @@ def test_torchrl_and_flashrnn_are_called_by_their_interface():
 
 
 @pytest.mark.parametrize("name, change, reason", [
-    ("TorchRL", {}, "not installed"), (PACKED, {}, "for ragged"), (CUDNN, dict(sequences="ragged"), "for padded"),
+    ("FlashRNN", {}, "not installed"), (PACKED, {}, "for ragged"), (CUDNN, dict(sequences="ragged"), "for padded"),
     ("cuDNN graph", {}, "need a GPU"), ("compiled loop", dict(sequences="ragged"), "padded"),
     ("compiled loop", dict(steps=2000), "1024 steps"), ("compiled loop", dict(dropout=.5, layers=2), "dropout")])
 def test_unavailable_providers_say_why(name, change, reason):
@@ -434,7 +434,7 @@ def test_targets():
     by_name = lambda ratio: {t.name: t for t in targets.targets(timed_rows(cases, ratio))}
     slow, fast = by_name(1.), by_name(100.)
     named = fast["named workloads, each in its type and mode"]
-    assert len(named.values) == 24 and named.figure == pytest.approx(100) and named.verdict == "met"
+    assert len(named.values) == 25 and named.figure == pytest.approx(100) and named.verdict == "met"
     assert len(fast["named workloads except those with resets"].values) == 21
     assert all(target.verdict == "met" for target in fast.values())
     assert {name for name, target in slow.items() if target.verdict == "met"} == {
@@ -477,7 +477,7 @@ def test_compare():
 def test_report_has_all_of_it():
     found = timed_rows([w.case() for w in workloads.WORKLOADS], 3., floor_us=1.25, predicted_us=1.5)
     text = report.report(found + [Row(CASES[0], "TorchRL", HERE, "not installed")])
-    assert "48 timings" in text and str(HERE) in text and "TorchRL: not installed (1 cases)" in text
+    assert "50 timings" in text and str(HERE) in text and "TorchRL: not installed (1 cases)" in text
     line = next(line for line in text.splitlines() if line.startswith("| flashrnn_768"))
     assert [cell.strip() for cell in line.split("|")[2:8]] == ["0.98", "1.25", "1.50", "2.93", "3.00", "PERSIST_STATIC"]
     assert report.report([]) == "Nothing was measured."
@@ -675,7 +675,7 @@ def test_each_cell_of_the_map_has_its_hue_and_a_legible_label(pictures):
 def test_bars_are_sorted_and_their_labels_lie_in_the_frame(pictures, name):
     axes, bars = pictures[name].axes[0], bars_of(pictures[name])
     ratios = [ratio for _, ratio, *_ in bars]
-    assert len(bars) == 24 and ratios == sorted(ratios, reverse=True)
+    assert len(bars) == 25 and ratios == sorted(ratios, reverse=True)
     named = {label.split(",")[0].rstrip("*"): (ratio, text.get_text()) for label, ratio, _, text in bars}
     assert {workload: named[workload][0] for workload in EXTREMES} == pytest.approx(EXTREMES)
     assert {workload: named[workload][1] for workload in EXTREMES} == dict(
@@ -694,7 +694,7 @@ def test_lines_of_floor_and_memory_are_ordered(pictures):
     names = lambda name: [label.get_text().split(",")[0] for label in pictures[name].axes[0].get_yticklabels()]
     assert names("floor") == [label.split(",")[0] for label, *_ in bars_of(pictures["workloads"])]
     column = lambda name: [label.get_text() for label in pictures[name].axes[0].child_axes[0].get_yticklabels()]
-    assert column("floor") == ["2.0×"] * 24         # 1 ms a call, of which 0.5 ms are the floor's
+    assert column("floor") == ["2.0×"] * 25         # 1 ms a call, of which 0.5 ms are the floor's
     shares = [float(share.rstrip("×")) for share in column("memory")]
     assert shares == sorted(shares) and shares[0] == 0.01 and shares[-1] == pytest.approx(33.33)
 
@@ -716,9 +716,9 @@ def test_the_picture_for_readme(pictures):
     width, height = figure.get_size_inches()
     assert 2 <= width / height <= 3
     assert figure._suptitle.get_text().replace("\n", " ") == (
-        f"LSTM layers of 24 published models: speed-up over cuDNN on {LONG.gpu}")
+        f"LSTM layers of 25 published models: speed-up over cuDNN on {LONG.gpu}")
     assert min(text.get_fontsize() for text in figure.findobj(Text)) / 72 * 800 / width >= 10       # pixels, 800 wide
-    assert sum(label.endswith("*") for label, *_ in bars_of(figure)) == 3
+    assert sum(label.endswith("*") for label, *_ in bars_of(figure)) == 4
     assert all(part in figure._supxlabel.get_text().replace("\n", " ") for part in (
         "* resets", f"torch {LONG.torch}", "cuDNN 91002", f"Triton {LONG.triton}", "commit abc1234+", "2026-01-02."))
     mean = lambda wanted: rows.geometric_mean([ratio for label, ratio, *_ in bars_of(figure) if wanted(label)])
@@ -729,7 +729,7 @@ def test_the_picture_for_readme(pictures):
 def test_the_picture_for_readme_says_what_it_lacks():
     cases = [w.case() for w in workloads.WORKLOADS if w.sequences != "resets"]
     figure = plots.hero(timed_rows(cases[:5], 2.))
-    assert figure._suptitle.get_text().startswith("LSTM layers of 5 of 24 published models")
+    assert figure._suptitle.get_text().startswith("LSTM layers of 5 of 25 published models")
     assert figure.axes[0].get_legend() is None and "*" not in figure._supxlabel.get_text()
     assert figure.axes[0].get_xlabel().endswith("(geometric mean 2.00)")
     other = dataclasses.replace(HERE, gpu="another")

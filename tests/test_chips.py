@@ -13,6 +13,8 @@ from triton_lstm.kernels.offline import compile_plan
 import harness
 import triton_lstm
 import triton_lstm.__main__ as command
+from bench import residency
+from bench.workloads import WORKLOADS
 from problems import Problem
 from triton_lstm import check, op
 from triton_lstm.plan import (
@@ -27,6 +29,7 @@ from triton_lstm.plan import (
     candidates,
     step_cycles,
 )
+from triton_lstm.plan.cost import UNCERTAINTY
 from triton_lstm.plan.limits import none_on
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -163,6 +166,14 @@ def test_plans_of_other_gpus():
     if harness.TRITON >= (3, 9):
         assert kinds(16, 512, B200) == "cluster 16"
     assert kinds(512, 1024, H200) == "wgmma" != kinds(512, 1024, B200)
+
+
+def test_uncertainty():
+    """What ``explain`` says of its cycles: recomputed for the workload whose ratio is the worst, and for another."""
+    named = {w.name: w for w in WORKLOADS}
+    ratios = residency.model_ratios(residency.read_plans([named["deepar"], named["nam_audio"]], 89), 89)
+    assert len(ratios) == 4 and all(1 / UNCERTAINTY <= ratio <= UNCERTAINTY for ratio in ratios.values()), ratios
+    assert min(ratios.values()) == pytest.approx(1 / UNCERTAINTY, rel=0.1)
 
 
 def test_products_of_a_geforce_take_longer():

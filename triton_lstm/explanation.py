@@ -9,6 +9,7 @@ from .kernels.language import VERSION
 from .layer import LSTM, _TorchLSTM
 from .op import avoided, no_kernels, on_device, plan_or_reason, possible, tf32_allowed
 from .plan import H200, SCHEDULES, Limits, PlanError, check_plan, make_plan, step_cycles
+from .plan.cost import UNCERTAINTY
 from .plan.search import FAST_PRODUCTS
 from .projection import too_large_together
 
@@ -113,6 +114,7 @@ def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = No
         *["  the first layer's forward loop multiplies x by W itself"] * plan.multiplies_input(layer.input_size),
         *[f"  a step of a layer's {name}time loop: {n:.0f} cycles predicted, {n / limits.mhz:.2f} us at "
           f"{limits.mhz} MHz" for name, n in zip(which, cycles)],
+        f"  cycles: up to {UNCERTAINTY:g} times more or less than bounds from machine code; nothing is measured",
         _memory(gates, *((_size(plan.saved_bytes(T, dtype.itemsize if keeps else None) + m_bytes),
                           _size(plan.backward_bytes(T, layer.input_size, dtype.itemsize, zoned, keeps)))
                          for keeps in (True, False)))]

@@ -295,8 +295,8 @@ def _one_step(case, device):
 def _layers(case, device):
     """Results of several layers, and of nn.LSTM in float64: three layers as a wavefront, or two in both directions."""
     torch.manual_seed(0)
-    options = dict(num_layers=3 if case.what == "wavefront" else 2, bidirectional=case.directions == 2,
-                   batch_first=case.what == "layers")
+    options: dict[str, Any] = dict(num_layers=3 if case.what == "wavefront" else 2, bidirectional=case.directions == 2,
+                                   batch_first=case.what == "layers")
     layer = LSTM(case.inputs, case.hidden_size, dtype=DTYPES[case.dtype], **options)
     right = torch.nn.LSTM(case.inputs, case.hidden_size, dtype=torch.float64, **options)
     right.load_state_dict(layer.state_dict())

@@ -107,7 +107,7 @@ def _layer(call, device, plan):
         for parameter, values in zip(layer.parameters(), (t for d in range(call.directions) for t in (
                 w[d], r[d], b[d], torch.zeros_like(b[d])))):
             parameter.copy_(values)
-    if isinstance(layer, LSTM):
+    if isinstance(layer, LSTM) and plan is not None:
         layer.plan, layer.keep_gates = plan, plan.keeps_gates(STEPS)
     return layer
 

@@ -37,7 +37,8 @@ def runs_kernels(x, dtype):
 
 def recorded():
     """Whether calls are recorded to run where this package is not: by torch.jit.trace or torch.onnx.export."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return torch._C._get_tracing_state() is not None or (
+        torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
 
 
 def tell_once(reason, who="triton_lstm.LSTM"):

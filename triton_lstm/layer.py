@@ -181,7 +181,7 @@ class LSTM(torch.nn.RNNBase):
             old.copy_(s)
         return y.squeeze(time), state
 
-    def _leaf(self, input, hx, masks):
+    def _leaf(self, input, hx, masks) -> Any:
         """The call in a graph that torch.fx is tracing, as one node, like that of a layer of torch.nn."""
         tracer, state = input.tracer, () if hx is None else (hx,)
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *state), masks)

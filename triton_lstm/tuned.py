@@ -83,7 +83,7 @@ class Remembered:
     """What is remembered of one place: ``calls``, {text of a call: {loop: Entry}}. Compared by identity, so that caches
     see when it was read anew."""
 
-    def __init__(self, calls):
+    def __init__(self, calls: dict[str, dict[str, Entry]]):
         self.calls = calls
 
 
@@ -176,7 +176,7 @@ def clear():
     read_again()
 
 
-def plan_of(loops, arithmetic, batch, keep_every=None):
+def plan_of(loops, arithmetic: Plan, batch, keep_every=None):
     """The plan that ``loops``, {loop: Entry}, make for so many batch rows. Of a loop that was not measured it is that
     of ``arithmetic``. Raises ValueError where they are of another layer. keep_every: of the plan, if not None."""
     decoded = {loop: Plan.decode(entry.plan) for loop, entry in loops.items() if loop in LOOPS}

@@ -157,6 +157,7 @@ def measure(calls, loops, device, say):
         if not (left := missing()):
             return
         limits, avoid, plans = op.limits_of(device), op.avoided(device), {}
+        assert limits is not None       # only the interpreter has none
         for call in left:
             try:
                 plans[call] = contenders(call.batch, call.hidden_size, call.torch_dtype, call.directions, limits=limits,

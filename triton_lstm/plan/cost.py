@@ -5,8 +5,8 @@ bench fit`` fits them to measured loops.
 """
 from .plan import WARP_GROUP_ROWS, Plan, element_bytes
 
-# How many times more or less than a bound from machine code the model predicts at most, for the loops of 24 workloads of
-# ``bench.workloads`` on 8.0, 8.9, 9.0 and 10.0 (``bench.residency.model_ratio``). bench/NOTES.md has one exception.
+# How many times more or less than a bound from machine code the model predicts at most, for the loops of 24 workloads
+# of ``bench.workloads`` on 8.0, 8.9, 9.0 and 10.0 (``bench.residency.model_ratio``). bench/NOTES.md has one exception.
 UNCERTAINTY = 2.3
 # Cycles of a step beyond its work: of resident and cluster plans, and of portable resident ones; of each tile of grid
 # and streamed plans, plus one for each hidden unit. Then which part of its work such a tile does not hide.

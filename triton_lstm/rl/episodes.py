@@ -1,13 +1,15 @@
 """``run_episodes``: an LSTM over a rollout in which episodes begin."""
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
+from torch.nn import RNNBase
 
 from ..functional import runs_kernels
 from ..layer import LSTM
 
 
-def run_episodes(lstm: LSTM, x: Tensor, state: Sequence[Tensor] | None, starts: Tensor
+def run_episodes(lstm: RNNBase, x: Tensor, state: Sequence[Tensor] | None, starts: Tensor
                  ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The layer over a rollout. Before each step at which an episode begins, h and c are set to zero.
 
@@ -43,11 +45,11 @@ def run_episodes(lstm: LSTM, x: Tensor, state: Sequence[Tensor] | None, starts: 
     if starts.numel() != x.shape[0] * x.shape[1]:
         raise ValueError(f"starts must have one element for each of {x.shape[0]} x {x.shape[1]} steps, got the shape "
                          f"{tuple(starts.shape)}")
-    y, state = _run(lstm, x, state, starts.reshape(x.shape[:2]) != 0)
-    return y.flatten(0, 1) if flat else y, state
+    y, last = _run(lstm, x, state, starts.reshape(x.shape[:2]) != 0)
+    return y.flatten(0, 1) if flat else y, last
 
 
-def _run(lstm, x, state, reset):
+def _run(lstm, x, state, reset) -> Any:
     """``run_episodes`` of x with three dimensions; reset is bool in the layout of x."""
     time = 1 if lstm.batch_first else 0
     steps = x.shape[time]

@@ -126,7 +126,7 @@ _own = {}       # {place: {call: {loop: Entry}}} that this process has measured,
 
 
 @functools.lru_cache
-def everything():
+def everything() -> dict[str | None, dict[str, dict[str, Entry]]]:
     """All that is remembered: {place: {call: {loop: Entry}}}. The file is read once a process, and again after
     ``remember``, ``clear`` and ``read_again``."""
     plans = cachefile.read(FILE, _check).get("plans", {})

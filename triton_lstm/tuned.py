@@ -141,7 +141,7 @@ def everything() -> dict[str | None, dict[str, dict[str, Entry]]]:
 @functools.lru_cache
 def known(device):
     """The ``Remembered`` of a device; None if there is nothing. This is on the way of every call of a layer."""
-    calls = everything() and everything().get(place(device))
+    calls = everything().get(place(device)) if everything() else None
     return Remembered(calls) if calls else None
 
 

@@ -722,6 +722,18 @@ def test_right_and_wrong_candidates(small, loop, sequences):
         assert ask("check")["fatal"]
 
 
+def test_zoneout_in_two_directions(small):
+    """Both plans draw the same masks."""
+    call, cpu = Call("float16", "native", 33, 2, 16, zoneout=True), torch.device("cpu")
+    plans = contenders(16, 33, torch.float16, 2, limits=FULL, zoneout=True)[FORWARD]
+    other = next(plan for plan in plans if plan.kind == "grid")
+    assert plans[0].kind == "portable resident"
+    with harness.emulator():
+        for loop in (FORWARD, TRAINING):
+            question = contest.Question(call, loop, "check", (plans[0].encode(), other.encode()))
+            assert contest.answer(question.encode(), cpu) == dict(outcome="right")
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("sequences, directions", [(tuned.PADDED, 2), (PACKED, 1)])
 def test_whole_calls(small, training, sequences, directions):

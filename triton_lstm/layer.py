@@ -22,8 +22,9 @@ class LSTM(torch.nn.RNNBase):
     ``TRITON_INTERPRET=1``. Each layer is then one call of ``triton_lstm.lstm``, or several layers overlap in time if
     they fit on the chip side by side. On other devices torch's own LSTM computes. It also computes, after one warning,
     what the kernels do not cover: float64, R too large for the device, and with ``proj_size`` a product R W_hr (4H, H)
-    too large for the chip, because the kernels use that product instead of R. One step (T = 1) without gradients is one
-    launch a layer, unless rows and units are very many, and R of any size will do.
+    too large for the chip, because the kernels use that product instead of R; and what ``tune(..., allow_torch=True)``
+    has measured to be faster there. One step (T = 1) without gradients is one launch a layer, unless rows and units are
+    very many, and R of any size will do.
 
     Wrong input raises what nn.LSTM raises. Weights are read again at each call, so a weight may be replaced by
     assignment, parametrizations, ``torch.func.functional_call`` or FSDP.

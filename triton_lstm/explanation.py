@@ -15,7 +15,7 @@ from .projection import too_large_together
 
 
 def explain(layer: torch.nn.RNNBase, x: torch.Tensor, limits: Limits | None = None) -> str:
-    """A text that says by which plan ``layer`` runs on ``x``, where that comes from (arithmetic, ``triton_lstm.tune``, or
+    """A text that says by which plan ``layer`` runs on ``x``, where that comes from (arithmetic, ``tune`` or
     ``layer.plan``), what it costs, and why no other schedule is taken.
 
     layer     a triton_lstm.LSTM, whose ``plan`` is respected; or a torch.nn.LSTM, as if it were converted

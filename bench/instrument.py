@@ -6,6 +6,7 @@ import time
 
 import torch
 import triton
+from triton_lstm.plan import Limits
 
 from .rows import Environment
 
@@ -19,7 +20,8 @@ class Gpu:
     def __init__(self):
         # Twice the second-level cache: filling it removes from the cache what an earlier call left there.
         size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
-        self.multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+        limits = Limits.of(torch.device("cuda", 0))
+        self.multiprocessors, self.multiply_adds = limits.multiprocessors, limits.multiply_adds
         self._flush = torch.empty(size, dtype=torch.int8, device=self.device)
 
     def synchronize(self):

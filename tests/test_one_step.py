@@ -171,7 +171,8 @@ def test_who_takes_it():
         for call in [*takes, *others]:
             with torch.no_grad():
                 call()
-            assert (found[0][0] == "forward_step") == (call in takes) and len(found) == 1
+            launched = [name for name, _ in found if name != "write_flags"]
+            assert (launched == ["forward_step"]) == (call in takes) and len(launched) == 1
             found.clear()
         for call in (lambda: frozen(x[None]), lambda: triton_lstm.lstm(x[None], w, r)):      # nothing requires grad
             call()

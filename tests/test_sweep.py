@@ -25,7 +25,7 @@ from bench.workloads import Case
 from problems import PORTABLE
 from triton_lstm import make_plan
 from triton_lstm.kernels import exchange
-from triton_lstm.plan import H200, step_cycles
+from triton_lstm.plan import H200, RTX_4090, step_cycles
 
 HERE = Environment("a GPU", "2.0", "9", "3.6.0", "abc1234", "2026-01-02T03:04")
 CASES = [Case("grid", mode, dtype, 3, 4, hidden, hidden) for mode in ("forward", "train") for dtype in ("fp16", "fp32")
@@ -35,7 +35,7 @@ EFFORT = sweep.Effort(sample_ms=10)
 
 class Instrument:
     """A stand-in for a GPU, on which every provider takes a known time, which grows a little with each call."""
-    device, multiprocessors = "cpu", 132
+    device, multiprocessors, multiply_adds = "cpu", H200.multiprocessors, H200.multiply_adds
 
     def __init__(self, times):
         self.times, self.order = times, []
@@ -300,6 +300,19 @@ def test_the_plan_of_ours_has_a_floor(tmp_path):
     cycles = step_cycles(make_plan(3, 8, torch.float16), 132)
     assert ours.predicted_us == pytest.approx(cycles / ours.sm_mhz, rel=1e-5)       # the file has six digits
     assert theirs.floor_us is None and theirs.plan == ""
+
+
+def test_the_gpu_knows_what_the_stand_in_knows(monkeypatch):
+    """Its properties are those of an RTX 4090 here."""
+    properties = types.SimpleNamespace(major=8, minor=9, multi_processor_count=128, clock_rate=2_520_000,
+                                       shared_memory_per_block_optin=101376, name="NVIDIA GeForce RTX 4090",
+                                       L2_cache_size=1 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(instrument.Gpu, "device", "cpu")
+    gpu = instrument.Gpu()
+    known = {name for name in vars(Instrument) if not name.startswith("_")} - {"sample", "peak_bytes"}
+    assert known >= {"device", "multiprocessors", "multiply_adds"} and all(hasattr(gpu, name) for name in known)
+    assert (gpu.multiprocessors, gpu.multiply_adds) == (128, RTX_4090.multiply_adds)
 
 
 def test_a_wrong_result_gets_no_time(tmp_path):

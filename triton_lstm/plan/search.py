@@ -117,7 +117,8 @@ def contenders(batch: int, hidden_size: int, dtype: torch.dtype, directions: int
     found = {}
     for loop, first, others in (("forward", chosen, [combined(plan, chosen.backward) for plan in plans + more]),
                                 ("backward", chosen.backward, plans)):
-        cost = functools.partial(step_cycles, multiprocessors=limits.multiprocessors, loop=loop)
+        cost = functools.partial(step_cycles, multiprocessors=limits.multiprocessors, loop=loop,
+                                 multiply_adds=limits.multiply_adds)
         others = sorted((plan for plan in others if (plan.variant, loop, plan.precision) not in avoid), key=cost)
         of_kinds = list({plan.kind: plan for plan in reversed(others) if plan.kind != first.kind}.values())
         close = [plan for plan in others if cost(plan) <= WITHIN * cost(others[0])]

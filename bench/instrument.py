@@ -6,6 +6,7 @@ import time
 
 import torch
 import triton
+
 from triton_lstm.plan import Limits
 
 from .rows import Environment

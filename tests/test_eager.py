@@ -128,11 +128,11 @@ def default_dtype():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("sequences", SEQUENCES)
-@pytest.mark.parametrize("options, dtype, state", [
-    (dict(), torch.float32, False), (dict(bidirectional=True), torch.float32, True),
-    (dict(bidirectional=True, num_layers=2), torch.bfloat16, False), (dict(proj_size=3), torch.float32, False),
-    (dict(zoneout=0.2), torch.float32, False)], ids=str)
+@pytest.mark.parametrize("options, dtype, state, sequences", [
+    *[(dict(), torch.float32, False, sequences) for sequences in SEQUENCES],
+    (dict(bidirectional=True), torch.float32, True, "both"), (dict(proj_size=3), torch.float32, False, "lengths"),
+    (dict(bidirectional=True, num_layers=2), torch.bfloat16, False, "packed"),
+    (dict(zoneout=0.2), torch.float32, False, "resets")], ids=str)
 def test_torchs_default_dtype_changes_nothing(options, dtype, state, sequences, default_dtype):
     """``torch.set_default_dtype`` is for tensors that a program makes, not for those that a layer needs inside."""
     layer, x, _, call = arguments(options, sequences, state and "proj_size" not in options, dtype)

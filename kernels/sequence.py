@@ -196,8 +196,8 @@ def _stacked(of_directions):
 
 
 def _as_read(r, plan):
-    """R as the kernels read it. They round what they hold as they load it. What a streamed plan reads at
-    every step is rounded once."""
+    """R as the kernels read it. They round what they hold as they load it. What a streamed plan reads at every step is
+    rounded once."""
     r = _stacked(r)
     return rounded_to_tf32(r) if plan.kind == "streamed" and plan.precision == "tf32" else r
 

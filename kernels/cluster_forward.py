@@ -198,9 +198,10 @@ def forward_cluster(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first,
         if flags_ptr is not None:
             live = (flags & LIVE) != 0
             goes_on = ((next_flags & FRESH) == 0) | (s == S - 1)
-            # a row that has not begun yet keeps its first h; one that has ended needs none
-            h = gl.load(h_ptr + at_y, mask=mask & ((flags & LIVE) == 0), other=0.).to(gl.float32)
-            h = gl.where(goes_on, gl.where(live, y, h), 0.)
+            if DIRECTIONS == 2:     # a row that has not begun yet keeps its first h
+                first_h = gl.load(h_ptr + at_y, mask=mask & ((flags & LIVE) == 0), other=0.)
+                h = gl.where(live, y, first_h.to(gl.float32))
+            h = gl.where(goes_on, h, 0.)
             new_c = gl.where(goes_on, gl.where(live, new_c, c), 0.)
             y = gl.where(live, y, 0.)
         c, flags = new_c, next_flags

@@ -129,10 +129,11 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first
             y = narrow(y, dtype, INTERPRET)
             h_j = y
             if flags_ptr is not None:
-                # a row that has not begun yet keeps its first h; one that has ended needs none
-                first_h = tl.load(h_ptr + row[:, None] * (DIRECTIONS * H) + d * H + unit[None, :],
-                                  mask=mask & ((flags & LIVE) == 0), other=0.)
-                h_j = tl.where(goes_on, tl.where(live, y, first_h), 0.).to(dtype)
+                if DIRECTIONS == 2:     # a row that has not begun yet keeps its first h
+                    first_h = tl.load(h_ptr + row[:, None] * (DIRECTIONS * H) + d * H + unit[None, :],
+                                      mask=mask & ((flags & LIVE) == 0), other=0.)
+                    h_j = tl.where(live, y, first_h)
+                h_j = tl.where(goes_on, h_j, 0.).to(dtype)
                 c_j = tl.where(goes_on, tl.where(live, c_j, c[j]), 0.)
                 y = tl.where(live, y, 0.).to(dtype)
             tl.store(y_ptr + (base + row[:, None]) * (DIRECTIONS * H) + d * H + unit[None, :], y,
@@ -215,8 +216,10 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B,
             live = (flags & LIVE) != 0
             upcoming = first + tl.minimum(s + 1, S - 1)
             next_flags = load_flags(flags_ptr, tl.where(d == 0, upcoming, T - 1 - upcoming).to(tl.int64), row, B)
-            first_h = tl.load(h_ptr + row * (DIRECTIONS * H) + d * H + unit, mask=mask & ((flags & LIVE) == 0),
-                              other=0.)
+            first_h = c_prev
+            if DIRECTIONS == 2:     # a row that has not begun yet keeps its first h
+                first_h = tl.load(h_ptr + row * (DIRECTIONS * H) + d * H + unit, mask=mask & ((flags & LIVE) == 0),
+                                  other=0.).to(tl.float32)
             c_prev = tl.where((flags & FRESH) == 0, c_prev, 0.)
         tile = sent_ptr + s * step_of_sent + m * AREA
         # All loads come before the first product: the compiler does not move them past its barriers, and would wait
@@ -259,8 +262,9 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B,
             c = m_c * c_prev + (1 - m_c) * c
         h_next = y
         if flags_ptr is not None:
-            # a row that has not begun yet keeps its first h
-            h_next = tl.where((next_flags & FRESH) == 0, tl.where(live, y, first_h.to(tl.float32)), 0.)
+            if DIRECTIONS == 2:
+                h_next = tl.where(live, y, first_h)
+            h_next = tl.where((next_flags & FRESH) == 0, h_next, 0.)
             y = tl.where(live, y, 0.)
             c = tl.where(live, c, c_prev)
         if s < S - 1:

@@ -12,6 +12,9 @@ every row runs through all steps. In the order in which a direction takes the st
     END       live, and the step after is not
     BEFORE    not live, and the step after is
     CUT       the step after is fresh
+
+All rows begin with the first step of direction 0, so one that is not live there has ended: nobody reads its h, and it
+is sent as it is. In direction 1 a row that ends early begins late, and keeps its first h until then.
 """
 import itertools
 

@@ -184,10 +184,11 @@ def forward_wgmma(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B
         y, c = cell_for(i, f, g, o, c_prev, dtype)
         h_next = y
         if flags_ptr is not None:
-            # a row that has not begun yet keeps its first h
-            first_h = gl.load(h_ptr + row * (DIRECTIONS * H) + d * H + unit, mask=mask & ((flags & LIVE) == 0),
-                              other=0.)
-            h_next = gl.where((next_flags & FRESH) == 0, gl.where(live, y, first_h.to(gl.float32)), 0.)
+            if DIRECTIONS == 2:     # a row that has not begun yet keeps its first h
+                first_h = gl.load(h_ptr + row * (DIRECTIONS * H) + d * H + unit, mask=mask & ((flags & LIVE) == 0),
+                                  other=0.)
+                h_next = gl.where(live, y, first_h.to(gl.float32))
+            h_next = gl.where((next_flags & FRESH) == 0, h_next, 0.)
             y = gl.where(live, y, 0.)
             c = gl.where(live, c, c_prev)
         if s < S - 1:

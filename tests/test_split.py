@@ -150,13 +150,13 @@ def test_a_lost_part_of_r_is_caught():
 
 def check_compiled(plan, dtype, arch=90, flagged=False):
     """In both time loops R is in registers, in a wide plan a part of it, a step has at most two barriers, and nothing
-    spills. R in shared memory is read once a step, 512 bytes by a warp at a time. In backward every warp reads the
-    four da of 16 rows likewise."""
+    spills, but for one word of a wide plan, whose R fills the registers. R in shared memory is read once a step, 512
+    bytes by a warp at a time. In backward every warp reads the four da of 16 rows likewise."""
     kernels = compile_plan(plan, dtype, arch, flagged=flagged)
     for name in ("forward_split", *["backward_split"] * (plan.backward.kind == "split")):
         report = read(kernels[name])
         loop = report.time_loop
-        assert loop.spills == 0 and loop.counts["BAR"] <= 2, name
+        assert loop.spills <= (plan.variant == "wide split") and loop.counts["BAR"] <= 2, name
         # backward has less padding
         least = min(plan.register_bytes, 4 * plan.block_h * plan.hidden_size * dtype.itemsize)
         assert loop.held >= (plan.register_bytes if "forward" in name else least), name

@@ -3,6 +3,8 @@
 Machine code for them is read in ``test_compiled.py``. ``pytest --arch`` runs the lists of other files for them.
 """
 import re
+import subprocess
+import sys
 import warnings
 from unittest import mock
 
@@ -30,7 +32,7 @@ from triton_lstm.plan import (
     step_cycles,
 )
 from triton_lstm.plan.cost import UNCERTAINTY
-from triton_lstm.plan.limits import none_on
+from triton_lstm.plan.limits import AMD, none_on
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 CLUSTERS = pytest.mark.skipif(harness.TRITON < (3, 9), reason="clusters need Triton 3.9")
@@ -127,6 +129,14 @@ def test_amd(amd):
     assert "\ntorch's own LSTM computes: the kernels contain" in triton_lstm.explain(ours, x.as_subclass(OnGPU))
     with pytest.raises(PlanError, match="AMD"):
         Limits.of("cuda")
+
+
+def test_amd_is_told_at_import():
+    script = "import torch; torch.version.hip = {}; import triton_lstm"
+    said = [subprocess.run([sys.executable, "-c", script.format(hip)], stderr=subprocess.PIPE, text=True, check=True)
+            .stderr.splitlines() for hip in ("None", "'6.4'")]
+    assert "do not run on AMD GPUs" not in "".join(said[0])
+    assert said[1][0] == f"triton_lstm uses torch's own LSTM: {AMD}"
 
 
 def test_amd_is_told(amd, capsys):

@@ -1,4 +1,8 @@
 """LSTM for PyTorch in Triton: recurrent weights stay on chip over all timesteps, backward recomputes the gates."""
+import logging
+
+import torch
+
 from . import backends
 from .conversion import Conversion, convert, everywhere, to_torch
 from .dropconnect import drop_connect
@@ -10,6 +14,7 @@ from .kernels.waiting import set_wait_limit, wait_report
 from .layer import LSTM
 from .lstm_cell import LSTMCell
 from .plan import Plan, PlanError, make_plan
+from .plan.limits import AMD
 from .tuning import tune
 from .warming import warm
 
@@ -17,3 +22,6 @@ __all__ = ["Conversion", "Gates", "LSTM", "LSTMCell", "Plan", "PlanError", "back
            "everywhere", "explain", "gates", "lstm", "make_graphed", "make_plan", "plot_gates", "set_wait_limit",
            "to_torch", "tune", "wait_report", "warm"]
 __version__ = "0.1.0"
+
+if torch.version.hip is not None:
+    logging.getLogger("triton_lstm").warning("triton_lstm uses torch's own LSTM: %s", AMD)

@@ -30,6 +30,7 @@ SINCE = {
 # peak by mma.sync, as a public measurement found; for 10.0 and 10.3, whose peak needs tcgen05, the same is assumed.
 MULTIPLY_ADDS = {(8, 0): 1024, (8, 6): 512, (8, 7): 1024, (8, 9): 512, (9, 0): 1280, (10, 0): 1280, (10, 3): 1280,
                  (12, 0): 512, (12, 1): 512}
+AMD = "the kernels contain instructions of NVIDIA GPUs, so they do not run on AMD GPUs"
 OLDEST = (8, 0)         # compute capability. For older ones Triton cannot compile the plain kernels either
 TRITON = tuple(map(int, VERSION.split(".")[:2])) if VERSION else (0, 0)
 
@@ -95,7 +96,7 @@ def none_on(device):
     if VERSION is None:
         return "Triton is not installed"
     if torch.version.hip is not None:
-        return "the kernels contain instructions of NVIDIA GPUs, so they do not run on AMD GPUs"
+        return AMD
     p = torch.cuda.get_device_properties(device)
     if (p.major, p.minor) < OLDEST:
         return f"the kernels need compute capability {OLDEST[0]}.{OLDEST[1]}, the GPU has {p.major}.{p.minor}"

@@ -57,17 +57,19 @@ def compile_plan(plan, dtype, arch=90, flagged=False, packed=False, zoneout=None
     "expected". inputs: features of x. keep_gates: those of a forward pass that keeps the gates for backward.
     """
     found = {}
-
-    def collect(kernel, plan, grid, *args, waits, **constants):
-        found[kernel.__name__] = compile_launch(kernel, plan, args, waits, constants, arch)[0]
-
+    collect = _collector(found, arch)
     D, B, H = plan.directions, plan.batch, plan.hidden_size
-    tensor = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
+    tensor = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
     x, w, r = tensor(2, B, inputs), tensor(D, 4 * H, inputs), tensor(D, 4 * H, H)
     b, state = tensor(D, 4 * H), tensor(D, B, H)
-    flags = torch.empty(D, 2, B, dtype=torch.uint8, device="meta") if flagged or packed else None
+    flags = tensor(D, 2, B, dtype=torch.uint8) if flagged or packed else None
     batch_sizes = torch.tensor([B, B]) if packed else None
     x = x.flatten(0, 1) if packed else x
+    # lengths, rows of each time and resets, from which flags are written
+    sources = [(None, tensor(2, dtype=torch.int64), None)] if packed else [
+        (tensor(B, dtype=torch.int64), None, None), (None, None, tensor(2, B, dtype=torch.bool))] if flagged else []
+    for lengths, sizes, reset in sources:
+        sequence.step_flags(2, B, D, lengths, sizes, reset, "meta", collect)
     seed = torch.empty(1, dtype=torch.int64, device="meta") if zoneout == "drawn" else None
     more = batch_sizes, zoneout and (seed, 0.1, 0.1), collect
     y, h_n, c_n, *kept = sequence.forward(x, w, r, b, state, state, flags, plan, True, *more, keep_gates=keep_gates)
@@ -75,15 +77,35 @@ def compile_plan(plan, dtype, arch=90, flagged=False, packed=False, zoneout=None
     return found
 
 
+def compile_step(step, dtype, arch=90, bias=True):
+    """``compile_plan`` for one step (T = 1) without gradients of a layer, with and without a state. step:
+    ``launch.Step``."""
+    found = {}
+    D, B, H = step.directions, step.block_b, step.hidden_size
+    tensor = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
+    weights = (tensor(4 * H, step.inputs), tensor(4 * H, H), *([tensor(4 * H)] * 2 if bias else [None] * 2))
+    for state in (None, tensor(D, B, H)):
+        sequence.one_step(tensor(B, step.inputs), [weights] * D, state, state, (D, B, H), D, step.precision,
+                          launcher=_collector(found, arch))
+    return found
+
+
+def _collector(found, arch):
+    """A launcher that compiles for ``arch`` and launches nothing. found: {name: compiled kernel}, to which it adds."""
+    def collect(kernel, plan, grid, *args, waits, **constants):
+        found[kernel.__name__] = compile_launch(kernel, plan, args, waits, constants, arch)[0]
+    return collect
+
+
 def _compile(plan, dtype, arch, options):
-    compile_plan(plan, dtype, arch, **options)
+    (compile_step if isinstance(plan, launch.Step) else compile_plan)(plan, dtype, arch, **options)
 
 
 def compile_apart(jobs, arch, seconds=None):
     """Compile ``jobs`` into Triton's cache, where launches find them, in processes on all cores that touch no GPU.
 
-    A job is (plan, dtype, options of ``compile_plan``). Yields (job, exception or None) as each is done. Jobs that are
-    not done after ``seconds`` are given up.
+    A job is (plan, dtype, options of ``compile_plan``), or a ``Step`` with options of ``compile_step``. Yields (job,
+    exception or None) as each is done. Jobs that are not done after ``seconds`` are given up.
     """
     pool = concurrent.futures.ProcessPoolExecutor(min(os.cpu_count(), max(len(jobs), 1)),
                                                   multiprocessing.get_context("spawn"))

@@ -18,13 +18,15 @@ def finish(chunks):
                 return end.value
 
 
-def step_flags(T, B, directions, lengths, sizes, reset, device):
-    """``rows.step_flags`` by one launch. Without ``lengths``, ``sizes`` (T,) may say how many rows each time has."""
+def step_flags(T, B, directions, lengths, sizes, reset, device, launcher=None):
+    """``rows.step_flags`` by one launch. Without ``lengths``, ``sizes`` (T,) may say how many rows each time has.
+    launcher: as for ``forward_chunks``."""
     flags = torch.empty(directions, T, B, dtype=torch.uint8, device=device)
     if T and B:
         strides = (0, 0) if reset is None else reset.stride()
-        launch.launch_kernel(launch.FLAGS, launch.NO_PLAN[directions], (-(-T * B // 1024), 1), flags, lengths, sizes,
-                             reset, T, B, *strides, waits=False, BLOCK=1024)
+        run = launcher or launch.launch_kernel
+        run(launch.FLAGS, launch.NO_PLAN[directions], (-(-T * B // 1024), 1), flags, lengths, sizes, reset, T, B,
+            *strides, waits=False, BLOCK=1024)
     return flags
 
 

@@ -1,4 +1,5 @@
 """``warm``: which kernels it compiles, and that launches find them."""
+import contextlib
 import dataclasses
 from unittest import mock
 
@@ -7,15 +8,22 @@ import torch
 
 import triton_lstm
 from triton_lstm import make_plan, warming
+from triton_lstm.kernels import launch, offline
 from triton_lstm.plan import H200
 
 GPU = torch.device("cuda", 0)
 
 
-def jobs(layers, batch=16, dtype=None, lengths=False):
-    with mock.patch.object(triton_lstm.op, "limits_of", lambda device: H200), \
-            mock.patch.object(triton_lstm.op, "avoided", lambda device: frozenset()):
-        return warming.jobs_of(layers, batch, dtype, GPU, lengths)
+def on_h200(avoided=frozenset()):
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(triton_lstm.op, "limits_of", lambda device: H200))
+    stack.enter_context(mock.patch.object(triton_lstm.op, "avoided", lambda device: avoided))
+    return stack
+
+
+def jobs(layers, batch=16, dtype=None, lengths=False, packed=False):
+    with on_h200():
+        return warming.jobs_of(layers, batch, dtype, GPU, lengths, packed)
 
 
 def test_each_plan_once():
@@ -25,7 +33,7 @@ def test_each_plan_once():
     few = triton_lstm.LSTM(8, 64).bfloat16()
     found = jobs([deep, few, triton_lstm.LSTM(200, 64, bidirectional=True).bfloat16()])
     assert found == [
-        (plan, torch.bfloat16, dict(flagged=False, zoneout=None, inputs=inputs, keep_gates=keep_gates))
+        (plan, torch.bfloat16, dict(flagged=False, packed=False, zoneout=None, inputs=inputs, keep_gates=keep_gates))
         for plan, inputs in ((make_plan(16, 64, torch.bfloat16, 2), 64), (make_plan(16, 64, torch.bfloat16), 8))
         for keep_gates in (False, True)]
     assert found[2][0].multiplies_input(8)
@@ -41,7 +49,8 @@ def test_options_reach_the_compiler():
     found = jobs([zoned, own], dtype=torch.float16, lengths=True)
     (plan, dtype, options), _, (of_own, _, _) = found       # calls with a plan of their own keep no gates
     assert dtype == torch.float16
-    assert options == dict(flagged=True, zoneout="drawn", inputs=64, keep_gates=False)
+    assert options == dict(flagged=True, packed=False, zoneout="drawn", inputs=64, keep_gates=False)
+    assert [options["packed"] for _, _, options in jobs([own], dtype=torch.float16, packed=True)] == [True]
     assert plan == make_plan(16, 64, torch.float16, zoneout=True) and of_own == own.plan
     own.keep_gates = True
     assert [options["keep_gates"] for _, _, options in jobs([own])] == [False, True]
@@ -62,17 +71,74 @@ def test_warm():
     del model[0]._parameters["weight_hh_l0"]
     model[0].__dict__["weight_hh_l0"] = weight
     plan = make_plan(16, 64, torch.float32)
-    with mock.patch.object(warming, "compile_apart", compile_apart), \
+    with mock.patch.object(warming, "compile_apart", compile_apart), on_h200(), \
             mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)), \
-            mock.patch.object(triton_lstm.op, "limits_of", lambda device: H200), \
-            mock.patch.object(triton_lstm.op, "avoided", lambda device: frozenset()), \
             mock.patch.object(triton_lstm.op, "no_kernels", lambda device: None), \
             pytest.warns(UserWarning, match="could not compile .*no compiler"):
         assert triton_lstm.warm(model, 16, seconds=5.) == [plan]
-    options = dict(flagged=False, zoneout=None, inputs=64)
-    assert compiled == [([(plan, torch.float32, dict(options, keep_gates=kept)) for kept in (False, True)], 90, 5.)]
+    options = dict(flagged=False, packed=False, zoneout=None, inputs=64)
+    step = launch.step_of(16, 100, 64, 1, "tf32"), torch.float32, dict(bias=True)
+    assert compiled == [([*((plan, torch.float32, dict(options, keep_gates=kept)) for kept in (False, True)), step],
+                         90, 5.)]
     with pytest.raises(ValueError, match="no triton_lstm.LSTM in Linear"):
         triton_lstm.warm(torch.nn.Linear(2, 3), 16)
+
+
+def test_steps():
+    """One step of layers without gradients needs a kernel for each width, type and bias, if the layer uses it."""
+    deep, plain = triton_lstm.LSTM(100, 64, num_layers=3, bidirectional=True), triton_lstm.LSTM(8, 64, bias=False)
+    others = [triton_lstm.LSTM(8, 64, proj_size=3), triton_lstm.LSTM(8, 64, zoneout=0.1), triton_lstm.LSTM(8, 64)]
+    others[2].plan = make_plan(33, 64, torch.bfloat16)
+    with on_h200():
+        found = warming.steps_of([deep, plain, plain, *others], 33, torch.bfloat16, GPU)
+        assert warming.steps_of([plain], 1 << 20, torch.bfloat16, GPU) == []     # where it would read too much
+        assert warming.steps_of([plain.double()], 33, None, GPU) == []
+    assert found == [(launch.step_of(33, inputs, 64, D, "native"), torch.bfloat16, dict(bias=bias))
+                     for inputs, D, bias in ((100, 2, True), (128, 2, True), (8, 1, False))]
+    with on_h200({(triton_lstm.op.STEP, "forward", "native")}):
+        assert warming.steps_of([deep], 33, torch.bfloat16, GPU) == []
+
+
+def keys_of(function):
+    """Which kernels ``function`` launches, with the types of their arguments and the values of constants."""
+    keys, kind = set(), lambda value: getattr(value, "dtype", type(value))
+
+    def collect(kernel, plan, grid, *args, waits, **constants):
+        values = sorted((name, kind(value) if isinstance(value, torch.Tensor) else value)
+                        for name, value in constants.items())
+        keys.add((kernel.__name__, *map(kind, args), *values))
+    with mock.patch.object(launch, "launch_kernel", collect):
+        function()
+    return keys
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_step_and_flags_are_compiled_as_they_are_launched(bias):
+    """The launches that ``warm`` compiles are those of calls: the same arguments are missing, the same are tensors."""
+    layer, x = triton_lstm.LSTM(24, 72, bias=bias), torch.randn(1, 5, 24)
+    compiled = set()
+
+    def compile_launch(kernel, plan, args, waits, constants, arch):
+        compiled.update(keys_of(lambda: launch.launch_kernel(kernel, plan, (), *args, waits=waits, **constants)))
+        return None, None
+    state = torch.zeros(1, 5, 72), torch.zeros(1, 5, 72)
+    with on_h200(), mock.patch.object(offline, "compile_launch", compile_launch):
+        (step, dtype, options), = warming.steps_of([layer], 5, None, GPU)
+        offline.compile_step(step, dtype, **options)
+        assert {name for name, *_ in compiled} == {"forward_step"} and len(compiled) == 2
+        offline.compile_plan(make_plan(5, 72, torch.float32), torch.float32, flagged=True)
+        offline.compile_plan(make_plan(5, 72, torch.float32), torch.float32, packed=True)
+
+    def calls():
+        with torch.no_grad():
+            layer(x)
+            layer(x, state)
+        for lengths, sizes, reset in ((torch.tensor([1] * 5), None, None), (None, torch.tensor([5]), None),
+                                      (None, None, torch.ones(1, 5) > 0)):
+            triton_lstm.op.sequence.step_flags(1, 5, 1, lengths, sizes, reset, x.device)
+    with mock.patch.object(triton_lstm.layer, "runs_kernels", lambda *args: True):
+        launched = keys_of(calls)
+    assert len(launched) == 5 and launched <= compiled
 
 
 @pytest.mark.gpu
@@ -86,4 +152,6 @@ def test_the_first_call_finds_what_was_compiled():
     with mock.patch.object(triton.knobs.compilation, "listener",
                            lambda src, metadata, metadata_group, times, cache_hit: hits.append(cache_hit)):
         layer(x)[0].sum().backward()
+        with torch.no_grad():
+            layer(x[:1])
     assert hits and all(hits)

@@ -38,7 +38,8 @@ def layers(x, hx, weights, sizes, state, with_y=True):
     if [t.shape for t in tensors] != [*shapes_of(*sizes), *([] if hx is None else [state] * 2)]:
         return None
     num_layers, D, I, H, bias = sizes
-    precision = op.one_step_precision(x, max(I, D * H) if num_layers > 1 else I, H, D)
+    widest = max(I, D * H) if num_layers > 1 else I
+    precision = op.one_step_precision(x.shape[:-1].numel(), dtype, device, widest, H, D)
     if precision is None:
         return None
     of = [weights[n:n + 4] for n in range(0, len(weights), 4)] if bias else [

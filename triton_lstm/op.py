@@ -161,13 +161,13 @@ def plan_for(x, h0, text, keep_every, zoneout, sequences=tuned.PADDED):
     return plan
 
 
-def one_step_precision(x, inputs, hidden_size, directions):
-    """How the kernel for one step without gradients computes products; None if the check found it wrong on x's device,
+def one_step_precision(batch, dtype, device, inputs, hidden_size, directions):
+    """How the kernel for one step without gradients computes products; None if the check found it wrong on the device,
     or if it would read too many bytes (``launch.step_pays``). inputs: features of the widest layer."""
-    if not launch.step_pays(x.shape[:-1].numel(), inputs, hidden_size, directions, x.element_size()):
+    if not launch.step_pays(batch, inputs, hidden_size, directions, dtype.itemsize):
         return None
-    precision = precision_for(x.dtype, tf32_allowed())
-    return None if (STEP, "forward", precision) in avoided(x.device) else precision
+    precision = precision_for(dtype, tf32_allowed())
+    return None if (STEP, "forward", precision) in avoided(device) else precision
 
 
 def _zoneout(seed, rate_h, rate_c):
@@ -186,7 +186,8 @@ def _lstm(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | N
           save: bool, keep_gates: bool = False, seed: torch.Tensor | None = None, rate_h: float = 0.,
           rate_c: float = 0.) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if (not (save or plan or rate_h or rate_c) and flags is None and batch_sizes is None and len(x) == 1
-            and (precision := one_step_precision(x, x.shape[-1], r.shape[-1], len(r)))):
+            and (precision := one_step_precision(
+                x.shape[:-1].numel(), x.dtype, x.device, x.shape[-1], r.shape[-1], len(r)))):
         weights = [(w[d], r[d], None if b is None else b[d], None) for d in range(len(r))]
         y, h_n, c_n = sequence.one_step(x, weights, h0, c0, h0.shape, len(r), precision)
         return y, h_n, c_n, x.new_empty(0, *h0.shape, dtype=torch.float32), x.new_empty(0, 4 * h0.shape[-1])

@@ -69,9 +69,11 @@ table.""",
 Counts what a call of each workload launches, and the bytes that it moves through device memory, with the gates
 recomputed and with the gates kept for backward. Needs no GPU. Prints a Markdown table.""",
     fit="""\
-Fits the constants of the cost model, which chooses plans, to the CSV file of `loops`. Prints the old and new constants,
-how far the predictions of both are off, and which plans would change. Needs no GPU and writes nothing.""")
+Fits the constants of the cost model, which chooses plans, to the CSV file of `loops`, or with --arch to bounds from
+machine code. Prints the old and new constants, how far the predictions of both are off, and which plans would change.
+Needs no GPU and writes nothing.""")
 
+ARCHS = (80, 86, 89, 90, 100, 120)
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
@@ -112,7 +114,7 @@ def parser():
         return p
 
     p = command("residency", "where the recurrent weights R are and what a step costs, from machine code")
-    p.add_argument("--arch", type=int, default=90, choices=(80, 86, 89, 90, 100, 120),
+    p.add_argument("--arch", type=int, default=90, choices=ARCHS,
                    help="compute capability, times ten (default: 90)")
     p.add_argument("--workload", nargs="+", metavar="NAME", default=names[:-1], choices=names[:-1], dest="only",
                    help="only these workloads; there are " + ", ".join(names[:-1]))
@@ -145,7 +147,10 @@ def parser():
     p.add_argument("--workload", nargs="+", metavar="NAME", default=names[:-1], choices=names[:-1], dest="only",
                    help="only these workloads, as for `residency`")
     p = command("fit", "fit the constants of the cost model to a CSV file of `loops`")
-    p.add_argument("files", nargs=1, type=pathlib.Path, metavar="CSV", help="a file that `loops` has written")
+    of = p.add_mutually_exclusive_group(required=True)
+    of.add_argument("file", nargs="?", type=pathlib.Path, metavar="CSV", help="a file that `loops` has written")
+    of.add_argument("--arch", type=int, nargs="+", choices=ARCHS,
+                    help="fit to the machine code of all workloads for these compute capabilities, times ten")
     p = command("verify", "verify the package on a GPU, in two calls of five minutes")
     p.add_argument("call", choices=("first", "record"), help="which of the two calls; see above")
     p.add_argument("--triton", type=pathlib.Path, metavar="FOLDER",
@@ -275,8 +280,11 @@ def main(arguments=None):
 
     from . import residency, train
     if args.command == "fit":
+        if args.arch:
+            residency.show_fit(args.arch)
+            return 0
         from . import fit
-        return fit.show(args.files[0])
+        return fit.show_measured(args.file)
     if args.command == "host":
         from . import host
         host.show([w for w in WORKLOADS if w.name in args.only], args.calls)

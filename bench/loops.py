@@ -27,7 +27,7 @@ from .workloads import WORKLOADS
 STEPS = 64
 SHARE, WAIT_LIMIT = 10., "2"        # seconds for one candidate, and seconds after which its kernel gives up waiting
 FIELDS = ("workload", "dtype", "gpu", "triton", "loop", "kind", "plan", "chosen", "status", "error", "us_p20",
-          "us_median", "us_p80", "exchange_us", "predicted_cycles", "predicted_us", "encoded")
+          "us_median", "us_p80", "exchange_us", "predicted_cycles", "predicted_us", "encoded", "limits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +159,7 @@ def row(candidate, found, facts, triton_version):
                 triton=triton_version, loop=candidate.loop, kind=plan.variant, chosen=int(candidate.chosen),
                 plan=f"{plan.programs} x {plan.groups} x {plan.tiles}, {plan.block_h} units, {plan.block_b} rows",
                 predicted_cycles=round(cycles), predicted_us=cycles / facts["limits"]["mhz"], encoded=plan.encode(),
+                limits=json.dumps(facts["limits"]),
                 **{"status": status, **{name: value for name, value in found.items() if name in FIELDS}})
 
 

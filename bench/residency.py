@@ -6,12 +6,12 @@ from triton_lstm.kernels.offline import compile_plan
 
 from triton_lstm import Plan, PlanError, make_plan
 from triton_lstm.plan import A100, B200, H200, RTX_3090, RTX_4090, RTX_5090
-from triton_lstm.plan import step_cycles as model_cycles
 
 from . import fit
 from .console import markdown, progress
 from .correctness import dtype_of
 from .machine_code import Report, read
+from .workloads import WORKLOADS
 
 LIMITS = {80: A100, 86: RTX_3090, 89: RTX_4090, 90: H200, 100: B200, 120: RTX_5090}        # by architecture
 OTHER_INPUTS = 64                   # features of x, where their number changes nothing in the kernels
@@ -61,21 +61,37 @@ def step_cycles(plan, report):
     return plan.tiles * max(bound, plan.streamed_bytes / L2_BYTES_PER_CYCLE)
 
 
+def one_wave(plan):
+    """``plan`` with so few clusters that they all run at the same time."""
+    return plan if plan.exchanges else dataclasses.replace(plan, groups=1)
+
+
 def model_ratio(plan, loop, report, limits):
     """What the cost model predicts for a step of a loop of ``plan`` ("forward" or "backward"), divided by the bound.
 
     Both are for one wave of programs, and without the time that data is on its way, which the bound does not know.
     """
-    with fit.trying({("CLUSTER_EXCHANGE", None): 0, ("L2_EXCHANGE", None): 0}):
-        one_wave = plan if plan.exchanges else dataclasses.replace(plan, groups=1)
-        predicted = model_cycles(one_wave, limits.multiprocessors, loop, limits.multiply_adds)
-    return predicted / step_cycles(plan, report)
+    with fit.trying(fit.WITHOUT_EXCHANGE):
+        return fit.predicted(one_wave(plan), loop, limits) / step_cycles(plan, report)
 
 
 def model_ratios(found, arch):
     """{(workload, loop): ``model_ratio``} of ``Residency`` objects."""
-    return {(f.workload, loop): model_ratio(plan, loop, report, LIMITS[arch]) for f in found if f.plan
-            for loop, plan, report in (("forward", f.plan, f.forward), ("backward", f.plan.backward, f.backward))}
+    return {(f.workload, loop): model_ratio(plan, loop, report, LIMITS[arch]) for f, loop, plan, report in loops(found)}
+
+
+def loops(found):
+    """(``Residency``, loop, its plan, ``Report``) of both loops of each workload that has a plan."""
+    return [(f, *of) for f in found if f.plan
+            for of in (("forward", f.plan, f.forward), ("backward", f.plan.backward, f.backward))]
+
+
+def show_fit(archs):
+    """Print constants of the cost model that are fitted to the bounds of all workloads' loops on these
+    architectures."""
+    rows = [(one_wave(plan), loop, step_cycles(plan, report), LIMITS[arch]) for arch in archs
+            for _, loop, plan, report in loops(read_plans(WORKLOADS, arch))]
+    fit.show(rows, "bounds from machine code", {f"sm_{arch}": LIMITS[arch] for arch in archs}, fit.WITHOUT_EXCHANGE)
 
 
 def read_plans(workloads, arch=90):
@@ -90,14 +106,14 @@ def read_plans(workloads, arch=90):
             keys[w.name] = plan, w.dtype, w.sequences == "resets", inputs, gates
         except PlanError as error:
             reasons[w.name] = str(error)
-    loops = dict.fromkeys(keys.values())
-    for key in progress(loops, lambda key: f"compiling {key[0].kind} H={key[0].hidden_size} B={key[0].batch} {key[1]} "
-                                           f"for sm_{arch}"):
+    compiled = dict.fromkeys(keys.values())
+    text = lambda key: f"compiling {key[0].kind} H={key[0].hidden_size} B={key[0].batch} {key[1]} for sm_{arch}"
+    for key in progress(compiled, text):
         plan, dtype, flagged, inputs, gates = key
         kernels = compile_plan(plan, dtype_of(dtype), arch, flagged=flagged, inputs=inputs, keep_gates=gates)
-        loops[key] = [next(read(kernel) for name, kernel in kernels.items() if name.startswith(which))
+        compiled[key] = [next(read(kernel) for name, kernel in kernels.items() if name.startswith(which))
                       for which in ("forward", "backward")]
-    return [Residency(w.name, w.dtype, keys[w.name][0], *loops[keys[w.name]]) if w.name in keys else
+    return [Residency(w.name, w.dtype, keys[w.name][0], *compiled[keys[w.name]]) if w.name in keys else
             Residency(w.name, w.dtype, reason=reasons[w.name]) for w in workloads]
 
 

@@ -38,7 +38,7 @@ def test_grid():
         "  layers run one after the other: 256 programs of all layers do not run side by side on 132 multiprocessors",
         "  launches of the time loop a layer: 3 forward, 3 backward",
         "  a step of a layer's time loop: 3327 cycles predicted, 1.68 us at 1980 MHz",
-        "  cycles: up to 2.3 times more or less than bounds from machine code; nothing is measured",
+        "  cycles: up to 2.1 times more or less than bounds from machine code; nothing is measured",
         "  training recomputes the gates: 256 KiB saved a layer, 411.3 MiB of workspace in backward; keeping them "
         "would take 862.5 MiB and 283.3 MiB",
         "  not resident: 2097152 bytes of R do not fit the registers of a program, which hold 131072 beside what a "

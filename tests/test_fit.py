@@ -10,7 +10,7 @@ import torch
 
 import harness
 from bench import __main__ as command
-from bench import fit, loops
+from bench import fit, loops, residency
 from bench.workloads import WORKLOADS
 from triton_lstm import make_plan
 from triton_lstm.plan import H200, Plan, check_plan, step_cycles
@@ -90,13 +90,13 @@ def made_up(path, values, noise=0.):
         for n, c in enumerate(found):
             us = step_cycles(c.plan, H200.multiprocessors, c.loop) / H200.mhz
             us *= 20 if n % 25 == 3 else 1 + noise * (n % 3 - 1)          # outliers
-            row = loops.row(c, dict(status="failed" if n % 30 == 7 else "ok", us_median=us), FACTS, "3.9")
-            writer.writerow({**row, "predicted_cycles": 1980, "predicted_us": 1.})
+            writer.writerow(loops.row(c, dict(status="failed" if n % 30 == 7 else "ok", us_median=us), FACTS, "3.9"))
 
 
 def test_fit_finds_the_constants_that_made_the_rows(tmp_path, capsys):
     # Constants whose effect no other constant has.
-    values = {("SPLIT_STEP", "native"): 1500., ("L2_EXCHANGE", None): 2000., ("GLUON_STEP", "tf32"): 1300.}
+    values = {("SPLIT_STEP", ("tf32", "forward")): 2000., ("L2_EXCHANGE", None): 2000.,
+              ("GLUON_STEP", ("tf32", "backward")): 1300.}
     before = {constant: fit.get(constant) for constant in fit.CONSTANTS}
     made_up(tmp_path / "loops.csv", values, 0.02)
     found = fit.fit(fit.load(tmp_path / "loops.csv"))
@@ -105,9 +105,22 @@ def test_fit_finds_the_constants_that_made_the_rows(tmp_path, capsys):
     assert {constant: fit.get(constant) for constant in fit.CONSTANTS} == before
     assert command.main(["fit", str(tmp_path / "loops.csv")]) == 0
     text = capsys.readouterr().out
-    assert "SPLIT_STEP['native']" in text and "fitted to loops.csv" in text and "plans that would change" in text
+    assert "SPLIT_STEP[('tf32', 'forward')]" in text and "fitted to loops.csv" in text
+    assert "plans that would change" in text
     old, new = (float(line.split("differ by ")[1].split("%")[0]) for line in text.splitlines() if "differ by" in line)
     assert new < 5 < old
+
+
+def test_fit_to_machine_code(capsys):
+    named = {w.name: w for w in WORKLOADS}
+    some = [named["cleanrl_atari"], named["nam_audio"]]
+    before = {constant: fit.get(constant) for constant in fit.CONSTANTS}
+    with mock.patch.object(residency, "WORKLOADS", some), mock.patch.object(fit, "WORKLOADS", some):
+        assert command.main(["fit", "--arch", "80"]) == 0
+    text = capsys.readouterr().out
+    assert "# fitted to bounds from machine code, 4 loops" in text and "EXCHANGE" not in text
+    old, new = (float(line.split("most ")[1].split("%")[0]) for line in text.splitlines() if "differ by" in line)
+    assert new <= old and {constant: fit.get(constant) for constant in fit.CONSTANTS} == before
 
 
 def test_fit_of_nothing(tmp_path, capsys):

@@ -297,7 +297,7 @@ def test_the_plan_of_ours_has_a_floor(tmp_path):
         return layer
     ours, theirs = run(tmp_path / "a.csv", planned, CASES[:1])[0]
     assert (ours.floor_us, ours.exchange_us, ours.plan) == (2.5, 1., "resident 1 x 1")
-    cycles = step_cycles(make_plan(3, 8, torch.float16), 132)
+    cycles = step_cycles(make_plan(3, 8, torch.float16), 132, "forward")
     assert ours.predicted_us == pytest.approx(cycles / ours.sm_mhz, rel=1e-5)       # the file has six digits
     assert theirs.floor_us is None and theirs.plan == ""
 

@@ -53,7 +53,8 @@ class Machine:
     other than "right" by variant."""
 
     def __init__(self, us=None, bad=None):
-        self.us, self.bad = us or (lambda loop, plan: step_cycles(plan, 132, loop)), bad or {}
+        self.us = us or (lambda loop, plan: step_cycles(plan, 132, None if loop == TRAINING else loop))
+        self.bad = bad or {}
         self.compiled, self.asked = [], []
 
     def ask(self, question):

@@ -372,10 +372,10 @@ def test_explained():
     x = torch.empty(1000, 16, 64, dtype=torch.bfloat16, device="meta")
     text = lambda x=x, num_layers=2, **options: triton_lstm.explain(
         triton_lstm.LSTM(64, 256, num_layers, **options), x, H200)
-    assert ("\n  layers run as a wavefront, side by side, 224 steps at a time forward and 224 backward, unless there "
-            "are lengths, resets or torch.compile\n  launches of the time loop a layer: 5 forward, 5 backward\n"
+    assert ("\n  layers run as a wavefront, side by side, 192 steps at a time forward and 192 backward, unless there "
+            "are lengths, resets or torch.compile\n  launches of the time loop a layer: 6 forward, 6 backward\n"
             ) in text()
-    assert "\n  layers run one after the other: 100 steps are fewer than two chunks of 224\n" in text(x[:100])
+    assert "\n  layers run one after the other: 100 steps are fewer than two chunks of 192\n" in text(x[:100])
     assert "\n  layers run one after the other: the reverse direction" in text(bidirectional=True)
     assert "\n  layers run one after the other: there is zoneout\n" in text(zoneout=0.1)
     assert "\n  layers run one after the other: there is proj_size\n" in text(proj_size=8)

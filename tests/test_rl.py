@@ -4,7 +4,6 @@ import contextlib
 import copy
 import importlib
 import importlib.util
-import re
 import subprocess
 import sys
 import warnings
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import documents
 import harness
 import triton_lstm
 from triton_lstm.rl import run_episodes
@@ -420,8 +420,8 @@ def cleanrl_agent():
 
 
 def snippets():
-    """{heading: code} of the page."""
-    return dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S))
+    """{heading: snippet} of the page."""
+    return {snippet.heading: snippet for snippet in documents.snippets(PAGE)}
 
 
 @on_both
@@ -442,7 +442,7 @@ def test_cleanrl(cleanrl_agent, where):
 
     want = update(theirs)
     own = {"envs": Spaces}
-    exec(snippets()["CleanRL"], own)
+    documents.run(snippets()["CleanRL"], own)
     ours = own["agent"]
     assert type(ours) is cleanrl_agent and type(ours.lstm) is triton_lstm.LSTM
     assert cleanrl_agent.get_states is own["get_states"]
@@ -467,9 +467,9 @@ def test_snippets_run_as_printed(request, heading, where):
         request.getfixturevalue(fixture)
     found = snippets()
     assert set(found) == {"sb3-contrib", "TorchRL", "CleanRL", "PufferLib"}
-    assert all(len(code.strip().splitlines()) <= 10 for code in found.values())
+    assert all(len(snippet.text.strip().splitlines()) <= 10 for snippet in found.values())
     own = {}
     with computing(where):
-        exec(found[heading], own)
+        documents.run(found[heading], own)
     lstm = own["model"].policy.lstm_actor if heading == "sb3-contrib" else own["lstm"]
     assert all(p.grad.isfinite().all() and p.grad.any() for p in lstm.parameters())

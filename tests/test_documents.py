@@ -96,6 +96,8 @@ def test_command_lines(page, capsys):
     for arguments in documents.commands(page, "python -m pytest"):
         for test in re.findall(r"\S+\.py\S*", arguments):
             exists(ROOT / test.split("::")[0], test)
+    for script in re.findall(r"^python (\S+\.py)", "\n".join(documents.code(page)), re.M):
+        exists(ROOT / script, script)
     for arguments in documents.commands(page, "pip install"):
         for extra in re.findall(r"\.\[(\w+)]", arguments):
             assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M), extra

@@ -1,4 +1,7 @@
-"""LSTM for PyTorch in Triton: recurrent weights stay on chip over all timesteps, backward recomputes the gates."""
+"""LSTM for PyTorch in Triton: recurrent weights stay on chip over all timesteps, backward recomputes the gates.
+
+The pages RECIPES.md, TUNING.md, TROUBLESHOOTING.md and LIMITS.md lie beside this file.
+"""
 from . import backends
 from .conversion import Conversion, convert, everywhere, to_torch
 from .dropconnect import drop_connect

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import pkgutil
 import re
 from pathlib import Path
 
@@ -96,9 +97,7 @@ def look_up(snippet):
             for alias in node.names:
                 getattr(importlib.import_module(node.module), alias.name)
         elif isinstance(node, ast.Attribute) and re.fullmatch(r"triton_lstm(\.\w+)+", ast.unparse(node)):
-            found = importlib.import_module("triton_lstm")
-            for attribute in ast.unparse(node).split(".")[1:]:
-                found = getattr(found, attribute)
+            pkgutil.resolve_name(ast.unparse(node))
 
 
 def code(page):

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import inspect
 import logging
+import pkgutil
 import re
 import shlex
 import socket
@@ -103,6 +104,21 @@ def test_command_lines(page, capsys):
             assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M), extra
     for test in re.findall(r"test_\w+\.py(?:::\w+)?", page.read_text()):
         exists(ROOT / "tests" / test.split("::")[0], test)
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=name)
+def test_names_in_the_text(page):
+    for code in documents.code(page):
+        for found in re.findall(r"\btriton_lstm(?:\.[a-zA-Z_]\w*)+", code):
+            if not found.startswith(("triton_lstm.rl.sb3", "triton_lstm.rl.torchrl")):      # which need libraries
+                pkgutil.resolve_name(found)
+
+
+def test_environment_variables():
+    """The documents name those that the package reads, and no others."""
+    variables = lambda files: {variable for file in files for variable in re.findall(r"TRITON_LSTM_[A-Z_]+",
+                                                                                     file.read_text())}
+    assert variables(DOCUMENTS) == variables(SOURCES)
 
 
 def exists(file, test):

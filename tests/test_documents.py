@@ -35,8 +35,9 @@ def missing(snippet):
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """A folder and a process of the reader's own, as torchrun starts one. Switches are afterwards as before."""
+    """A folder, a cache and a process of the reader's own, as torchrun starts one. Switches are afterwards as before."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRITON_LSTM_CACHE", str(tmp_path / "cache"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -35,7 +35,7 @@ def missing(snippet):
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """A folder, a cache and a process of the reader's own, as torchrun starts one. Switches are as before at the end."""
+    """A folder, a cache and a process of the reader's own, as torchrun starts one. Switches are restored."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRITON_LSTM_CACHE", str(tmp_path / "cache"))
     with socket.socket() as free:

@@ -367,7 +367,7 @@ def test_trains_to_the_same_losses():
 
 
 def test_interpreter_by_environment():
-    """As the README says, with TRITON_INTERPRET=1 the layer runs the kernels on CPU tensors."""
+    """As LIMITS.md says, with TRITON_INTERPRET=1 the layer runs the kernels on CPU tensors."""
     program = """
 import torch, triton_lstm
 from triton_lstm.kernels import launch

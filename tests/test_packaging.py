@@ -28,14 +28,15 @@ def test_wheel(built):
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"triton_lstm"}
     for module in (ROOT / "kernels").glob("*.py"):
         assert f"triton_lstm/kernels/{module.name}" in names
-    assert {"triton_lstm/py.typed", "triton_lstm/plan/plan.py", "triton_lstm/rl/sb3.py"} <= set(names)
+    assert {"triton_lstm/py.typed", "triton_lstm/plan/plan.py", "triton_lstm/rl/sb3.py", "triton_lstm/rl/README.md",
+            "triton_lstm/TROUBLESHOOTING.md"} <= set(names)
 
 
 def test_sdist(built):
     names = {name.split("/", 1)[-1] for name in tarfile.open(built[1]).getnames()}
-    for path in ("kernels/sequence.py", "triton_lstm/rl/README.md", "tests/conftest.py",
-                 "tests/ptx_emulator/__init__.py", "bench/__main__.py", "bench/host_stubs/libcuda.c", "README.md",
-                 "CONTRIBUTING.md", "LICENSE"):
+    for path in ("kernels/sequence.py", "kernels/README.md", "triton_lstm/rl/README.md", "triton_lstm/RECIPES.md",
+                 "tests/conftest.py", "tests/ptx_emulator/__init__.py", "bench/__main__.py", "bench/README.md",
+                 "bench/host_stubs/libcuda.c", ".ci/docs.py", "README.md", "CONTRIBUTING.md", "LICENSE"):
         assert path in names
 
 

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import importlib
 import importlib.util
-import re
 import subprocess
 import sys
 import warnings
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import documents
 import harness
 import triton_lstm
 from triton_lstm.rl import run_episodes
@@ -152,7 +152,8 @@ def test_wrong_arguments():
 @pytest.mark.parametrize("module, package", [("sb3", "sb3_contrib"), ("torchrl", "torchrl")])
 def test_a_missing_library_is_named(module, package):
     name = f"triton_lstm.rl.{module}"
-    with mock.patch.dict(sys.modules, {package: None}):
+    loaded = [other for other in sys.modules if other.startswith(f"{package}.")]    # by another test
+    with mock.patch.dict(sys.modules, dict.fromkeys([package, *loaded])):
         sys.modules.pop(name, None)
         wanted = f"{package}[a-z.]* cannot be imported: pip install {package.replace('_', '-')}"
         with pytest.raises(ImportError, match=wanted):
@@ -420,8 +421,8 @@ def cleanrl_agent():
 
 
 def snippets():
-    """{heading: code} of the page."""
-    return dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S))
+    """{heading: snippet} of the page."""
+    return {snippet.heading: snippet for snippet in documents.snippets(PAGE)}
 
 
 @on_both
@@ -442,7 +443,7 @@ def test_cleanrl(cleanrl_agent, where):
 
     want = update(theirs)
     own = {"envs": Spaces}
-    exec(snippets()["CleanRL"], own)
+    documents.run(snippets()["CleanRL"], own)
     ours = own["agent"]
     assert type(ours) is cleanrl_agent and type(ours.lstm) is triton_lstm.LSTM
     assert cleanrl_agent.get_states is own["get_states"]
@@ -467,9 +468,9 @@ def test_snippets_run_as_printed(request, heading, where):
         request.getfixturevalue(fixture)
     found = snippets()
     assert set(found) == {"sb3-contrib", "TorchRL", "CleanRL", "PufferLib"}
-    assert all(len(code.strip().splitlines()) <= 10 for code in found.values())
+    assert all(len(snippet.text.strip().splitlines()) <= 10 for snippet in found.values())
     own = {}
     with computing(where):
-        exec(found[heading], own)
+        documents.run(found[heading], own)
     lstm = own["model"].policy.lstm_actor if heading == "sb3-contrib" else own["lstm"]
     assert all(p.grad.isfinite().all() and p.grad.any() for p in lstm.parameters())

@@ -1,4 +1,7 @@
-"""LSTM for PyTorch in Triton: recurrent weights stay on chip over all timesteps, backward recomputes the gates."""
+"""LSTM for PyTorch in Triton: recurrent weights stay on chip over all timesteps, backward recomputes the gates.
+
+The pages RECIPES.md, TUNING.md, TROUBLESHOOTING.md and LIMITS.md lie beside this file.
+"""
 import logging
 
 import torch
@@ -18,9 +21,10 @@ from .plan.limits import AMD
 from .tuning import tune
 from .warming import warm
 
-__all__ = ["Conversion", "Gates", "LSTM", "LSTMCell", "Plan", "PlanError", "backends", "convert", "drop_connect",
-           "everywhere", "explain", "gates", "lstm", "make_graphed", "make_plan", "plot_gates", "set_wait_limit",
-           "to_torch", "tune", "wait_report", "warm"]
+# in the order of the API reference
+__all__ = ["LSTM", "LSTMCell", "lstm", "convert", "to_torch", "everywhere", "Conversion", "make_graphed", "warm",
+           "tune", "backends", "explain", "Plan", "PlanError", "make_plan", "gates", "Gates", "plot_gates",
+           "drop_connect", "set_wait_limit", "wait_report"]
 __version__ = "0.1.0"
 
 if torch.version.hip is not None:

@@ -188,8 +188,8 @@ def _positive(text):
     return number
 
 
-def main(arguments=None):
-    """Run the command line, by default that of this process. Returns the exit code."""
+def parser():
+    """The command line."""
     root = argparse.ArgumentParser("python -m triton_lstm", description=DESCRIPTION)
     commands = root.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     p = commands.add_parser("check", help="every kernel against float64", description=CHECK)
@@ -205,7 +205,12 @@ def main(arguments=None):
         commands.add_parser(hidden).add_argument("number", type=int)
     p = commands.add_parser("case", help="one small case of a kind, in this process: for sanitizers and profilers")
     p.add_argument("kind", choices=check.KINDS)
-    args = root.parse_args(arguments)
+    return root
+
+
+def main(arguments=None):
+    """Run the command line, by default that of this process. Returns the exit code."""
+    args = parser().parse_args(arguments)
     if args.command == "check":
         return run_check(args)
     if args.command == "facts":

@@ -5,6 +5,8 @@ benchmark    whether the first call of each new kind measures which plan is the 
 """
 import os
 
+__all__ = ["benchmark"]
+
 VARIABLE = "TRITON_LSTM_BENCHMARK"
 
 

@@ -3,6 +3,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from triton_lstm.kernels.offline import compile_plan
 
 import harness
@@ -288,8 +289,38 @@ def test_compiled():
     torch._dynamo.reset()
 
 
+def test_compiled_by_default():
+    """A compiled layer decides by the number of steps, as one that is not: up to 16 steps of two layers together. torch
+    makes a graph for each side, because an empty tensor is special to it, and none for other lengths."""
+    ours = triton_lstm.LSTM(3, 5, 2)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    traced = torch.compile(ours, fullgraph=True, dynamic=True, backend=counter)
+    real, results, graphs = harness.interpreted_sequence.forward, [], []
+    triton_lstm.op.plan_or_reason.cache_clear()
+    with (harness.interpreter(), mock.patch.object(triton_lstm.functional, "KEEP_EVERY", 16),
+          mock.patch.object(search, "KEEP_EVERY", 16),
+          mock.patch.object(harness.interpreted_sequence, "forward", side_effect=real) as forward):
+        for T, B, kept in ((4, 2, True), (9, 4, False), (8, 6, True), (12, 7, False)):
+            x = torch.randn(T, B, 3)
+            for call in (traced, ours):
+                forward.reset_mock()
+                y, (h, c) = call(x)
+                gradients = torch.autograd.grad(y.square().sum() + (h * c).sum(), list(ours.parameters()))
+                assert [of.kwargs["keep_gates"] for of in forward.call_args_list] == [kept] * 2, T
+                results.append((y, h, c, *gradients))
+            for got, want in zip(*results[-2:]):
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+            graphs.append(counter.frame_count)
+    triton_lstm.op.plan_or_reason.cache_clear()
+    torch._dynamo.reset()
+    assert [n - graphs[0] for n in graphs] == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("more", [(True,), (False, 3), (False, 2)], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
-def test_operator_passes_torchs_own_checks(packed):
+def test_operator_passes_torchs_own_checks(packed, more):
+    """With gates kept, kept for up to 3 steps, and kept for up to 2 steps."""
     inputs = [t.requires_grad_() for t in Problem(3, 2, 4, 5, 2).tensors()[0]]
     sizes, flags = None, None
     if packed:
@@ -297,7 +328,7 @@ def test_operator_passes_torchs_own_checks(packed):
         sizes, flags = torch.tensor([2, 1, 1]), step_flags(3, 2, 2, torch.tensor([3, 1]), None, "cpu")
         inputs[0] = torch.randn(4, 4, requires_grad=True)
     with harness.interpreter():
-        torch.library.opcheck(triton_lstm.op.lstm_op, (*inputs, flags, sizes, "", 2, True, True))
+        torch.library.opcheck(triton_lstm.op.lstm_op, (*inputs, flags, sizes, "", 2, True, *more))
 
 
 @pytest.mark.parametrize("batch, hidden_size, dtype, kind", [

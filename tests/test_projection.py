@@ -221,7 +221,7 @@ def test_larger_than_the_chip():
     warning. With a plan of the user's, or with lengths, the kernels run."""
     with harness.emulator(), mock.patch.object(triton_lstm.functional, "_told", set()), \
             mock.patch.object(triton_lstm.layer, "runs_kernels", lambda x, dtype: True), \
-            mock.patch.object(triton_lstm.layer, "lstm", side_effect=InterruptedError):
+            mock.patch.object(triton_lstm.layer, "one_of", side_effect=InterruptedError):
         theirs, ours, _ = pair(4, 2128, proj_size=8, dtype=BF16)
         x = torch.randn(1, 2, 4).to(BF16)
         with pytest.warns(UserWarning, match="torch's own LSTM: proj_size: the product of weight_hh and weight_hr, "

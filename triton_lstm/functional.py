@@ -101,8 +101,8 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
     keep_gates   True: forward keeps the four gates and c of every step, and backward recomputes nothing. That is
                  faster and takes 12 bytes for each unit, row and step in 16-bit types, 20 in fp32. False: forward keeps
                  c as ``keep_every`` says. None: True for up to so many steps as backward would recompute at a time, and
-                 False with ``plan`` or ``keep_every``, and under torch.compile and torch.func. By this default gates
-                 and workspace take at most twice the workspace for recomputing
+                 False with ``plan`` or ``keep_every``, and under torch.func. By this default gates and workspace take
+                 at most twice the workspace for recomputing
 
     Returns ``y, (h_n, c_n)`` as nn.LSTM: y (T, B, D H) or (N, D H), h_n and c_n (D, B, H). T = 0 gives an empty y and
     the initial state.
@@ -126,6 +126,13 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
     schedule fits the device; RuntimeError for tensors on several devices; TypeError for a mask, ``batch_sizes`` or a
     plan of another class; NotImplementedError in forward-mode differentiation (jvp).
     """
+    return one_of(1, x, weight_ih, weight_hh, bias, hx, weight_hr, lengths, reset, batch_sizes, zoneout, training, plan,
+                  keep_every, keep_gates)
+
+
+def one_of(layers, x, weight_ih, weight_hh, bias, hx, weight_hr, lengths, reset, batch_sizes, zoneout, training, plan,
+           keep_every, keep_gates):
+    """``lstm``, for one of several ``layers``. Only all together may keep their gates by default."""
     if weight_ih.dim() == 2:
         weight_ih, weight_hh = weight_ih.unsqueeze(0), weight_hh.unsqueeze(0)
         bias, weight_hr = (None if t is None else t.unsqueeze(0) for t in (bias, weight_hr))
@@ -176,8 +183,8 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
         # of one step h0 is all that R is multiplied by
         one = hx is not None and not torch.compiler.is_compiling() and T == 1
         combined = x.new_zeros(D, 4 * H, H) if one else combine(weight_hh, weight_hr)
-        m, (m_n, c_n) = lstm(x, weight_ih, combined, bias, (x.new_zeros(D, B, H), c0), lengths=lengths, reset=reset,
-                             batch_sizes=batch_sizes, plan=plan, keep_every=keep_every, keep_gates=keep_gates)
+        m, (m_n, c_n) = one_of(layers, x, weight_ih, combined, bias, (x.new_zeros(D, B, H), c0), None, lengths, reset,
+                               batch_sizes, 0., training, plan, keep_every, keep_gates)
         h_n = product(m_n, weight_hr.mT)
         if hx is not None and lengths is not None:
             h_n = torch.where((lengths > 0)[:, None], h_n, h0)
@@ -185,9 +192,11 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
     flags = flags_of(T, B, D, lengths, reset, batch_sizes, x.device, op.plain(lengths, reset))
     # vmap hides whether what it wraps requires grad
     save = torch.is_grad_enabled() and (transformed() or any(t is not None and t.requires_grad for t in inputs))
-    steps = keep_every if plan is None else plan.keep_every
+    steps, gates_steps = keep_every if plan is None else plan.keep_every, 0
     if steps is None and torch.compiler.is_compiling():
-        steps, keep_gates = _symbolic_keep_every(B, H, D), bool(keep_gates)
+        steps = _symbolic_keep_every(B, H, D)
+        if keep_gates is None and save and not transformed():
+            gates_steps = steps // layers       # T may be symbolic, so the operator compares it
     elif steps is None:
         automatic, reason = op.on_device(B, H, x.dtype, D, x.device, zoneout=any(rates),
                                          sequences=op.sequences_of(flags is not None, packed))
@@ -195,9 +204,9 @@ def lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None = 
             raise PlanError(reason)
         steps = automatic.keep_every
         if keep_gates is None:
-            keep_gates = save and not transformed() and automatic.keeps_gates(T)
+            keep_gates = save and not transformed() and automatic.keeps_gates(T, layers)
     y, h_n, c_n, *_ = differentiable(lstm_op, *inputs, flags, batch_sizes, plan.encode() if plan else "", steps, save,
-                                     bool(keep_gates), seed, *map(float, rates))
+                                     bool(keep_gates), gates_steps, seed, *map(float, rates))
     return y, (h_n, c_n)
 
 

@@ -9,7 +9,7 @@ from torch.nn.utils._expanded_weights import ExpandedWeight
 from torch.nn.utils.rnn import PackedSequence
 
 from . import apart, eager, one_step, wavefront
-from .functional import DTYPES, lstm, recorded, runs_kernels, tell_once, zoneout_rates
+from .functional import DTYPES, one_of, recorded, runs_kernels, tell_once, zoneout_rates
 from .op import on_device, sequences_of
 from .plan import Plan
 from .projection import too_large_together
@@ -256,21 +256,14 @@ class LSTM(torch.nn.RNNBase):
                                  self.dropout if self.training else 0., self.keep_gates, batch_sizes, **masks)
             if found is not None:
                 return found
-        keep_gates, h_n, c_n = self.keep_gates, [], []
-        if (keep_gates is None and self.num_layers > 1 and torch.is_grad_enabled() and runs_kernels(x, dtype)
-                and not torch.compiler.is_compiling()):
-            T, B = x.shape[:2] if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
-            plan, _ = on_device(B, self.hidden_size, dtype, D, x.device, zoneout=self._zoned(), sequences=sequences_of(
-                any(mask is not None for mask in masks.values()), batch_sizes is not None))
-            if plan is not None and not plan.keeps_gates(T, self.num_layers):
-                keep_gates = False
+        h_n, c_n = [], []
         for layer in range(self.num_layers):
             if layer and self.dropout:
                 x = torch.nn.functional.dropout(x, self.dropout, self.training)
             w, r, b, hr = self._stacked(weights, layer, dtype)
             state = hx and tuple(s[layer * D:(layer + 1) * D] for s in hx)
-            x, (h, c) = lstm(x, w, r, b, state, weight_hr=hr, batch_sizes=batch_sizes, plan=self.plan,
-                             zoneout=self.zoneout, training=self.training, keep_gates=keep_gates, **masks)
+            x, (h, c) = one_of(self.num_layers, x, w, r, b, state, hr, masks.get("lengths"), masks.get("reset"),
+                               batch_sizes, self.zoneout, self.training, self.plan, None, self.keep_gates)
             h_n.append(h)
             c_n.append(c)
         h_n, c_n = (torch.cat(s) if len(s) > 1 else s[0] for s in (h_n, c_n))

@@ -1,9 +1,6 @@
 """``convert`` and ``to_torch``: modules and parameters stay the same objects, results stay the same, and the layers
-that cannot be converted are returned with reasons."""
+that cannot be converted are returned with reasons. Published models are in ``test_published.py``."""
 import copy
-import importlib
-import importlib.util
-import sys
 from unittest import mock
 
 import pytest
@@ -212,43 +209,6 @@ def test_a_class_in_the_place_of_torchs(model, monkeypatch):
     assert triton_lstm.convert(model).swapped == LAYERS
     triton_lstm.to_torch(model)
     assert type(model.again).__module__ == "torch.nn.modules.rnn"
-
-
-def published(name, *needs):
-    """A module of a published package. It imports torchaudio to read files, which the network does not need."""
-    for package in (name.split(".")[0], *needs):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install --no-deps openunmix encodec einops")
-    with mock.patch.dict(sys.modules, torchaudio=mock.MagicMock()):
-        return importlib.import_module(name)
-
-
-def check_published(model, layers, x):
-    want = results(model, x)
-    assert triton_lstm.convert(model) == (layers, {})
-    assert_same(results(model, x), want, rtol=0, atol=0)
-    with harness.interpreter():
-        assert_same(results(model, x), want, rtol=1e-4, atol=1e-5)
-    assert triton_lstm.to_torch(model).swapped == layers
-    assert_same(results(model, x), want, rtol=0, atol=0)
-
-
-def test_open_unmix():
-    """Three bidirectional layers between linear ones (Stöter et al. 2019). Dropout is off, because it is random."""
-    openunmix = published("openunmix.model")
-    torch.manual_seed(0)
-    check_published(openunmix.OpenUnmix(nb_bins=12, nb_channels=2, hidden_size=16).eval(), ["lstm"],
-                    torch.rand(3, 2, 12, 5))
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
-def test_encodec():
-    """Encoder and decoder of EnCodec (Défossez et al. 2022): convolutions around two layers with a skip connection."""
-    encodec = published("encodec.modules", "einops")
-    torch.manual_seed(0)
-    options = dict(channels=1, dimension=8, n_filters=2, ratios=[4, 2], lstm=2)
-    model = torch.nn.Sequential(encodec.SEANetEncoder(**options, norm="weight_norm"), encodec.SEANetDecoder(**options))
-    check_published(model, ["0.model.7.lstm", "1.model.1.lstm"], torch.randn(2, 1, 40))
 
 
 class Library(torch.nn.Module):

@@ -1,5 +1,5 @@
 """Published models, converted: the outputs and gradients of the unconverted model, from the same random weights, and
-every layer computed by the kernels. Also an RNN-T predictor, written as in NeMo, which does not install here.
+every layer computed by the kernels.
 
 The packages are installed without their dependencies. Where a module imports what its network does not need, such as
 readers of files, a stand-in is imported in its place, which each test names.
@@ -20,7 +20,8 @@ import harness
 import triton_lstm
 from test_one_step import eager
 
-PACKAGES = ("openunmix encodec einops pyannote.audio asteroid-filterbanks kokoro neuralhydrology flair speechbrain")
+PACKAGES = ("openunmix encodec einops pyannote.audio asteroid-filterbanks kokoro neuralhydrology flair speechbrain "
+            "nemo_toolkit")
 
 # Sums in fp32 in another order, through several layers.
 CLOSE = dict(rtol=1e-4, atol=1e-5)
@@ -55,7 +56,9 @@ def published(*needs, absent=(), bare=(), **given):
     for package in needs:
         if importlib.util.find_spec(package.split(".")[0]) is None:
             pytest.skip(f"{package} is not installed: pip install --no-deps {PACKAGES}")
-    modules = {name: types.SimpleNamespace(**attributes) for name, attributes in given.items()}
+    modules = {name: types.ModuleType(name) for name in given}
+    for name, module in modules.items():
+        vars(module).update(given[name], __path__=[])
     finder = Importer(absent, bare)
     with mock.patch.dict(sys.modules, modules), mock.patch.object(sys, "meta_path", [finder, *sys.meta_path]):
         yield importlib.import_module
@@ -276,40 +279,57 @@ def test_speechbrain(lengths):
     check(model, ["model.rnn"], torch.randn(3, 5, 3, 2), lengths)
 
 
-class Predictor(torch.nn.Module):
-    """The prediction network of an RNN-T (Graves 2012), built and called as NeMo's ``RNNTDecoder``: an embedding whose
-    last row is the blank's and stays zero, then LSTM layers. In training a row of zeros is the start."""
+# The prediction network of an RNN-T (Graves 2012), which decodes label by label
 
-    def __init__(self, vocabulary, units, layers):
+@pytest.fixture
+def rnnt_decoder():
+    """``RNNTDecoder`` of NeMo: its file, that of its base class and that of its LSTM. Stand-ins for configuration,
+    checks of types, export and adapters."""
+    class Adapters:
+        def is_adapter_available(self):
+            return False
+    bare = ["nemo", *(f"nemo.collections{name}" for name in ("", ".asr", ".asr.modules", ".common", ".common.parts"))]
+    given = {"nemo.core": dict(NeuralModule=torch.nn.Module),
+             "nemo.core.classes": dict(adapter_mixins=mock.MagicMock(), typecheck=lambda: lambda method: method),
+             "nemo.core.classes.exportable": dict(Exportable=type("Exportable", (), {})),
+             "nemo.core.classes.mixins": dict(AdapterModuleMixin=Adapters)}
+    absent = ["omegaconf", "nemo.core.neural_types", "nemo.utils", "nemo.collections.asr.parts"]
+    with published("nemo", bare=bare, absent=absent, **given) as load:
+        return load("nemo.collections.asr.modules.rnnt").RNNTDecoder
+
+
+class Outputs(torch.nn.Module):
+    """The outputs and states of a decoder in training."""
+
+    def __init__(self, decoder):
         super().__init__()
-        self.blank = vocabulary
-        self.embed = torch.nn.Embedding(vocabulary + 1, units, padding_idx=vocabulary)
-        self.dec_rnn = torch.nn.ModuleDict({"lstm": torch.nn.LSTM(units, units, layers)})
+        self.decoder = decoder
 
     def forward(self, targets):
-        """(B, U, H) and the last state, for targets (B, U)."""
-        start = torch.full((len(targets), 1), self.blank)
-        y, (h, c) = self.dec_rnn["lstm"](self.embed(torch.cat([start, targets], 1)).transpose(0, 1))
-        return y.transpose(0, 1), h, c
-
-    def predict(self, labels, state):
-        """(B, H) and the new state after one label of each row."""
-        y, state = self.dec_rnn["lstm"](self.embed(labels)[None], state)
-        return y[0], state
+        y, _, (h, c) = self.decoder(targets, None)
+        return y, h, c
 
 
-def greedy(predictor, encoded, joint, step, state, most=3):
-    """Labels of each row and frame, found greedily as by NeMo's decoder that goes label by label: rows in which the
-    blank wins keep their state and go on to the next frame. ``step`` (labels, state) -> y, state. encoded (T, B, H)."""
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+@pytest.mark.parametrize("options", [dict(), dict(rnn_hidden_size=12)], ids=["plain", "projected"])
+def test_nemo_predictor_in_training(rnnt_decoder, options):
+    torch.manual_seed(0)
+    model = Outputs(rnnt_decoder(dict(pred_hidden=9, pred_rnn_layers=2, t_max=6, **options), vocab_size=5))
+    check(model, ["decoder.prediction.dec_rnn.lstm"], torch.randint(5, (3, 6)))
+
+
+def greedy(step, state, joint, encoded, blank, most=3):
+    """Labels of each row and frame, found greedily: rows in which the blank wins keep their state and go on to the next
+    frame. ``step`` (labels, state) -> y, state. encoded (T, B, H) is what an encoder gives."""
     rows, found = encoded.shape[1], []
-    labels = torch.full((rows,), predictor.blank, device=encoded.device)
+    labels = torch.full((rows,), blank, device=encoded.device)
     y, state = step(labels, state)
     for frame in encoded:
         going = torch.ones(rows, dtype=torch.bool, device=encoded.device)
         for _ in range(most):
             best = joint(torch.tanh(frame + y)).argmax(-1)
-            going = going & (best != predictor.blank)
-            found.append(torch.where(going, best, predictor.blank))
+            going = going & (best != blank)
+            found.append(torch.where(going, best, blank))
             labels = torch.where(going, best, labels)
             new_y, new = step(labels, state)
             y = torch.where(going[:, None], new_y, y)
@@ -317,59 +337,66 @@ def greedy(predictor, encoded, joint, step, state, most=3):
     return torch.stack(found), state
 
 
-@pytest.fixture
-def transducer():
-    """A predictor, a joint network and what an encoder gives (T, B, H)."""
-    torch.manual_seed(0)
-    return Predictor(5, 9, layers=2), torch.nn.Linear(9, 6), torch.randn(7, 3, 9)
+class Transducer:
+    """A predictor of NeMo with its ways to take a step, and all that ``greedy`` needs beside it."""
 
+    def __init__(self, rnnt_decoder, device):
+        torch.manual_seed(0)
+        self.predictor = rnnt_decoder(dict(pred_hidden=9, pred_rnn_layers=2), vocab_size=5).to(device)
+        self.blank, self.embed = self.predictor.blank_idx, self.predictor.prediction["embed"]
+        self.joint, self.encoded = torch.nn.Linear(9, 6).to(device), torch.randn(7, 3, 9).to(device)
+        self.state = tuple(torch.zeros(2, 3, 9, device=device) for _ in range(2))
 
-def test_rnnt_predictor_in_training(transducer):
-    predictor, _, _ = transducer
-    check(predictor, ["dec_rnn.lstm"], torch.randint(5, (3, 6)))
+    @property
+    def lstm(self):
+        return self.predictor.prediction["dec_rnn"].lstm
 
+    def decode(self, step):
+        return greedy(step, self.state, self.joint, self.encoded, self.blank)
 
-def graphed_step(predictor, state):
-    """``step`` for ``greedy`` by a CUDA graph of one step, which reads and writes a state of its own."""
-    held = tuple(torch.zeros_like(s) for s in state)
-    rows = torch.zeros(held[0].shape[1], dtype=torch.long, device=held[0].device)
-    act = triton_lstm.make_graphed(predictor.dec_rnn["lstm"], predictor.embed(rows), held)
+    def call(self, labels, state):
+        """As NeMo decodes."""
+        y, state = self.predictor.predict(labels[:, None], state, add_sos=False)
+        return y[:, 0], state
 
-    def step(labels, state):
-        for own, s in zip(held, state):
-            own.copy_(s)
-        return act(predictor.embed(labels)).clone(), tuple(s.clone() for s in held)
-    return step
+    def step(self, labels, state):
+        return self.lstm.step(self.embed(labels), state)
+
+    def graphed(self):
+        """A step by a CUDA graph, which reads and writes a state of its own."""
+        held = tuple(torch.zeros_like(s) for s in self.state)
+        act = triton_lstm.make_graphed(self.lstm, self.encoded[0], held)
+
+        def step(labels, state):
+            for own, s in zip(held, state):
+                own.copy_(s)
+            return act(self.embed(labels)).clone(), tuple(s.clone() for s in held)
+        return step
 
 
 @pytest.mark.parametrize("way", ["call", "step", "graphed"])
-def test_rnnt_predictor_decodes(transducer, way):
-    """Step by step, by the call that NeMo makes, by ``LSTM.step``, and by what a graph is made of. The labels are the
-    same ones: none is decided by a difference as small as a rounding."""
-    predictor, joint, encoded = transducer
-    state = tuple(torch.zeros(2, 3, 9) for _ in range(2))
+def test_nemo_predictor_decodes(rnnt_decoder, way):
+    """The labels are those of the unconverted model: none is decided by a difference as small as a rounding."""
+    transducer = Transducer(rnnt_decoder, "cpu")
     with torch.no_grad():
-        labels, last = greedy(predictor, encoded, joint, predictor.predict, state)
-        assert (labels == predictor.blank).any() and len(labels.unique()) > 3
-        triton_lstm.convert(predictor)
+        labels, last = transducer.decode(transducer.call)
+        assert (labels == transducer.blank).any() and len(labels.unique()) > 3
+        triton_lstm.convert(transducer.predictor)
         with natively(), mock.patch.object(triton_lstm.graphed, "_capture", eager):
-            step = dict(call=lambda: predictor.predict,
-                        step=lambda: lambda labels, s: predictor.dec_rnn["lstm"].step(predictor.embed(labels), s),
-                        graphed=lambda: graphed_step(predictor, state))[way]()
-            got, got_last = greedy(predictor, encoded, joint, step, state)
+            step = transducer.graphed() if way == "graphed" else getattr(transducer, way)
+            got, got_last = transducer.decode(step)
     assert torch.equal(got, labels)
     for a, b in zip(got_last, last, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
 
 
 @pytest.mark.gpu
-def test_rnnt_predictor_decodes_with_a_graph(transducer):
+def test_nemo_predictor_decodes_with_a_graph(rnnt_decoder):
     """Each step is a replay of a CUDA graph, of the same kernel: bit by bit."""
-    predictor, joint, encoded = transducer[0].cuda(), transducer[1].cuda(), transducer[2].cuda()
-    state = tuple(torch.zeros(2, 3, 9, device="cuda") for _ in range(2))
-    triton_lstm.convert(predictor)
+    transducer = Transducer(rnnt_decoder, "cuda")
+    triton_lstm.convert(transducer.predictor)
     with torch.no_grad():
-        labels, last = greedy(predictor, encoded, joint, predictor.predict, state)
-        got, got_last = greedy(predictor, encoded, joint, graphed_step(predictor, state), state)
+        labels, last = transducer.decode(transducer.step)
+        got, got_last = transducer.decode(transducer.graphed())
     assert torch.equal(got, labels)
     assert all(torch.equal(a, b) for a, b in zip(got_last, last, strict=True))

@@ -1,4 +1,5 @@
 """``LSTMCell`` against torch.nn.LSTMCell, and ``LSTM.step`` against the layer over the whole sequence."""
+import contextlib
 import copy
 import pickle
 from unittest import mock
@@ -144,10 +145,12 @@ def test_step_inplace():
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-def test_step_calls_hooks_and_projects():
+@pytest.mark.parametrize("computing", [harness.interpreter, contextlib.nullcontext], ids=["natively", "torch"])
+def test_step_calls_hooks_and_projects(computing):
     layer, seen = triton_lstm.LSTM(6, 9, proj_size=4), []
     layer.register_forward_hook(lambda *args: seen.append(args))
-    y, (h, c) = layer.step(torch.randn(3, 6))
+    with computing():
+        y, (h, c) = layer.step(torch.randn(3, 6))
     assert y.shape == (3, 4) and h.shape == (1, 3, 4) and c.shape == (1, 3, 9) and len(seen) == 1
 
 
@@ -156,9 +159,10 @@ def test_step_calls_hooks_and_projects():
     (dict(), (6,), {}, r"\(B, I\)"), (dict(), (3, 6), dict(inplace=True), "needs a state"),
     (dict(), (3, 6), dict(state=(torch.zeros(1, 3, 9),) * 2, inplace=True), "no_grad"),
 ], ids=lambda v: str(v)[:25])
-def test_step_errors(options, shape, keywords, message):
+@pytest.mark.parametrize("computing", [harness.interpreter, contextlib.nullcontext], ids=["natively", "torch"])
+def test_step_errors(options, shape, keywords, message, computing):
     layer = triton_lstm.LSTM(6, 9, **options)
-    with pytest.raises(ValueError, match=message):
+    with computing(), pytest.raises(ValueError, match=message):
         layer.step(torch.zeros(shape), **keywords)
     for s in keywords.get("state", ()):
         assert not s.any()                      # unchanged

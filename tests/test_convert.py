@@ -1,9 +1,7 @@
 """``convert`` and ``to_torch``: modules and parameters stay the same objects, results stay the same, and the layers
-that cannot be converted are returned with reasons."""
+that cannot be converted are returned with reasons. Published models are in ``test_published.py``."""
+import contextlib
 import copy
-import importlib
-import importlib.util
-import sys
 from unittest import mock
 
 import pytest
@@ -104,7 +102,8 @@ def test_interpreter_runs_the_kernels(model, monkeypatch):
     assert len(calls) == 5                      # two for the frozen layer, two for the shared one, one for the other
 
 
-def test_optimizer_goes_on(model):
+@pytest.mark.parametrize("natively", [False, True], ids=["torch", "natively"])
+def test_optimizer_goes_on(model, natively):
     """Converting a model in the middle of its training, with Adam and a scheduler, gives the same weights in the
     end."""
     other = copy.deepcopy(model)
@@ -116,10 +115,12 @@ def test_optimizer_goes_on(model):
             if converts and step == 3:
                 triton_lstm.convert(m)
             optimizer.zero_grad()
-            m(x).square().sum().backward()
+            with harness.interpreter() if natively else contextlib.nullcontext():
+                m(x).square().sum().backward()
             optimizer.step()
             scheduler.step()
-    assert_same(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+    # Adam moves a weight by 0.01 at a step at most, and in proportion to the relative error of its gradient
+    assert_same(model.state_dict(), other.state_dict(), rtol=0, atol=1e-6 if natively else 0)
 
 
 def test_hooks(model):
@@ -137,12 +138,18 @@ def test_hooks(model):
     assert seen == [("before", layer)] * 4
 
 
+@pytest.mark.filterwarnings("ignore:triton_lstm.LSTM uses torch's own LSTM. torch.float64:UserWarning")
+@pytest.mark.parametrize("natively", [False, True], ids=["torch", "natively"])
 @pytest.mark.parametrize("kind", [torch.float64, torch.float16], ids=str)
-def test_dtype(model, kind):
+def test_dtype(model, kind, natively):
+    x, other = torch.randn(3, 5, 4, dtype=kind), copy.deepcopy(model).to(kind)
     model.to(kind)
     triton_lstm.convert(model)
-    assert model.again.weight_hh_l0.dtype == kind and model(torch.randn(3, 5, 4, dtype=kind)).dtype == kind
-    assert model.float().again.weight_hh_l0.dtype == torch.float32 and model(torch.randn(3, 5, 4)).isfinite().all()
+    assert model.again.weight_hh_l0.dtype == kind
+    with harness.interpreter() if natively else contextlib.nullcontext():
+        torch.testing.assert_close(model(x), other(x), rtol=0, atol=4 * torch.finfo(kind).eps)
+        assert model.float().again.weight_hh_l0.dtype == torch.float32
+        torch.testing.assert_close(model(x.float()), other.float()(x.float()))
 
 
 def test_the_model_itself():
@@ -214,43 +221,6 @@ def test_a_class_in_the_place_of_torchs(model, monkeypatch):
     assert type(model.again).__module__ == "torch.nn.modules.rnn"
 
 
-def published(name, *needs):
-    """A module of a published package. It imports torchaudio to read files, which the network does not need."""
-    for package in (name.split(".")[0], *needs):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install --no-deps openunmix encodec einops")
-    with mock.patch.dict(sys.modules, torchaudio=mock.MagicMock()):
-        return importlib.import_module(name)
-
-
-def check_published(model, layers, x):
-    want = results(model, x)
-    assert triton_lstm.convert(model) == (layers, {})
-    assert_same(results(model, x), want, rtol=0, atol=0)
-    with harness.interpreter():
-        assert_same(results(model, x), want, rtol=1e-4, atol=1e-5)
-    assert triton_lstm.to_torch(model).swapped == layers
-    assert_same(results(model, x), want, rtol=0, atol=0)
-
-
-def test_open_unmix():
-    """Three bidirectional layers between linear ones (Stöter et al. 2019). Dropout is off, because it is random."""
-    openunmix = published("openunmix.model")
-    torch.manual_seed(0)
-    check_published(openunmix.OpenUnmix(nb_bins=12, nb_channels=2, hidden_size=16).eval(), ["lstm"],
-                    torch.rand(3, 2, 12, 5))
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
-def test_encodec():
-    """Encoder and decoder of EnCodec (Défossez et al. 2022): convolutions around two layers with a skip connection."""
-    encodec = published("encodec.modules", "einops")
-    torch.manual_seed(0)
-    options = dict(channels=1, dimension=8, n_filters=2, ratios=[4, 2], lstm=2)
-    model = torch.nn.Sequential(encodec.SEANetEncoder(**options, norm="weight_norm"), encodec.SEANetDecoder(**options))
-    check_published(model, ["0.model.7.lstm", "1.model.1.lstm"], torch.randn(2, 1, 40))
-
-
 class Library(torch.nn.Module):
     """Makes its layers inside, and more of them at each call, as code does that one cannot edit."""
 
@@ -302,9 +272,10 @@ def test_everywhere():
         torch.testing.assert_close(got[name], value, msg=name)
 
 
-def test_everywhere_ends_with_an_exception():
+@pytest.mark.parametrize("computing", [harness.interpreter, contextlib.nullcontext], ids=["natively", "torch"])
+def test_everywhere_ends_with_an_exception(computing):
     before, layer = torch.nn.LSTM.forward, torch.nn.LSTM(4, 6)
-    with pytest.raises(RuntimeError, match="must be equal to input_size"), triton_lstm.everywhere():
+    with computing(), pytest.raises(RuntimeError, match="must be equal to input_size"), triton_lstm.everywhere():
         layer(torch.randn(3, 2, 4))
         assert type(layer) is triton_lstm.LSTM
         layer(torch.randn(3, 2, 5))

@@ -137,10 +137,9 @@ def test_state_dict_convert_and_training():
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))],
                          ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize("kind", KINDS, ids=["torchs", "ours"])
-def test_copies_drop_too(how, kind):
+def test_copies_drop_too(how, make):
     """Copies of a layer that has run a forward drop weights too, and each has a handle of its own."""
-    layer, x = kind(4, 6), torch.randn(5, 3, 4)
+    layer, x = make(4, 6), torch.randn(5, 3, 4)
     drop = triton_lstm.drop_connect(layer, 0.5)
     layer(x)
     twin = how(layer)

@@ -1,4 +1,5 @@
 """``gates``, compared with the equations step by step, and ``plot_gates``, which draws them."""
+import contextlib
 import sys
 from unittest import mock
 
@@ -8,6 +9,8 @@ import torch
 import harness
 import triton_lstm
 from triton_lstm.inspection import Gates
+
+both = pytest.mark.parametrize("computing", [harness.interpreter, contextlib.nullcontext], ids=["natively", "torch"])
 
 
 def written_out(layer, x, hx):
@@ -64,24 +67,28 @@ def test_equations(options, kind, interpreted):
                 torch.testing.assert_close(value, right[name].float(), rtol=1e-5, atol=2e-6)
 
 
-def test_they_make_the_output():
-    """o tanh(c) of the last layer is y; also for unbatched input, and in float64."""
+@pytest.mark.parametrize("computing, dtype", [(contextlib.nullcontext, torch.float64),
+                                              (harness.interpreter, torch.float32)], ids=["torch", "natively"])
+def test_they_make_the_output(computing, dtype):
+    """o tanh(c) of the last layer is y; also for unbatched input, and in float64, which torch computes."""
     torch.manual_seed(0)
-    layer, x = triton_lstm.LSTM(4, 7, num_layers=2, batch_first=True).double(), torch.randn(5, 4).double()
-    hx = (torch.randn(2, 7).double(), torch.randn(2, 7).double())
-    y, (_, c) = layer(x, hx)
-    first, last = triton_lstm.gates(layer, x, hx)
-    assert last.c.dtype == torch.float64 and last.c.shape == (5, 1, 7)
+    layer, x = triton_lstm.LSTM(4, 7, num_layers=2, batch_first=True, dtype=dtype), torch.randn(5, 4, dtype=dtype)
+    hx = torch.randn(2, 2, 7, dtype=dtype).unbind()
+    with computing():
+        y, (_, c) = layer(x, hx)
+        first, last = triton_lstm.gates(layer, x, hx)
+    assert last.c.dtype == dtype and last.c.shape == (5, 1, 7)
     torch.testing.assert_close(last.o[:, 0] * last.c[:, 0].tanh(), y.detach())
     torch.testing.assert_close(torch.stack([first.c[-1, 0], last.c[-1, 0]]), c.detach())
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_16_bit(dtype):
+def test_16_bit(dtype, computing):
     """Gates are computed in fp32 from h in the layer's type. Autocast does not change that."""
     torch.manual_seed(0)
     layer, x = triton_lstm.LSTM(4, 7).to(dtype), torch.randn(5, 3, 4).to(dtype)
-    with torch.autocast("cpu", torch.bfloat16):
+    with computing(), torch.autocast("cpu", torch.bfloat16):
         got, = triton_lstm.gates(layer, x)
     want, = written_out(layer, x, [torch.zeros(1, 3, 7)] * 2)
     for name, value in got._asdict().items():
@@ -89,10 +96,12 @@ def test_16_bit(dtype):
         torch.testing.assert_close(value, want[name].float(), rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
-def test_empty_sequence_and_batch():
+@both
+def test_empty_sequence_and_batch(computing):
     layer = triton_lstm.LSTM(4, 7)
-    assert triton_lstm.gates(layer, torch.zeros(0, 3, 4))[0].c.shape == (0, 3, 7)
-    assert triton_lstm.gates(layer, torch.zeros(5, 0, 4))[0].i.shape == (5, 0, 7)
+    with computing():
+        assert triton_lstm.gates(layer, torch.zeros(0, 3, 4))[0].c.shape == (0, 3, 7)
+        assert triton_lstm.gates(layer, torch.zeros(5, 0, 4))[0].i.shape == (5, 0, 7)
 
 
 def test_errors():

@@ -40,7 +40,7 @@ def recorded(found):
     (160, "grid", torch.float16, PORTABLE), (1056, "streamed", torch.bfloat16, PORTABLE),
     (32, "resident", torch.bfloat16, H200), (33, "resident", torch.float32, H200),
     (128, "resident", torch.float16, H200), (160, "cluster", torch.float16, H200),
-    (100, "cluster", torch.float32, H200)], ids=str)
+    (100, "cluster", torch.float32, H200)], ids=lambda v: {PORTABLE: "plain Triton", H200: "H200"}.get(v, str(v)))
 def test_launch_compiles_what_the_tests_compile(H, schedule, dtype, limits, inputs):
     """A launch compiles the same kernel as ``offline.compile_plan``, so it finds that in Triton's cache."""
     if schedule == "cluster" and limits.cluster < 2:

@@ -8,8 +8,9 @@ import warnings
 
 import pytest
 import torch
+from torch.ao.nn.quantized import reference
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import harness
 import triton_lstm
@@ -160,6 +161,47 @@ def test_script_says_what_to_do(where):
     right = model(*given)
     triton_lstm.to_torch(model)
     close(torch.jit.script(model)(*given), right)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_script_module_says_what_to_do(where):
+    """A class of TorchScript compiles its layer itself. torch's own message then shows the line that says it."""
+    def scripted(layer):
+        class Scripted(torch.jit.ScriptModule):
+            def __init__(self):
+                super().__init__()
+                self.lstm = layer
+
+            @torch.jit.script_method
+            def forward(self, x: PackedSequence) -> tuple[PackedSequence, tuple[torch.Tensor, torch.Tensor]]:
+                return self.lstm(x)
+        return Scripted()
+
+    layer, packed = make(num_layers=2), pack_padded_sequence(torch.randn(4, 3, I), torch.tensor([4, 2, 1]))
+    with pytest.raises(torch.jit.frontend.NotSupportedError, match=r"call triton_lstm.to_torch\(layer\) before"):
+        scripted(layer)
+    y, state = layer(packed)
+    triton_lstm.to_torch(layer)
+    got, got_state = scripted(layer)(packed)
+    close([got.data, *got_state], [y.data, *state])
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, .* are deprecated:UserWarning")
+def test_a_layer_beside_its_reference_quantized_module(where):
+    """The module of torch.ao that computes with rounded weights: by our layer with the same weights assigned."""
+    def rounded(weight):
+        return torch.quantize_per_tensor(weight, 0.05, 5, torch.qint8).dequantize()
+    torch.manual_seed(0)
+    layer, x = make(num_layers=2, bidirectional=True), torch.randn(4, 2, I)
+    weights = [name for name in layer._flat_weights_names if name.startswith("weight")]
+    how = dict(qscheme=torch.per_tensor_affine, dtype=torch.qint8, scale=0.05, zero_point=5, is_decomposed=False)
+    quantized = reference.LSTM.from_float(layer, dict.fromkeys(weights, how) | dict(is_decomposed=False))
+    before = layer(x)[0]
+    layer._flat_weights = [rounded(w.detach()) if name in weights else w
+                           for name, w in zip(layer._flat_weights_names, layer._flat_weights)]
+    (y, state), (want, want_state) = layer(x), quantized(x)
+    close([y, *state], [want, *want_state])
+    assert (y - before).abs().max() > 1e-3
 
 
 def test_assigned_flat_weights_are_computed_with(where):

@@ -1,5 +1,6 @@
 """Lengths and resets, and the step flags that kernels get for them: in the layer, and in every kernel of plain
 Triton."""
+import contextlib
 import dataclasses
 from unittest import mock
 
@@ -111,14 +112,16 @@ def test_lengths_beyond_the_steps_count_as_the_nearest():
     (dict(lengths=torch.ones(2)), ValueError, "lengths must be integers, got torch.float32"),
     (dict(reset=torch.ones(5, 2)), ValueError, "reset must be bool, got torch.float32"),
     (dict(reset=torch.ones(2, 5, dtype=torch.bool)), ValueError, r"reset must have the shape \(5, 2\), got \(2, 5\)")])
-def test_bad_lengths_and_resets(options, error, message):
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize("computing", [harness.interpreter, contextlib.nullcontext], ids=["natively", "torch"])
+def test_bad_lengths_and_resets(options, error, message, computing):
+    with computing(), pytest.raises(error, match=message):
         triton_lstm.LSTM(3, 4)(torch.randn(5, 2, 3), **options)
 
 
-def test_lengths_need_padded_input():
+@pytest.mark.parametrize("computing", [harness.interpreter, contextlib.nullcontext], ids=["natively", "torch"])
+def test_lengths_need_padded_input(computing):
     packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, 3)])
-    with pytest.raises(ValueError, match="padded input, got PackedSequence"):
+    with computing(), pytest.raises(ValueError, match="padded input, got PackedSequence"):
         triton_lstm.LSTM(3, 4)(packed, lengths=torch.tensor([2]))
 
 

@@ -1,4 +1,5 @@
 """Zoneout: the masks, the kernels against the equations with the same masks, and the layer's interface."""
+import contextlib
 import copy
 import dataclasses
 import pickle
@@ -404,13 +405,14 @@ def test_interface():
 
 
 @pytest.mark.parametrize("zoneout", [-0.1, 1.5, float("nan"), (0.1, 2), (0.1,), (0.1, 0.2, 0.3)], ids=str)
-def test_wrong_rates(zoneout):
+@pytest.mark.parametrize("computing", [harness.interpreter, contextlib.nullcontext], ids=["natively", "torch"])
+def test_wrong_rates(zoneout, computing):
     x, w, r = torch.zeros(3, 2, 4), torch.zeros(20, 4), torch.zeros(20, 5)
     layer = triton_lstm.LSTM(4, 5)
     layer.zoneout = zoneout
     for call in (lambda: triton_lstm.LSTM(4, 5, zoneout=zoneout), lambda: triton_lstm.lstm(x, w, r, zoneout=zoneout),
                  lambda: layer(x)):
-        with pytest.raises(ValueError, match="zoneout must be a probability or a pair of them"):
+        with computing(), pytest.raises(ValueError, match="zoneout must be a probability or a pair of them"):
             call()
 
 

@@ -102,6 +102,7 @@ class LSTM(torch.nn.RNNBase):
     permute_hidden = _TorchLSTM.permute_hidden                      # pyright: ignore[reportAssignmentType]
 
     def forward(self, input: Tensor | PackedSequence, hx: Sequence[Tensor] | None = None, *,
+                # torch.jit.ScriptModule stops here and shows these lines: call triton_lstm.to_torch(layer) before
                 lengths: Tensor | None = None, reset: Tensor | None = None) -> tuple[Any, Any]:
         """As ``torch.nn.LSTM.forward``, with two more arguments.
 

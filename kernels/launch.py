@@ -73,7 +73,7 @@ LOOPS = {
         _grid(plan), R_SLICES=plan.r_slices, BLOCK_B=plan.block_b)),
 }
 COEFFICIENTS, PREVIOUS, STATES, FLAGS = coefficients, previous, states, write_flags
-BEFORE_LOOPS = {"coefficients", "previous", "states"}   # run before a backward loop, by name: no R, no products
+BEFORE_LOOPS = {"coefficients", "previous", "states", "write_flags"}        # run before a loop, by name: no R
 STEP = forward_step
 # That ``forward_step`` reads through L2, tile by tile: 0.15 ms at an assumed 3.5 TB/s, which the host takes for
 # a call of the general way. With more rows and units, products of larger tiles are worth that.

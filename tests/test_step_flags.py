@@ -202,7 +202,7 @@ def test_emulated(schedule, flagged, arch):
 def test_flagged_loops_neither_spill_nor_lose_r(dtype, hidden_size):
     plan = make_plan(64, hidden_size, dtype, limits=PORTABLE)
     for name, kernel in compile_plan(plan, dtype, 90, flagged=True).items():
-        if name == "previous":          # which has no loop
+        if name in ("previous", "write_flags"):         # which have no loop
             assert machine_code.read(kernel).stack == 0
             continue
         loop = machine_code.read(kernel).time_loop

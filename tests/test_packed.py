@@ -218,7 +218,7 @@ def test_loops_neither_spill_nor_lose_r(limits, dtype, hidden_size):
     plan = make_plan(64, hidden_size, dtype, limits=limits)
     flagged = compile_plan(plan, dtype, 90, flagged=True)
     for name, kernel in compile_plan(plan, dtype, 90, packed=True).items():
-        if name == "previous":          # which has no loop
+        if name in ("previous", "write_flags"):         # which have no loop
             assert machine_code.read(kernel).stack == 0
             continue
         loop = machine_code.read(kernel).time_loop

@@ -199,7 +199,7 @@ def test_what_is_left():
 
     replaced = torch.nn.LSTM(2, 3)
     replaced.forward = lambda x: x
-    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+    with pytest.warns(Warning, match="`torch.jit.script` is deprecated"):
         scripted = torch.jit.script(torch.nn.LSTM(2, 3))
     model = torch.nn.ModuleDict(dict(own=Own(2, 3), replaced=replaced, scripted=scripted, gru=torch.nn.GRU(2, 3),
                                      ours=OurOwn(2, 3),

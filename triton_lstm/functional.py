@@ -231,9 +231,11 @@ def check(x, sizes, weight_ih, weight_hh, bias, h0, c0, weight_hr=None):
 
 def _symbolic_keep_every(B, H, D):
     """``keep_every_for`` as an expression of symbolic sizes: a comparison would tie the graph to a range of batch
-    sizes."""
-    steps = BACKWARD_ELEMENTS // (H * D * torch.sym_max(B, 1))
-    return torch.sym_min(torch.sym_max(steps, 16), KEEP_EVERY)
+    sizes. Dynamo makes such expressions of max and min itself, and that of torch 2.10 takes no ``sym_max`` of plain
+    integers."""
+    larger, smaller = (max, min) if torch.compiler.is_dynamo_compiling() else (torch.sym_max, torch.sym_min)
+    steps = BACKWARD_ELEMENTS // (H * D * larger(B, 1))
+    return smaller(larger(steps, 16), KEEP_EVERY)
 
 
 def flags_of(T, B, D, lengths, reset, batch_sizes, device, plain):

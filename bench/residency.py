@@ -112,7 +112,7 @@ def read_plans(workloads, arch=90):
         plan, dtype, flagged, inputs, gates = key
         kernels = compile_plan(plan, dtype_of(dtype), arch, flagged=flagged, inputs=inputs, keep_gates=gates)
         compiled[key] = [next(read(kernel) for name, kernel in kernels.items() if name.startswith(which))
-                      for which in ("forward", "backward")]
+                         for which in ("forward", "backward")]
     return [Residency(w.name, w.dtype, keys[w.name][0], *compiled[keys[w.name]]) if w.name in keys else
             Residency(w.name, w.dtype, reason=reasons[w.name]) for w in workloads]
 

@@ -216,7 +216,6 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B,
             live = (flags & LIVE) != 0
             upcoming = first + tl.minimum(s + 1, S - 1)
             next_flags = load_flags(flags_ptr, tl.where(d == 0, upcoming, T - 1 - upcoming).to(tl.int64), row, B)
-            first_h = c_prev
             if DIRECTIONS == 2:     # a row that has not begun yet keeps its first h
                 first_h = tl.load(h_ptr + row * (DIRECTIONS * H) + d * H + unit, mask=mask & ((flags & LIVE) == 0),
                                   other=0.).to(tl.float32)

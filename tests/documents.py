@@ -1,4 +1,4 @@
-"""The documents of the project and what can be tested of them: Python snippets, command lines, links and headings."""
+"""The documents of the project and what can be tested of them: Python snippets and command lines."""
 import ast
 import contextlib
 import dataclasses
@@ -68,8 +68,8 @@ def snippets(page):
 
 
 def run(snippet, namespace):
-    """Run a snippet in ``namespace``, as it is printed. Comment lines after a ``print`` are what it must print, but for
-    line breaks."""
+    """Run a snippet in ``namespace``, as it is printed. Comment lines after a ``print`` are what it must print. Line
+    breaks need not be the same."""
     lines = snippet.text.splitlines()
     tree = ast.parse(snippet.text)
     for statement in tree.body:
@@ -121,21 +121,3 @@ def commands(page, program):
         for part in re.split(r"&&|\s#\s", line):
             if match := re.fullmatch(re.escape(program) + r"(?:\s+(.*))?", part.strip()):
                 yield match[1] or ""
-
-
-def links(page):
-    """(number of the line, target) of each link and picture."""
-    for block in blocks(page):
-        if block.fence is None and not block.text.startswith("    "):
-            for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", block.text)):
-                yield block.line, target
-
-
-def anchors(page):
-    """What links to headings of a document are called."""
-    found = []
-    for block in blocks(page):
-        if block.fence is None and block.text.startswith("#"):
-            slug = re.sub(r"[^\w\- ]", "", block.heading.lower()).replace(" ", "-")
-            found.append(slug if slug not in found else f"{slug}-{found.count(slug)}")
-    return found

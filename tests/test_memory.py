@@ -39,7 +39,7 @@ def test_nothing_is_kept_without_gradients():
     x, w, r = torch.randn(9, 2, 3), torch.randn(20, 3), torch.randn(20, 5)
     with harness.interpreter():
         *_, kept, gates = triton_lstm.op.lstm_op(x, w[None], r[None], None, *[torch.zeros(1, 2, 5)] * 2, None, None, "",
-                                                 2, False, True)
+                                                 2, False, 9)
     assert kept.shape == (0, 1, 2, 5) and gates.shape == (0, 20)
 
 

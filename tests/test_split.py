@@ -149,9 +149,9 @@ def test_a_lost_part_of_r_is_caught():
 
 
 def check_compiled(plan, dtype, arch=90, flagged=False):
-    """In both time loops R is in registers, in a wide plan a part of it, a step has at most two barriers, and nothing
-    spills, but for one word of a wide plan, whose R fills the registers. R in shared memory is read once a step, 512
-    bytes by a warp at a time. In backward every warp reads the four da of 16 rows likewise."""
+    """In both time loops R is in registers, in a wide plan a part of it, and a step has at most two barriers. Nothing
+    spills. Only a wide plan may spill one word, because its R fills the registers. R in shared memory is read once a
+    step, 512 bytes by a warp at a time. In backward every warp reads the four da of 16 rows likewise."""
     kernels = compile_plan(plan, dtype, arch, flagged=flagged)
     for name in ("forward_split", *["backward_split"] * (plan.backward.kind == "split")):
         report = read(kernels[name])

@@ -10,6 +10,7 @@ import triton_lstm
 from triton_lstm import make_plan, warming
 from triton_lstm.kernels import launch, offline
 from triton_lstm.plan import H200
+from triton_lstm.tuned import FLAGS, PACKED, PADDED
 
 GPU = torch.device("cuda", 0)
 
@@ -21,9 +22,9 @@ def on_h200(avoided=frozenset()):
     return stack
 
 
-def jobs(layers, batch=16, dtype=None, lengths=False, packed=False):
+def jobs(layers, batch=16, dtype=None, sequences=PADDED):
     with on_h200():
-        return warming.jobs_of(layers, batch, dtype, GPU, lengths, packed)
+        return warming.jobs_of(layers, batch, dtype, GPU, sequences)
 
 
 def test_each_plan_once():
@@ -46,11 +47,11 @@ def test_each_plan_once():
 def test_options_reach_the_compiler():
     zoned, own = triton_lstm.LSTM(100, 64, zoneout=0.1), triton_lstm.LSTM(100, 64)
     own.plan = dataclasses.replace(make_plan(16, 64, torch.float16), keep_every=7)
-    found = jobs([zoned, own], dtype=torch.float16, lengths=True)
+    found = jobs([zoned, own], dtype=torch.float16, sequences=FLAGS)
     (plan, dtype, options), _, (of_own, _, _) = found       # calls with a plan of their own keep no gates
     assert dtype == torch.float16
     assert options == dict(flagged=True, packed=False, zoneout="drawn", inputs=64, keep_gates=False)
-    assert [options["packed"] for _, _, options in jobs([own], dtype=torch.float16, packed=True)] == [True]
+    assert [options["packed"] for _, _, options in jobs([own], dtype=torch.float16, sequences=PACKED)] == [True]
     assert plan == make_plan(16, 64, torch.float16, zoneout=True) and of_own == own.plan
     own.keep_gates = True
     assert [options["keep_gates"] for _, _, options in jobs([own])] == [False, True]
@@ -76,6 +77,11 @@ def test_warm():
             mock.patch.object(triton_lstm.op, "no_kernels", lambda device: None), \
             pytest.warns(UserWarning, match="could not compile .*no compiler"):
         assert triton_lstm.warm(model, 16, seconds=5.) == [plan]
+        for given in (dict(lengths=True), dict(packed=True), dict(lengths=True, packed=True)):
+            triton_lstm.warm(model, 16, **given)
+            found = {kind for _, _, options in compiled.pop()[0][:-1] for kind, asked in options.items()
+                     if kind in ("flagged", "packed") and asked}
+            assert found == {"flagged" if kind == "lengths" else kind for kind in given}
     options = dict(flagged=False, packed=False, zoneout=None, inputs=64)
     step = launch.step_of(16, 100, 64, 1, "tf32"), torch.float32, dict(bias=True)
     assert compiled == [([*((plan, torch.float32, dict(options, keep_gates=kept)) for kept in (False, True)), step],

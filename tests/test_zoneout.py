@@ -496,7 +496,7 @@ def test_compile_full_graph():
 def test_operator_passes_torchs_own_checks(drawn):
     x, w, r, b, h0, c0 = (t.requires_grad_() for t in Problem(3, 2, 4, 5).tensors()[0])
     with harness.interpreter():
-        torch.library.opcheck(triton_lstm.op.lstm_op, (x, w, r, b, h0, c0, None, None, "", 2, True, False, 0,
+        torch.library.opcheck(triton_lstm.op.lstm_op, (x, w, r, b, h0, c0, None, None, "", 2, True, 0,
                                                        seed_of(0) if drawn else None, *RATES))
 
 

@@ -192,7 +192,7 @@ def one_of(layers, x, weight_ih, weight_hh, bias, hx, weight_hr, lengths, reset,
     flags = flags_of(T, B, D, lengths, reset, batch_sizes, x.device, op.plain(lengths, reset))
     # vmap hides whether what it wraps requires grad
     save = torch.is_grad_enabled() and (transformed() or any(t is not None and t.requires_grad for t in inputs))
-    steps, gates_steps = keep_every if plan is None else plan.keep_every, 0
+    steps, gates_steps = keep_every if plan is None else plan.keep_every, T if keep_gates else 0
     if steps is None and torch.compiler.is_compiling():
         steps = _symbolic_keep_every(B, H, D)
         if keep_gates is None and save and not transformed():
@@ -204,9 +204,9 @@ def one_of(layers, x, weight_ih, weight_hh, bias, hx, weight_hr, lengths, reset,
             raise PlanError(reason)
         steps = automatic.keep_every
         if keep_gates is None:
-            keep_gates = save and not transformed() and automatic.keeps_gates(T, layers)
+            gates_steps = T if save and not transformed() and automatic.keeps_gates(T, layers) else 0
     y, h_n, c_n, *_ = differentiable(lstm_op, *inputs, flags, batch_sizes, plan.encode() if plan else "", steps, save,
-                                     bool(keep_gates), gates_steps, seed, *map(float, rates))
+                                     gates_steps, seed, *map(float, rates))
     return y, (h_n, c_n)
 
 

@@ -183,9 +183,8 @@ def without_autocast(x):
 
 def _lstm(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor,
           c0: torch.Tensor, flags: torch.Tensor | None, batch_sizes: torch.Tensor | None, plan: str, keep_every: int,
-          save: bool, keep_gates: bool = False, gates_steps: int = 0, seed: torch.Tensor | None = None,
-          rate_h: float = 0., rate_c: float = 0.
-          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+          save: bool, gates_steps: int = 0, seed: torch.Tensor | None = None, rate_h: float = 0.,
+          rate_c: float = 0.) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if (not (save or plan or rate_h or rate_c) and flags is None and batch_sizes is None and len(x) == 1
             and (precision := one_step_precision(
                 x.shape[:-1].numel(), x.dtype, x.device, x.shape[-1], r.shape[-1], len(r)))):
@@ -196,7 +195,7 @@ def _lstm(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | N
         zoneout = _zoneout(seed, rate_h, rate_c)
         chosen = plan_for(x, h0, plan, keep_every, zoneout is not None,
                           sequences_of(flags is not None, batch_sizes is not None))
-        keep_gates = keep_gates or len(x if batch_sizes is None else batch_sizes) <= gates_steps
+        keep_gates = len(x if batch_sizes is None else batch_sizes) <= gates_steps
         return sequence.forward(x, w, r, b, h0, c0, flags, chosen, save, batch_sizes, zoneout, keep_gates=keep_gates)
 
 
@@ -204,12 +203,12 @@ lstm_op = torch.library.custom_op("triton_lstm::lstm", _lstm, mutates_args=())
 
 
 @lstm_op.register_fake
-def _(x, w, r, b, h0, c0, flags, batch_sizes, plan, keep_every, save, keep_gates=False, gates_steps=0, seed=None,
-      rate_h=0., rate_c=0.):
+def _(x, w, r, b, h0, c0, flags, batch_sizes, plan, keep_every, save, gates_steps=0, seed=None, rate_h=0.,
+      rate_c=0.):
     T = (x if batch_sizes is None else batch_sizes).shape[0]
     D, B, H = h0.shape
     # 1 or 0. A comparison of T would tie the graph to a range of lengths.
-    keeps = int(keep_gates) or torch.sym_min(gates_steps // torch.sym_max(T, 1), 1)
+    keeps = torch.sym_min(gates_steps // torch.sym_max(T, 1), 1)
     kept = keeps * T + (1 - keeps) * (torch.sym_max(T - 1, 0) // keep_every) if save else 0
     rows = keeps * D * (x.shape[0] if batch_sizes is not None else T * B) if save else 0
     return (x.new_empty(*x.shape[:-1], D * H), x.new_empty(D, B, H), x.new_empty(D, B, H),
@@ -243,7 +242,7 @@ def _(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, batch_sizes, y, kept, gates, pl
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.plan, ctx.keep_every, _, _, _, seed, rate_h, rate_c = inputs
+    *tensors, ctx.plan, ctx.keep_every, _, _, seed, rate_h, rate_c = inputs
     ctx.rates = rate_h, rate_c
     y, _, _, kept, gates = output
     ctx.save_for_backward(*tensors, y, kept, gates, seed)

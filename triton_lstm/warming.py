@@ -11,6 +11,7 @@ from .kernels.launch import step_of
 from .kernels.offline import compile_apart
 from .layer import LSTM
 from .plan import Plan
+from .tuned import FLAGS, PACKED, PADDED
 
 
 def warm(model: torch.nn.Module, batch: int, dtype: torch.dtype | None = None, *, lengths: bool = False,
@@ -44,7 +45,9 @@ def warm(model: torch.nn.Module, batch: int, dtype: torch.dtype | None = None, *
             continue
         of_device = [layer for layer in layers if device_of(layer) == device]
         major, minor = torch.cuda.get_device_capability(device)
-        jobs = jobs_of(of_device, batch, dtype, device, lengths, packed) + steps_of(of_device, batch, dtype, device)
+        kinds = [FLAGS] * bool(lengths) + [PACKED] * bool(packed) or [PADDED]
+        jobs = [job for kind in kinds for job in jobs_of(of_device, batch, dtype, device, kind)]
+        jobs += steps_of(of_device, batch, dtype, device)
         plans += dict.fromkeys(plan for plan, _, _ in jobs if isinstance(plan, Plan))
         for (plan, _, _), error in compile_apart(jobs, 10 * major + minor, seconds):
             if error is not None:
@@ -52,15 +55,16 @@ def warm(model: torch.nn.Module, batch: int, dtype: torch.dtype | None = None, *
     return plans
 
 
-def jobs_of(layers, batch, dtype, device, lengths=False, packed=False):
-    """What ``compile_apart`` takes for such layers: (plan, dtype, options of ``compile_plan``), each once."""
+def jobs_of(layers, batch, dtype, device, sequences):
+    """What ``compile_apart`` takes for such layers: (plan, dtype, options of ``compile_plan``), each once. sequences:
+    ``tuned.Call.sequences``."""
     jobs = {}
     for layer in layers:
         D, H = 2 if layer.bidirectional else 1, layer.hidden_size
         of_layer = dtype or layer.weight_hh_l0.dtype
         zoned = any(zoneout_rates(layer.zoneout))
         plan, _ = (layer.plan, None) if layer.plan else op.on_device(
-            batch, H, of_layer, D, device, None, zoned, op.sequences_of(lengths, packed), measure=False) if (
+            batch, H, of_layer, D, device, None, zoned, sequences, measure=False) if (
             of_layer in DTYPES) else (None, None)
         if plan is None:
             continue
@@ -68,7 +72,7 @@ def jobs_of(layers, batch, dtype, device, lengths=False, packed=False):
         ways = [False] if layer.keep_gates is False or layer.plan and not layer.keep_gates else [False, True]
         for width, keep_gates in itertools.product(widths_of(layer), ways):
             # only a width that the time loop multiplies makes other kernels
-            options = dict(flagged=lengths, packed=packed, zoneout="drawn" if zoned else None,
+            options = dict(flagged=sequences == FLAGS, packed=sequences == PACKED, zoneout="drawn" if zoned else None,
                            inputs=width if plan.multiplies_input(width) else 64, keep_gates=keep_gates)
             jobs.setdefault((plan, of_layer, *options.values()), (plan, of_layer, options))
     return list(jobs.values())

@@ -2,6 +2,8 @@
 times. Without a GPU."""
 import csv
 import dataclasses
+import math
+import statistics
 import sys
 from unittest import mock
 
@@ -13,8 +15,9 @@ from bench import __main__ as command
 from bench import fit, loops, residency
 from bench.workloads import WORKLOADS
 from triton_lstm import make_plan
-from triton_lstm.plan import H200, Plan, check_plan, step_cycles
+from triton_lstm.plan import H200, Plan, check_plan, cost, step_cycles
 
+RESULTS = command.RESULTS
 LOOPS_WORKER = """
 import json, sys, time
 say = lambda **found: print(json.dumps(found), flush=True)
@@ -121,6 +124,32 @@ def test_fit_to_machine_code(capsys):
     assert "# fitted to bounds from machine code, 4 loops" in text and "EXCHANGE" not in text
     old, new = (float(line.split("most ")[1].split("%")[0]) for line in text.splitlines() if "differ by" in line)
     assert new <= old and {constant: fit.get(constant) for constant in fit.CONSTANTS} == before
+
+
+def test_bounds_of_the_committed_plans():
+    """What bench/NOTES.md says of the cost model and of the plans that it prefers. The file has bounds from machine
+    code; it is data, and a change of the kernels does not change it."""
+    with open(RESULTS / "bounds.csv", newline="") as file:
+        found = [(row, Plan.decode(row["plan"]), residency.LIMITS[int(row["arch"])]) for row in csv.DictReader(file)]
+    rows = [(residency.one_wave(plan), row["loop"], float(row["cycles"]), limits) for row, plan, limits in found]
+    with fit.trying(fit.WITHOUT_EXCHANGE):
+        off = list(map(abs, fit.residuals(rows)))
+    assert len(off) == 800 and math.exp(statistics.mean(off)) == pytest.approx(1.117, abs=0.003)
+    assert math.exp(max(off)) <= cost.UNCERTAINTY
+    calls = {}
+    for row, plan, limits in found:
+        if row["group"] == "cheapest":
+            cycles = float(row["cycles"])
+            if plan.exchanges:
+                cycles = cost._with_exchange(plan, cycles / plan.tiles)
+            else:
+                cycles += cost.CLUSTER_EXCHANGE if plan.programs > 1 else 0
+                cycles *= cost._waves(plan, limits.multiprocessors)
+            calls.setdefault((row["arch"], row["workload"], row["loop"]), []).append(
+                (fit.predicted(plan, row["loop"], limits), cycles))
+    for arch, share in (("80", 1.010), ("89", 1.028), ("90", 1.), ("100", 1.007)):
+        chosen = [min(of)[1] / min(cycles for _, cycles in of) for key, of in calls.items() if key[0] == arch]
+        assert len(chosen) > 30 and statistics.mean(chosen) == pytest.approx(share, abs=1e-3), arch
 
 
 def test_fit_of_nothing(tmp_path, capsys):

@@ -184,11 +184,14 @@ def forward_cluster(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first,
         a = sums[0]
         for n in gl.static_range(1, CHAINS):
             a += sums[n]
-        if until_kept == 0:
-            gl.store(kept_ptr + (at_kept * DIRECTIONS + d).to(gl.int64) * B * H + (row * H + unit), c, mask=mask)
-            until_kept = keep_every
-            at_kept += 1
-        until_kept -= 1
+        if KEEP_GATES:
+            gl.store(kept_ptr + ((first + s) * DIRECTIONS + d).to(gl.int64) * B * H + (row * H + unit), c, mask=mask)
+        else:
+            if until_kept == 0:
+                gl.store(kept_ptr + (at_kept * DIRECTIONS + d).to(gl.int64) * B * H + (row * H + unit), c, mask=mask)
+                until_kept = keep_every
+                at_kept += 1
+            until_kept -= 1
         i, f, g, o = split_gates(a, BLOCK_H, THREADS, UNIT)
         if KEEP_GATES:
             at = padded_or_packed(offsets_ptr, gl.where(d == 0, s, S - 1 - s).to(gl.int64) * B, base)

@@ -82,7 +82,6 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     if keep_gates:
         # of two directions, a chunk has to have the steps of one of backward's
         steps = plan.keep_every if D == 2 else steps or plan.forward_steps(T, x.element_size())
-        kept[0].copy_(c)
         more["KEEP_GATES"] = True
     elif plan.multiplies_input(x.shape[-1]):
         steps, buffer = steps or T, x.contiguous()
@@ -98,7 +97,6 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
             more.update(waiting.arguments(x.device))
     grid, tiles = launch.grid_of(plan), (plan.tiles,) if plan.exchanges else ()
     constants = {**loop.constants(plan), **more}
-    after_first = kept[1:] if keep_gates else kept
     yield y
     for first in range(0, T, steps):
         S = min(steps, T - first)
@@ -118,7 +116,7 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
             else:
                 exchange.fill_from(h.view(B, D, H).transpose(0, 1), slots[:S], flags, first, T, plan)
             sent = slots,
-        run(loop.kernel, plan, grid, buffer, r, h, c, y, after_first, *sent, T, S, B, first, keep_every, *tiles,
+        run(loop.kernel, plan, grid, buffer, r, h, c, y, kept, *sent, T, S, B, first, keep_every, *tiles,
             waits=plan.exchanges, flags_ptr=flags, offsets_ptr=rows.offsets, **constants)
         yield
     if batch_sizes is not None:

@@ -213,10 +213,14 @@ def forward_split(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B
                 h_next = round_tf32(h_next, False)
             send_units(tile + step_of_sent, h_next.to(dtype), p, UNITS)
         gl.store(y_ptr + (base + row) * (DIRECTIONS * H) + d * H + unit, y.to(dtype), mask=(row < count) & (unit < H))
-        if until_kept == 0:
-            gl.store(kept_ptr + ((at_kept * DIRECTIONS + d).to(gl.int64) * B + row) * H + unit, c_prev, mask=mask)
-        if last:
-            at_kept += (until_kept == 0).to(gl.int32)
-            until_kept = gl.where(until_kept == 0, keep_every, until_kept) - 1
+        if KEEP_GATES:
+            at = (((first + s) * DIRECTIONS + d).to(gl.int64) * B + row) * H + unit
+            gl.store(kept_ptr + at, c_prev, mask=mask)
+        else:
+            if until_kept == 0:
+                gl.store(kept_ptr + ((at_kept * DIRECTIONS + d).to(gl.int64) * B + row) * H + unit, c_prev, mask=mask)
+            if last:
+                at_kept += (until_kept == 0).to(gl.int32)
+                until_kept = gl.where(until_kept == 0, keep_every, until_kept) - 1
         gl.store(c_ptr + at_c, c, mask=mask)
         s, m, time, base, count, x = next_s, next_m, next_time, next_base, next_count, next_x

@@ -9,7 +9,7 @@ import functools
 import torch
 from torch.autograd import forward_ad
 
-from . import apart, op
+from . import apart, op, wavefront
 from .functional import checked, flags_of
 
 
@@ -74,8 +74,8 @@ class _Layer(torch.autograd.Function):
 
 
 def layers(x, hx, weights, sizes, dropout, keep_gates, batch_sizes=None, lengths=None, reset=None):
-    """(y, (h_n, c_n)) as ``LSTM._layers``, by automatic plans; None where the call is not one for this way. Wrong
-    weights are not.
+    """(y, (h_n, c_n)) as ``LSTM._layers``, by automatic plans; None where the call is not one for this way, as that of
+    a wavefront. Wrong weights are not.
 
     x           (T, B, I), or packed (N, I), which the kernels compute
     hx          (h0, c0) or None
@@ -99,7 +99,8 @@ def layers(x, hx, weights, sizes, dropout, keep_gates, batch_sizes=None, lengths
         return None
     plan, _ = op.on_device(B, H, dtype, D, device, sequences=op.sequences_of(
         lengths is not None or reset is not None, batch_sizes is not None), or_torch=True)
-    if plan is None:
+    if plan is None or num_layers > 1 and batch_sizes is lengths is reset is None and (
+            wavefront.why_not(plan, T, num_layers, op.limits_of(device)) is None):
         return None
     if keep_gates is None:
         keep_gates = plan.keeps_gates(T, num_layers)

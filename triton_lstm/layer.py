@@ -212,8 +212,7 @@ class LSTM(torch.nn.RNNBase):
         other calls and for wrong input."""
         if (torch.compiler.is_compiling() or self.plan is not None or self.zoneout or self.proj_size
                 or not isinstance(input, torch.Tensor) or input.dim() != 3 or input.shape[-1] != self.input_size
-                or not runs_kernels(input, input.dtype) or torch.is_autocast_enabled(input.device.type)
-                or self.num_layers > 1 and not self.bidirectional):         # which may be a wavefront
+                or not runs_kernels(input, input.dtype) or torch.is_autocast_enabled(input.device.type)):
             return None
         D, H, layers = 2 if self.bidirectional else 1, self.hidden_size, self.num_layers
         x = input

@@ -1,4 +1,5 @@
 """Layers as a wavefront: each layer runs over a chunk of steps as soon as the layer before has finished that chunk."""
+import functools
 import math
 
 import torch
@@ -17,11 +18,13 @@ CHUNK_US = 100              # that a chunk takes on the GPU at least, by predict
 def chunk_steps(T, plan, limits):
     """Steps of a chunk of the forward pass. They are a multiple of 16, as most chunks of other calls, so that Triton
     compiles nothing new."""
-    least = CHUNK
-    if limits is not None:
-        step_us = step_cycles(plan, limits.multiprocessors, "forward", limits.multiply_adds) / limits.mhz
-        least = max(least, math.ceil(CHUNK_US / step_us / 16) * 16)
-    return max(-(-T // (16 * CHUNKS)) * 16, least)
+    return max(-(-T // (16 * CHUNKS)) * 16, CHUNK if limits is None else _least_steps(plan, limits))
+
+
+@functools.lru_cache
+def _least_steps(plan, limits):
+    step_us = step_cycles(plan, limits.multiprocessors, "forward", limits.multiply_adds) / limits.mhz
+    return max(CHUNK, math.ceil(CHUNK_US / step_us / 16) * 16)
 
 
 def why_not(plan, T, layers, limits):

@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 import time
+import typing
 from collections.abc import Callable
 
 import torch
@@ -159,7 +160,14 @@ def options(kernel, plan, waits, constants):
     return chosen
 
 
-_compiled = {}          # by everything that Triton compiles a kernel for
+class Found(typing.NamedTuple):
+    """A compiled kernel: (name, default) of each parameter that launches give by name."""
+    kernel: triton.runtime.KernelInterface      # so that no other gets its id
+    compiled: CompiledKernel
+    parameters: list
+
+
+_compiled = {}          # ``Found`` by everything that Triton compiles a kernel for
 
 
 def _specialised(args):
@@ -176,17 +184,65 @@ def _specialised(args):
     return found
 
 
+class Launch:
+    """A launch of which sizes and a plan tell all but the tensors. It is made once, and remembers the compiled kernels
+    it has found: to find them again takes no more than the tensors' types and alignment.
+
+    kernel, plan, grid, waits    as for ``launch_kernel``
+    numbers      what follows the tensors among the kernel's arguments
+    names        of arguments that are tensors or None
+    constants    all other arguments with a name
+    """
+
+    def __init__(self, kernel, plan, grid, *numbers, waits, names=("flags_ptr", "offsets_ptr"), **constants):
+        self._of = kernel, plan, grid
+        self._numbers, self._waits, self._names, self._constants = numbers, waits, names, constants
+        self._remembered = {}
+
+    def __call__(self, launcher, tensors, named, **more):
+        """Launch with ``tensors``, and those ``named`` as the names say.
+
+        launcher    stands in for ``launch_kernel`` unless None
+        more        arguments that only some calls of these sizes have
+        """
+        key = None
+        if not (launcher or more or INTERPRET):
+            device, hooks = driver.active.get_current_device(), triton.knobs.runtime
+            key = device, tensors[0].get_device(), *[
+                t if t is None else t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in (*tensors, *named)]
+            remembered = self._remembered.get(key)
+            if remembered is not None and not (hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls):
+                run, grid, function, metadata, rest, places = remembered
+                rest = rest.copy()
+                for place, tensor in zip(places, named):
+                    rest[place] = tensor
+                run(*grid, driver.active.get_current_stream(device), function, metadata, None, None, None, *tensors,
+                    *rest)
+                return
+        found = (launcher or launch_kernel)(*self._of, *tensors, *self._numbers, waits=self._waits,
+                                            **dict(zip(self._names, named)), **self._constants, **more)
+        if key is not None and isinstance(found, Found) and key[1] in (-1, device):     # on the current device
+            _, plan, grid = self._of
+            given = dict(self._constants, H=plan.hidden_size, DIRECTIONS=plan.directions)
+            places = {name: len(self._numbers) + n for n, (name, _) in enumerate(found.parameters)}
+            self._remembered[key] = (
+                found.compiled.run, (*grid, 1)[:3], found.compiled.function, found.compiled.packed_metadata,
+                [*self._numbers, *(given.get(name, default) for name, default in found.parameters)],
+                [places[name] for name in self._names])
+
+
 def launch_kernel(kernel, plan, grid, *args, waits, **constants):
-    """Run ``kernel`` over ``grid``; ``waits`` tells whether its programs wait for each other."""
+    """Run ``kernel`` over ``grid``; ``waits`` tells whether its programs wait for each other. Returns the compiled
+    kernel as ``Found``, or None in the interpreter."""
     if INTERPRET:
         if waits and plan.programs > 1 and not interleaved:
             raise RuntimeError(f"the interpreter would wait for ever: {plan.programs} programs exchange h")
         kernel[grid](*args, H=plan.hidden_size, DIRECTIONS=plan.directions, **constants)
     elif args[0].is_cuda and args[0].device.index != torch.cuda.current_device():
         with torch.cuda.device_of(args[0]):
-            _launch(kernel, plan, grid, args, waits, constants)
+            return _launch(kernel, plan, grid, args, waits, constants)
     else:
-        _launch(kernel, plan, grid, args, waits, constants)
+        return _launch(kernel, plan, grid, args, waits, constants)
 
 
 def _launch(kernel, plan, grid, args, waits, constants):
@@ -207,11 +263,11 @@ def _launch(kernel, plan, grid, args, waits, constants):
             log.info("compiled %s for H=%d in %.1f s; Triton keeps it in its cache for later processes",
                      kernel.__name__, plan.hidden_size, seconds)
         if isinstance(compiled, CompiledKernel):
-            # the kernel too, so that no other gets its id
-            _compiled[key] = kernel, compiled, [(p.name, p.default) for p in kernel.params[len(args):]]
-        return
+            found = _compiled[key] = Found(kernel, compiled, [(p.name, p.default) for p in kernel.params[len(args):]])
+        return found
     _, compiled, parameters = found
     constants["H"], constants["DIRECTIONS"] = plan.hidden_size, plan.directions
     x, y, z = (*grid, 1)[:3]
     compiled.run(x, y, z, driver.active.get_current_stream(device), compiled.function, compiled.packed_metadata, None,
                  None, None, *args, *[constants.get(name, default) for name, default in parameters])
+    return found

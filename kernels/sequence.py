@@ -1,4 +1,6 @@
 """A layer over time: input products before each time loop, the loops themselves, and weight gradients after them."""
+import functools
+
 import torch
 
 from . import exchange, launch, waiting
@@ -61,7 +63,6 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     step; and ``gates`` (rows, 4H) of x's type, the pre-activations of all steps and directions, chunk by chunk. Both
     are empty without ``save``, gates without ``keep_gates``.
     """
-    run = launcher or launch.launch_kernel
     B, D, H = h0.shape[1], plan.directions, plan.hidden_size
     rows = Rows(x, B, batch_sizes)
     T = rows.T
@@ -75,33 +76,22 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     if T == 0 or B == 0:
         yield y
         return y, h0.clone(), c0.clone(), kept, gates
-    loop, more = launch.LOOPS[plan.kind, "forward"], zoneout_arguments(zoneout)
-    r = _as_read(r, plan)
+    most, multiplies, chunks = _forward_chunks(plan, T, B, x.shape[-1], x.element_size(), steps, keep_every, keep_gates,
+                                               _limit(plan))
+    r, of_input, stuck, more = _as_read(r, plan), (), (), zoneout_arguments(zoneout)
     # of H = 1, reshape alone makes a transposed view
     h = (h0 if D == 1 else h0.transpose(0, 1).reshape(B, D * H)).contiguous()       # (B, D H) in memory
-    if keep_gates:
-        # of two directions, a chunk has to have the steps of one of backward's
-        steps = plan.keep_every if D == 2 else steps or plan.forward_steps(T, x.element_size())
-        more["KEEP_GATES"] = True
-    elif plan.multiplies_input(x.shape[-1]):
-        steps, buffer = steps or T, x.contiguous()
-        more = dict(INPUTS=x.shape[-1], w_ptr=_stacked(w), b_ptr=None if b is None else _stacked(b))
-    else:
-        steps = steps or plan.forward_steps(T, x.element_size())
-        buffer = x.new_empty(rows.most(D, min(steps, T)), 4 * H)
+    if multiplies:
+        buffer, of_input = x.contiguous(), (_stacked(w), None if b is None else _stacked(b))
+    elif not keep_gates:
+        buffer = x.new_empty(rows.most(D, most), 4 * H)
     if plan.exchanges:
-        slots = exchange.new_slots(x, min(steps, T), plan)
+        slots, stuck = exchange.new_slots(x, most, plan), _stuck(plan, x.device)
         if zoneout is not None:
             more["h0_ptr"] = h0.contiguous()
-        if not INTERPRET:
-            more.update(waiting.arguments(x.device))
-    grid, tiles = launch.grid_of(plan), (plan.tiles,) if plan.exchanges else ()
-    constants = {**loop.constants(plan), **more}
     yield y
-    for first in range(0, T, steps):
-        S = min(steps, T - first)
-        if "INPUTS" not in more:
-            spans = [times_of(d, first, S, T) for d in range(D)]
+    for first, S, spans, loop in chunks:
+        if not multiplies:
             if keep_gates:
                 buffer = _gates_of(gates, rows, spans, first)
             with products_in(plan.precision):
@@ -116,8 +106,7 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
             else:
                 exchange.fill_from(h.view(B, D, H).transpose(0, 1), slots[:S], flags, first, T, plan)
             sent = slots,
-        run(loop.kernel, plan, grid, buffer, r, h, c, y, kept, *sent, T, S, B, first, keep_every, *tiles,
-            waits=plan.exchanges, flags_ptr=flags, offsets_ptr=rows.offsets, **constants)
+        loop(launcher, (buffer, r, h, c, y, kept, *sent), (flags, rows.offsets, *of_input, *stuck), **more)
         yield
     if batch_sizes is not None:
         last = y[:, :H].index_select(0, rows.last).unsqueeze(0)
@@ -133,6 +122,46 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     if batch_sizes is None and flags is not None and not all_live:
         h_n = torch.where(live.any(0), h_n, h0)
     return y, h_n, c if x.dtype == torch.float32 else c.to(x.dtype), kept, gates
+
+
+def _limit(plan):
+    """The wait limit of the time loops of ``plan``. The interpreter has no clock."""
+    return waiting.limit() if plan.exchanges and not INTERPRET else None
+
+
+def _stuck(plan, device):
+    """The further argument of a loop with a wait limit."""
+    return () if _limit(plan) is None else (waiting.records(device),)
+
+
+def _time_loop(loop, plan, *numbers, names, limit, **constants):
+    """A launch of the time loop of ``plan``. names: of further tensors."""
+    found = launch.LOOPS[plan.kind, loop]
+    if limit is not None:
+        names, constants["limit"] = (*names, "stuck_ptr"), limit
+    return launch.Launch(found.kernel, plan, launch.grid_of(plan), *numbers, waits=plan.exchanges,
+                         names=("flags_ptr", "offsets_ptr", *names), **found.constants(plan), **constants)
+
+
+@functools.lru_cache(maxsize=512)
+def _forward_chunks(plan, T, B, inputs, element, steps, keep_every, keep_gates, limit):
+    """(steps of the longest chunk, whether the loop multiplies x by W, the chunks) of a forward pass. A chunk is the
+    first step, the number of steps, the times of each direction and the launch."""
+    names, constants = (), {}
+    multiplies = not keep_gates and plan.multiplies_input(inputs)
+    if keep_gates and plan.directions == 2:
+        steps = plan.keep_every         # a chunk has to have the steps of one of backward's
+    steps = steps or (T if multiplies else plan.forward_steps(T, element))
+    if keep_gates:
+        constants["KEEP_GATES"] = True
+    elif multiplies:
+        names, constants["INPUTS"] = ("w_ptr", "b_ptr"), inputs
+    chunks, tiles = [], (plan.tiles,) if plan.exchanges else ()
+    for first in range(0, T, steps):
+        S = min(steps, T - first)
+        loop = _time_loop("forward", plan, T, S, B, first, keep_every, *tiles, names=names, limit=limit, **constants)
+        chunks.append((first, S, [times_of(d, first, S, T) for d in range(plan.directions)], loop))
+    return min(steps, T), multiplies, chunks
 
 
 def _rows_before(rows, D, first):
@@ -209,20 +238,50 @@ def _input_product(rows, w, b, d, out):
         torch.addmm(b[d], rows, w[d].t(), out=out)
 
 
-def _previous(y, h0, rows, d, span, zero_state):
-    """h before the steps at times ``span``, of padded rows without step flags: (rows of the chunk, matrix) pairs. The
-    first step's h is h0. Where h0 is known to be zero it may be left out."""
-    (lo, hi), T, B, H, first = span, rows.T, rows.B, h0.shape[-1], h0[d]
-    columns = y.reshape(T * B, -1)[:, d * H:(d + 1) * H]
+def _before(plan, T, B, d, span, zero_state):
+    """Where h before the steps at times ``span`` is, of padded rows without step flags: pairs of the rows of the chunk
+    and where y as a matrix has it, or None for h0. Where h0 is known to be zero it is left out."""
+    (lo, hi), D, H = span, plan.directions, plan.hidden_size
+    of_y = lambda lo, hi: slice(lo * B, hi * B) if D == 1 else (slice(lo * B, hi * B), slice(d * H, (d + 1) * H))
+    of_first = lambda at: [] if zero_state else [(slice(at, at + B), None)]
     if d == 0 and lo == 0:
-        pairs = [(slice(0, B), first), (slice(B, hi * B), columns[:(hi - 1) * B])]
+        pairs = [*of_first(0), (slice(B, hi * B), of_y(0, hi - 1))]
     elif d == 1 and hi == T:
         last = (hi - lo - 1) * B
-        pairs = [(slice(0, last), columns[(lo + 1) * B:]), (slice(last, last + B), first)]
+        pairs = [(slice(0, last), of_y(lo + 1, hi)), *of_first(last)]
     else:
-        shift = -B if d == 0 else B
-        pairs = [(slice(0, (hi - lo) * B), columns[lo * B + shift:hi * B + shift])]
-    return [pair for pair in pairs if len(pair[1]) and not (zero_state and pair[1] is first)]
+        shift = -1 if d == 0 else 1
+        pairs = [(slice(0, (hi - lo) * B), of_y(lo + shift, hi + shift))]
+    return [(chosen, at) for chosen, at in pairs if chosen.stop > chosen.start]
+
+
+@functools.lru_cache(maxsize=512)
+def _backward_chunks(plan, T, B, keep_gates, derives, zero_state, without_dy, strides, limit):
+    """The chunks of a backward pass, from the last. Each is the first step, the number of steps, the times of each
+    direction, ``_before`` of each, and three launches: of the kernel that copies h before each step, where there are
+    step flags; of the one that prepares what the loop reads; and of the loop.
+
+    strides: of dy (T, B, D H), or packed, in the order time, row, unit; of packed rows the first two are one
+    """
+    D, H, K = plan.directions, plan.hidden_size, plan.keep_every
+    dy_unit = D * H if not without_dy and all(n % (D * H) == 0 for n in strides[:2]) else 1
+    numbers = *((plan.tiles,) if plan.exchanges else ()), *(n // dy_unit for n in strides[:2]), strides[2]
+    names = ("dy_ptr", "kept_ptr") if derives else ("dy_ptr",)
+    blocks = -(-B * H // 256)
+    # of kept gates each step has its own programs; a grid has 65535 of them at most
+    steps, keep_every = (-(-K // 65535), 1) if keep_gates else (K, K)
+    prepare = lambda kernel, grid, *numbers: launch.Launch(kernel, plan, grid, *numbers, waits=False, BLOCK=256)
+    chunks = []
+    for first in reversed(range(0, T, K)):
+        S = min(K, T - first)
+        spans, at = [times_of(d, first, S, T) for d in range(D)], (T, S, B, first)
+        chunks.append((
+            first, S, spans, [_before(plan, T, B, d, spans[d], zero_state) for d in range(D)],
+            prepare(launch.PREVIOUS, (blocks * S, D), *at, blocks),
+            prepare(launch.STATES, (blocks, D), *at, K) if derives else
+            prepare(launch.COEFFICIENTS, (blocks, D, -(-S // steps)), *at, steps, keep_every),
+            _time_loop("backward", plan, *at, *numbers, names=names, limit=limit, DY_UNIT=dy_unit)))
+    return chunks
 
 
 def _add_product(total, a, b, begun):
@@ -262,8 +321,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
     The first ``next`` allocates all that outlives a chunk and yields dx, not yet written. Each further one runs a
     chunk. dy is read only in the chunk that needs it. Returns (dx, dw, dr, db, dh0, dc0).
     """
-    run, plan = launcher or launch.launch_kernel, plan.backward
-    loop = launch.LOOPS[plan.kind, "backward"]
+    plan = plan.backward
     B, D, H, K = h0.shape[1], plan.directions, plan.hidden_size, plan.keep_every
     rows = Rows(x, B, batch_sizes)
     T = rows.T
@@ -283,13 +341,12 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
     if T and B:
         r_as_read, c0, h0 = _as_read(r, plan), c0.float().contiguous(), h0.contiguous()
         # packed, the first two are one
-        strides = [0, 0, 1] if dy is None else [dy.stride(0), dy.stride(-2), dy.stride(-1)]
-        dy_unit = D * H if dy is not None and all(n % (D * H) == 0 for n in strides[:2]) else 1
-        strides[:2] = (n // dy_unit for n in strides[:2])
-        most = rows.most(D, min(K, T))
-        count = 6 if zoneout is None else 8
+        strides = (0, 0, 1) if dy is None else (dy.stride(0), dy.stride(-2), dy.stride(-1))
         keep_gates = gates is not None and len(gates) > 0
         derives, coef = plan.derives_coefficients and zoneout is None, None
+        chunks = _backward_chunks(plan, T, B, keep_gates, derives, zero_state, dy is None, strides, _limit(plan))
+        most = rows.most(D, min(K, T))
+        count = 6 if zoneout is None else 8
         buffer = x.new_empty(most, 4 * H)
         if not derives:
             coef = dh.new_empty(most, count * H)
@@ -297,32 +354,23 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
             states = dh.new_empty(min(K, T), D, B, H)
         needs_previous = needs[2] or not keep_gates
         h_before = None if flags is None or not needs_previous else x.new_empty(most, H)
-        shares, more = (), dict(dy_ptr=dy, DY_UNIT=dy_unit)
-        if zoneout is not None:
-            more["COUNT"] = count
-        if plan.exchanges:
-            shares = exchange.new_shares(dh, plan),
-            if not INTERPRET:
-                more.update(waiting.arguments(x.device))
-        grid, tiles = launch.grid_of(plan), (plan.tiles,) if plan.exchanges else ()
-        constants, of_coefficients = {**loop.constants(plan), **more}, zoneout_arguments(zoneout)
-        # of kept gates each step has its own programs; a grid has 65535 of them at most
-        steps, keep_every = (-(-K // 65535), 1) if keep_gates else (K, K)
+        shares, stuck, of_kept = (exchange.new_shares(dh, plan),) if plan.exchanges else (), _stuck(plan, x.device), ()
+        of_coefficients = zoneout_arguments(zoneout)
+        more = {} if zoneout is None else dict(COUNT=count)
     yield dx
     if T and B:
-        for first in reversed(range(0, T, K)):
-            S, begun = min(K, T - first), first + K < T
-            spans = [times_of(d, first, S, T) for d in range(D)]
+        for first, S, spans, before, of_previous, of_states, loop in chunks:
+            begun = first + S < T
             a = rows.split(buffer, spans)
             of_x = [rows.of(x, *span) for span in spans]
-            blocks = -(-B * H // 256)           # triton.cdiv takes the host longer than an allocation
             if not needs_previous:
                 previous = []
             elif flags is None:
-                previous = [_previous(y, h0, rows, d, spans[d], zero_state) for d in range(D)]
+                columns = y.view(T * B, D * H)
+                previous = [[(chosen, h0[d] if of_y is None else columns[of_y]) for chosen, of_y in before[d]]
+                            for d in range(D)]
             else:
-                run(launch.PREVIOUS, plan, (blocks * S, D), y, h0, h_before, T, S, B, first, blocks, waits=False,
-                    flags_ptr=flags, offsets_ptr=rows.offsets, BLOCK=256)
+                of_previous(launcher, (y, h0, h_before), (flags, rows.offsets))
                 previous = [[(slice(None), part)] for part in rows.split(h_before, spans)]
             if keep_gates:
                 of_gates = _gates_of(gates, rows, spans, first)
@@ -334,18 +382,16 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
                         for chosen, h in previous[d]:
                             a[d][chosen].addmm_(h, r[d].t())
             if not derives:
-                run(launch.COEFFICIENTS, plan, (blocks, D, -(-S // steps)), of_gates, c0,
-                    kept[1:] if keep_gates else kept, coef, T, S, B, first, steps, keep_every, waits=False,
-                    flags_ptr=flags, offsets_ptr=rows.offsets, BLOCK=256, **of_coefficients)
+                of_states(launcher, (of_gates, c0, kept[1:] if keep_gates else kept, coef), (flags, rows.offsets),
+                          **of_coefficients)
             elif keep_gates:
-                constants["kept_ptr"] = kept[first:]
+                of_kept = kept[first:] if first else kept,
             else:
-                constants["kept_ptr"] = states
-                run(launch.STATES, plan, (blocks, D), of_gates, c0, kept, states, T, S, B, first, K, waits=False,
-                    flags_ptr=flags, offsets_ptr=rows.offsets, BLOCK=256)
+                of_kept = states,
+                of_states(launcher, (of_gates, c0, kept, states), (flags, rows.offsets))
             # from here on a and its buffer hold da
-            run(loop.kernel, plan, grid, of_gates if derives else coef, r_as_read, buffer, dh, dc, *shares, T, S, B,
-                first, *tiles, *strides, waits=plan.exchanges, flags_ptr=flags, offsets_ptr=rows.offsets, **constants)
+            loop(launcher, (of_gates if derives else coef, r_as_read, buffer, dh, dc, *shares),
+                 (flags, rows.offsets, dy, *of_kept, *stuck), **more)
             with products_in(plan.precision):
                 for d in range(D):
                     if dw is not None:

@@ -103,11 +103,14 @@ def records(device):
     return _records[device]
 
 
+def limit():
+    """The wait limit in ticks, as kernels take it; None without a limit."""
+    return None if _limit_s == float("inf") else max(min(int(_limit_s * 1e9) >> TICK_BITS, 2 ** 31 - 1), 1)
+
+
 def arguments(device):
     """The arguments of a launch whose programs wait for each other."""
-    if _limit_s == float("inf"):
-        return {}
-    return dict(stuck_ptr=records(device), limit=max(min(int(_limit_s * 1e9) >> TICK_BITS, 2 ** 31 - 1), 1))
+    return {} if (ticks := limit()) is None else dict(stuck_ptr=records(device), limit=ticks)
 
 
 def _numbers(numbers):

@@ -56,9 +56,9 @@ def stand_ins():
     """(owner, name, value) of what to replace so that layers treat any tensors as those of an H100."""
     def add_product(total, a, b, begun):        # as on CUDA: one product, or one and a sum
         if begun:
-            total.addmm_(a.t(), b) if a.dtype == torch.float32 else total.add_(torch.mm(a.t(), b))
-        else:
-            torch.mm(a.t(), b, out=total) if a.dtype == total.dtype else torch.mm(a.t(), b)
+            return total.addmm_(a.t(), b) if a.dtype == torch.float32 else total.add_(torch.mm(a.t(), b))
+        found = torch.mm(a.t(), b) if total is None or a.dtype != total.dtype else torch.mm(a.t(), b, out=total)
+        return found if a.dtype == torch.float32 else torch.empty_like(found, dtype=torch.float32)
     def dropout(x, p, training=True):           # as on CUDA: one operator
         return torch.native_dropout(x, p, True)[0] if training else x
     runs_kernels = lambda x, dtype: dtype in functional.DTYPES

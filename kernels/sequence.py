@@ -25,11 +25,15 @@ def step_flags(T, B, directions, lengths, sizes, reset, device, launcher=None):
     launcher: as for ``forward_chunks``."""
     flags = torch.empty(directions, T, B, dtype=torch.uint8, device=device)
     if T and B:
-        strides = (0, 0) if reset is None else reset.stride()
-        run = launcher or launch.launch_kernel
-        run(launch.FLAGS, launch.NO_PLAN[directions], (-(-T * B // 1024), 1), flags, lengths, sizes, reset, T, B,
-            *strides, waits=False, BLOCK=1024)
+        run = _write_flags(T, B, directions, *((0, 0) if reset is None else reset.stride()))
+        run(launcher, (flags, lengths, sizes, reset), ())
     return flags
+
+
+@functools.lru_cache(maxsize=512)
+def _write_flags(T, B, directions, *strides):
+    return launch.Launch(launch.FLAGS, launch.NO_PLAN[directions], (-(-T * B // 1024), 1), T, B, *strides, waits=False,
+                         names=(), BLOCK=1024)
 
 
 def forward(*args, **kwargs):
@@ -187,7 +191,7 @@ def one_step(x, weights, h0, c0, shape, directions, precision, with_y=True, laun
     with_y     whether y (..., D H) is wanted; otherwise it is None
     launcher   as for ``forward_chunks``
     """
-    run, D, H = launcher or launch.launch_kernel, directions, shape[-1]
+    D, H = directions, shape[-1]
     B = x.shape[:-1].numel()
     if h0 is not None:
         h0, c0 = h0.contiguous(), c0.contiguous()
@@ -196,12 +200,17 @@ def one_step(x, weights, h0, c0, shape, directions, precision, with_y=True, laun
         x, own = x.contiguous(), [None if t is None else t.contiguous() for of in weights[first:first + D] for t in of]
         y = x.new_empty(*x.shape[:-1], D * H) if with_y or first + D < len(weights) else None
         if B:
-            step = launch.step_of(B, x.shape[-1], H, D, precision)
+            run = _one_step(B, x.shape[-1], H, D, precision, first)
             with waiting.explained():       # an error may be that of an earlier kernel
-                run(launch.STEP, step, step.grid(B), x, *own, *(None,) * (8 - len(own)), h0, c0, y, h_n, c_n, B, first,
-                    waits=False, **step.constants)
+                run(launcher, (x, *own, *(None,) * (8 - len(own)), h0, c0, y, h_n, c_n), ())
         x = y
     return y, h_n, c_n
+
+
+@functools.lru_cache(maxsize=512)
+def _one_step(B, inputs, H, D, precision, first):
+    step = launch.step_of(B, inputs, H, D, precision)
+    return launch.Launch(launch.STEP, step, step.grid(B), B, first, waits=False, names=(), **step.constants)
 
 
 def _state(y, h0, flags, rows, first):
@@ -285,20 +294,21 @@ def _backward_chunks(plan, T, B, keep_gates, derives, zero_state, without_dy, st
 
 
 def _add_product(total, a, b, begun):
-    """Add a^T b, in fp32 whatever the operands' type, to ``total``, which has no value yet unless it has ``begun``."""
+    """The sum of ``total`` and a^T b, in fp32 whatever the operands' type. Unless it has ``begun``, total only is memory
+    for the result, or None."""
     options = {}
     if a.dtype != torch.float32:
         if a.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads():
             if begun:
                 total += torch.mm(a.t(), b, out_dtype=torch.float32)
-                return
+                return total
             options = dict(out_dtype=torch.float32)
         else:
             a, b = a.float(), b.float()
     if begun:
-        total.addmm_(a.t(), b)
-    else:
-        torch.mm(a.t(), b, out=total, **options)
+        return total.addmm_(a.t(), b)
+    # memory from the product itself takes the host less than memory that is given to it
+    return torch.mm(a.t(), b, **options) if total is None else torch.mm(a.t(), b, out=total, **options)
 
 
 def backward(*args, **kwargs):
@@ -330,11 +340,20 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
     else:
         dh, dc = (x.new_zeros(D, B, H, dtype=torch.float32) if g is None else
                   g.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for g in (dh_n, dc_n))
-    # without steps or rows all is zero
-    apart, empty = not isinstance(w, torch.Tensor), dh.new_empty if T and B else dh.new_zeros
-    total = lambda need, *shape: (
-        None if not need else [empty(shape) for _ in range(D)] if apart else empty(D, *shape))
-    dw, dr, db = total(needs[1], 4 * H, x.shape[-1]), total(needs[2], 4 * H, H), total(needs[3], 4 * H)
+
+    def total(need, *shape):
+        """(a gradient, its parts of each direction), which have no memory yet where they have memory of their own."""
+        if not need:
+            return None, None
+        zero = T == 0 or B == 0         # without steps or rows
+        if not isinstance(w, torch.Tensor):
+            parts = [dh.new_zeros(shape) if zero else None for _ in range(D)]
+            return parts, parts
+        whole = (dh.new_zeros if zero else dh.new_empty)(D, *shape)
+        return whole, list(whole)
+
+    (dw, of_w), (dr, of_r) = total(needs[1], 4 * H, x.shape[-1]), total(needs[2], 4 * H, H)
+    db, of_b = total(needs[3], 4 * H)
     # of one chunk, the second direction adds to what the first has written
     adds = D == 2 and T > K
     dx = (x.new_zeros if adds else x.new_empty)(x.shape) if needs[0] else None
@@ -394,21 +413,22 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
                  (flags, rows.offsets, dy, *of_kept, *stuck), **more)
             with products_in(plan.precision):
                 for d in range(D):
-                    if dw is not None:
+                    if of_w is not None:
                         if flags is not None and batch_sizes is None and not all_live:
                             # past a row's end da is zero, but x may be anything
                             of_x[d] = of_x[d].masked_fill(~has(flags[d, slice(*spans[d])], LIVE).view(-1, 1), 0)
-                        _add_product(dw[d], a[d], of_x[d], begun)
-                    if dr is not None:
+                        of_w[d] = _add_product(of_w[d], a[d], of_x[d], begun)
+                    if of_r is not None:
                         for n, (chosen, h) in enumerate(previous[d]):
-                            _add_product(dr[d], a[d][chosen], h, begun or n > 0)
+                            of_r[d] = _add_product(of_r[d], a[d][chosen], h, begun or n > 0)
                         if not (begun or previous[d]):
-                            dr[d].zero_()
-                    if db is not None:
-                        if begun:
-                            db[d].add_(a[d].sum(0, dtype=torch.float32))
+                            of_r[d] = dh.new_zeros(4 * H, H) if of_r[d] is None else of_r[d].zero_()
+                    if of_b is not None:
+                        if begun or of_b[d] is None:
+                            sums = a[d].sum(0, dtype=torch.float32)
+                            of_b[d] = of_b[d].add_(sums) if begun else sums
                         else:
-                            torch.sum(a[d], 0, dtype=torch.float32, out=db[d])
+                            torch.sum(a[d], 0, dtype=torch.float32, out=of_b[d])
                     if dx is not None:
                         out = rows.of(dx, *spans[d])
                         out.addmm_(a[d], w[d]) if d or adds else torch.mm(a[d], w[d], out=out)

@@ -294,8 +294,8 @@ def _backward_chunks(plan, T, B, keep_gates, derives, zero_state, without_dy, st
 
 
 def _add_product(total, a, b, begun):
-    """The sum of ``total`` and a^T b, in fp32 whatever the operands' type. Unless it has ``begun``, total only is memory
-    for the result, or None."""
+    """The sum of ``total`` and a^T b, in fp32 whatever the operands' type. Unless it has ``begun``, total is memory for
+    the result, or None."""
     options = {}
     if a.dtype != torch.float32:
         if a.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads():

@@ -90,14 +90,10 @@ class Compiled:
         self.run = lambda *args: calls.append(args)
 
 
-@pytest.mark.parametrize("H, limits", [(64, PORTABLE), (160, PORTABLE), (64, H200), (640, H200)], ids=str)
-def test_later_launches_pass_what_the_first_one_passes(H, limits):
-    """To the launcher of the compiled kernel, each argument in the order of the kernel's parameters. Another type,
-    alignment or class of integers goes through Triton again."""
-    plan = triton_lstm.make_plan(16, H, torch.float16, limits=limits)
-    loop = launch.LOOPS[plan.kind, "forward"]
-    first, later = [], []
-
+@contextlib.contextmanager
+def written_down(first, later):
+    """Adds to ``first`` what launches give Triton, in the order of the kernel's parameters, and to ``later`` what they
+    give the launcher of a compiled kernel."""
     def getitem(self, grid):
         def run(*args, **kwargs):
             bound = inspect.signature(self.fn).bind(*args, **{
@@ -107,24 +103,40 @@ def test_later_launches_pass_what_the_first_one_passes(H, limits):
             return Compiled(later)
         return run
 
+    driver = mock.Mock(get_current_device=lambda: 3, get_current_stream=lambda device: 10 * device)
+    with mock.patch.object(triton.runtime.jit.KernelInterface, "__getitem__", getitem), \
+            mock.patch.object(launch, "CompiledKernel", Compiled), mock.patch.object(launch, "_compiled", {}), \
+            mock.patch.object(launch, "driver", mock.Mock(active=driver)):
+        yield
+
+
+def same(args, others):
+    return len(args) == len(others) and all(
+        a is b or not isinstance(a, torch.Tensor) and a == b for a, b in zip(args, others))
+
+
+@pytest.mark.parametrize("H, limits", [(64, PORTABLE), (160, PORTABLE), (64, H200), (640, H200)], ids=str)
+def test_later_launches_pass_what_the_first_one_passes(H, limits):
+    """To the launcher of the compiled kernel, each argument in the order of the kernel's parameters. Another type,
+    alignment or class of integers goes through Triton again."""
+    plan = triton_lstm.make_plan(16, H, torch.float16, limits=limits)
+    loop = launch.LOOPS[plan.kind, "forward"]
+    first, later = [], []
+
     def call(tensors, T=5, **more):
         sizes = T, T, 16, 0, 64, *[plan.tiles] * plan.exchanges
         launch.launch_kernel(loop.kernel, plan, launch.grid_of(plan), *tensors, *sizes, waits=plan.exchanges,
                              flags_ptr=None, offsets_ptr=None, **loop.constants(plan), **more)
 
-    driver = mock.Mock(get_current_device=lambda: 3, get_current_stream=lambda device: 10 * device)
     tensors = [torch.zeros(32, dtype=torch.float16) for _ in range(6 + plan.exchanges)]
-    with mock.patch.object(triton.runtime.jit.KernelInterface, "__getitem__", getitem), \
-            mock.patch.object(launch, "CompiledKernel", Compiled), mock.patch.object(launch, "_compiled", {}), \
-            mock.patch.object(launch, "driver", mock.Mock(active=driver)):
+    with written_down(first, later):
         call(tensors)
         call(tensors)
         assert len(first) == len(later) == 1
         grid, (stream, function, metadata, *hooks), args = later[0][:3], later[0][3:9], later[0][9:]
         assert grid == (*launch.grid_of(plan), 1)[:3] and (stream, function, metadata) == (30, "function", "metadata")
         assert hooks == [None, None, None]
-        assert len(args) == len(first[0]) and all(
-            a is b or not isinstance(a, torch.Tensor) and a == b for a, b in zip(args, first[0]))
+        assert same(args, first[0])
         others = [torch.zeros(32, dtype=torch.float16) for _ in tensors]
         call(others, T=7)
         assert len(first) == 1 and later[1][9] is others[0] and 7 in [a for a in later[1][9:] if isinstance(a, int)]
@@ -136,6 +148,55 @@ def test_later_launches_pass_what_the_first_one_passes(H, limits):
         with mock.patch.object(triton.knobs.runtime.launch_enter_hook, "calls", [lambda metadata: None]):
             call(others)
         assert len(first) == 6 and len(later) == 2
+
+
+@pytest.mark.parametrize("H, limits", [(64, PORTABLE), (160, PORTABLE), (64, H200), (640, H200)], ids=str)
+def test_launches_of_known_sizes(H, limits):
+    """A ``Launch`` passes what it would pass through ``launch_kernel``, each time. What it remembers is for tensors of
+    the same types and alignment, and for the current device."""
+    plan = triton_lstm.make_plan(16, H, torch.float16, limits=limits)
+    loop = launch.LOOPS[plan.kind, "forward"]
+    sizes = 5, 5, 16, 0, 64, *[plan.tiles] * plan.exchanges
+    tensor = lambda dtype=torch.float16: torch.zeros(32, dtype=dtype)
+    tensors, flags, offsets = [tensor() for _ in range(6 + plan.exchanges)], tensor(torch.uint8), tensor(torch.int64)
+    of = launch.Launch(loop.kernel, plan, launch.grid_of(plan), *sizes, waits=plan.exchanges, KEEP_GATES=True,
+                       **loop.constants(plan))
+    first, later, general, real = [], [], [], launch.launch_kernel
+
+    def expected(tensors, *named):
+        """What ``launch_kernel`` gives Triton at the first such launch."""
+        first, later = [], []
+        with written_down(first, later):
+            real(loop.kernel, plan, launch.grid_of(plan), *tensors, *sizes, waits=plan.exchanges, flags_ptr=named[0],
+                 offsets_ptr=named[1], KEEP_GATES=True, **loop.constants(plan))
+        return first[0]
+
+    with written_down(first, later), mock.patch.object(
+            launch, "launch_kernel", lambda *args, **named: general.append(1) or real(*args, **named)):
+        for n, named in enumerate([(None, None), (flags, None), (flags, offsets)], 1):
+            of(None, tensors, named)
+            others = [tensor() for _ in tensors]
+            of(None, others, named)
+            assert len(first) == len(general) == len(later) == n and same(first[-1], expected(tensors, *named))
+            grid, (stream, function, metadata, *hooks), args = later[-1][:3], later[-1][3:9], later[-1][9:]
+            assert same(args, expected(others, *named))
+            assert grid == (*launch.grid_of(plan), 1)[:3] and hooks == [None, None, None]
+            assert (stream, function, metadata) == (30, "function", "metadata")
+        for change in (others[0].bfloat16(), torch.zeros(33, dtype=torch.float16)[1:]):
+            of(None, [change, *others[1:]], (None, None))
+        assert len(first) == len(general) == 5 and len(later) == 3
+        with mock.patch.object(triton.knobs.runtime.launch_enter_hook, "calls", [lambda metadata: None]):
+            of(None, others, (None, None))
+        assert len(first) == len(general) == 6
+        elsewhere = mock.Mock(wraps=others[0], get_device=lambda: 2, is_cuda=False, dtype=torch.float16)
+        for _ in range(2):
+            of(None, [elsewhere, *others[1:]], (None, None))
+        assert len(general) == 8
+        calls = []
+        of(lambda *args, **named: calls.append((args, named)), others, (flags, None), rate_h=0.5)
+        assert same(calls[0][0], [loop.kernel, plan, launch.grid_of(plan), *others, *sizes])
+        assert calls[0][1] == dict(waits=plan.exchanges, flags_ptr=flags, offsets_ptr=None, KEEP_GATES=True, rate_h=0.5,
+                                   **loop.constants(plan))
 
 
 def test_eager_calls_import_no_compiler():

@@ -205,12 +205,9 @@ class Launch:
         launcher    stands in for ``launch_kernel`` unless None
         more        arguments that only some calls of these sizes have
         """
-        key = None
-        if not (launcher or more or INTERPRET):
+        if self._remembered and not (launcher or more):
             device, hooks = driver.active.get_current_device(), triton.knobs.runtime
-            key = device, tensors[0].get_device(), *[
-                t if t is None else t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in (*tensors, *named)]
-            remembered = self._remembered.get(key)
+            remembered = self._remembered.get(self._key(device, tensors, named))
             if remembered is not None and not (hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls):
                 run, grid, function, metadata, rest, places = remembered
                 rest = rest.copy()
@@ -221,14 +218,21 @@ class Launch:
                 return
         found = (launcher or launch_kernel)(*self._of, *tensors, *self._numbers, waits=self._waits,
                                             **dict(zip(self._names, named)), **self._constants, **more)
-        if key is not None and isinstance(found, Found) and key[1] in (-1, device):     # on the current device
-            _, plan, grid = self._of
+        if isinstance(found, Found) and not (launcher or more):
+            device, (_, plan, grid) = driver.active.get_current_device(), self._of
+            if tensors[0].get_device() not in (device, -1):         # -1 is a CPU that stands for the GPU
+                return
             given = dict(self._constants, H=plan.hidden_size, DIRECTIONS=plan.directions)
             places = {name: len(self._numbers) + n for n, (name, _) in enumerate(found.parameters)}
-            self._remembered[key] = (
+            self._remembered[self._key(device, tensors, named)] = (
                 found.compiled.run, (*grid, 1)[:3], found.compiled.function, found.compiled.packed_metadata,
                 [*self._numbers, *(given.get(name, default) for name, default in found.parameters)],
                 [places[name] for name in self._names])
+
+    @staticmethod
+    def _key(device, tensors, named):
+        return device, tensors[0].get_device(), *[
+            t if t is None else t.dtype if t.data_ptr() % 16 == 0 else (t.dtype,) for t in (*tensors, *named)]
 
 
 def launch_kernel(kernel, plan, grid, *args, waits, **constants):

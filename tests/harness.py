@@ -258,7 +258,16 @@ def edited(module, tmp_path, old, new):
     changed = _load_kernels("edited_kernels", str(folder)).launch
     names = ("LOOPS", "COEFFICIENTS", "PREVIOUS", "STATES", "FLAGS", "STEP", "forward_cluster")
     with mock.patch.multiple(compiled_launch, **{name: getattr(changed, name) for name in names}):
+        _forget_launches()
         yield
+    _forget_launches()
+
+
+def _forget_launches():
+    """Launches keep their kernels. The next ones are made anew."""
+    for made in vars(compiled_sequence).values():
+        if hasattr(made, "cache_clear"):
+            made.cache_clear()
 
 
 def caught(problem, plan, seeds=4, **options):

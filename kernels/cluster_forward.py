@@ -150,8 +150,11 @@ def forward_cluster(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first,
                                              shared_layout(BITS, WIDTH, [2, 1, 0], 0, CTAS))
         bars = allocate_mbarriers()
         send_to_all(h, received.index(0), bars.index(0), BLOCK_H)
-    until_kept = gl.where(first == 0, keep_every, (keep_every - first % keep_every) % keep_every)
-    at_kept = gl.where(first == 0, 0, (first - 1) // keep_every)
+    until_kept = (keep_every - first % keep_every) % keep_every
+    at_kept = first // keep_every
+    if not KEEP_GATES:          # then nothing is kept of the first step
+        until_kept = gl.where(first == 0, keep_every, until_kept)
+        at_kept = gl.where(first == 0, 0, (first - 1) // keep_every)
     s = 0
     while s < S:
         if CTAS == 1:
@@ -184,7 +187,8 @@ def forward_cluster(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first,
         a = sums[0]
         for n in gl.static_range(1, CHAINS):
             a += sums[n]
-        if KEEP_GATES:
+        # With TF32 or step flags the assembler orders a step better around a branch, even if it is always taken.
+        if KEEP_GATES and PRECISION == "native" and flags_ptr is None:
             gl.store(kept_ptr + ((first + s) * DIRECTIONS + d).to(gl.int64) * B * H + (row * H + unit), c, mask=mask)
         else:
             if until_kept == 0:

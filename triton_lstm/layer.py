@@ -94,7 +94,11 @@ class LSTM(torch.nn.RNNBase):
 
     def _weights(self):
         """``_flat_weights``. AttributeError where one is missing."""
-        return self._given_weights or [getattr(self, name) for name in self._flat_weights_names]
+        own = vars(self)
+        parameters = own["_parameters"]
+        # where getattr finds most of them too, but after a call in Python for each
+        return self._given_weights or [parameters[name] if name in parameters and name not in own else
+                                       getattr(self, name) for name in self._flat_weights_names]
 
     # nn.LSTM's own differ in their types from nn.RNNBase's: states are pairs
     check_forward_args = _TorchLSTM.check_forward_args              # pyright: ignore[reportAssignmentType]

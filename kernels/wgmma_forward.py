@@ -139,8 +139,11 @@ def forward_wgmma(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B
                    inside, H)
     if flags_ptr is not None:
         flags_ptr += d.to(gl.int64) * T * B
-    until_kept = gl.where(first == 0, keep_every, (keep_every - first % keep_every) % keep_every)
-    at_kept = gl.where(first == 0, 0, (first - 1) // keep_every)
+    until_kept = (keep_every - first % keep_every) % keep_every
+    at_kept = first // keep_every
+    if not KEEP_GATES:          # then nothing is kept of the first step
+        until_kept = gl.where(first == 0, keep_every, until_kept)
+        at_kept = gl.where(first == 0, 0, (first - 1) // keep_every)
     s, m = 0, 0
     while s < S:
         row = (group * tiles + m) * BLOCK_B + rows
@@ -196,14 +199,10 @@ def forward_wgmma(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B
                 h_next = round_tf32(h_next, False)
             send_units(tile + step_of_sent, h_next.to(dtype), p, UNITS)
         gl.store(y_ptr + (base + row) * (DIRECTIONS * H) + d * H + unit, y.to(dtype), mask=(row < count) & (unit < H))
-        if KEEP_GATES:
-            at = (((first + s) * DIRECTIONS + d).to(gl.int64) * B + row) * H + unit
-            gl.store(kept_ptr + at, c_prev, mask=mask)
-        else:
-            if until_kept == 0:
-                gl.store(kept_ptr + ((at_kept * DIRECTIONS + d).to(gl.int64) * B + row) * H + unit, c_prev, mask=mask)
-            if last:
-                at_kept += (until_kept == 0).to(gl.int32)
-                until_kept = gl.where(until_kept == 0, keep_every, until_kept) - 1
+        if until_kept == 0:     # also with KEEP_GATES, when it is always so: the assembler orders a step better then
+            gl.store(kept_ptr + ((at_kept * DIRECTIONS + d).to(gl.int64) * B + row) * H + unit, c_prev, mask=mask)
+        if last:
+            at_kept += (until_kept == 0).to(gl.int32)
+            until_kept = gl.where(until_kept == 0, keep_every, until_kept) - 1
         gl.store(c_ptr + at_c, c, mask=mask)
         s, m, time, base, count = next_s, next_m, next_time, next_base, next_count

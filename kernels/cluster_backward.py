@@ -112,8 +112,9 @@ def coefficients_of(inputs, flags_ptr):
 
 
 @gluon.jit
-def step(inputs, dh, dc, staged, da, here, kept_ptr, dy_ptr, flags_ptr, H: gl.constexpr, PRECISION: gl.constexpr):
-    """Stage the four da of a step and store them. Returns dh with dy added, and dc before the step."""
+def step(inputs, dh, dc, db, staged, da, here, kept_ptr, dy_ptr, flags_ptr, H: gl.constexpr, PRECISION: gl.constexpr):
+    """Stage the four da of a step and store them. Returns dh with dy added, dc before the step, and ``db``, one tensor
+    for each gate or none, with da added."""
     dtype: gl.constexpr = staged.dtype
     if kept_ptr is not None:
         k = coefficients_of(inputs, flags_ptr)
@@ -133,20 +134,24 @@ def step(inputs, dh, dc, staged, da, here, kept_ptr, dy_ptr, flags_ptr, H: gl.co
     gl.store(da + H, da_f, mask=here)
     gl.store(da + 2 * H, da_g, mask=here)
     gl.store(da + 3 * H, da_o, mask=here)
-    return dh, dc * f
+    if len(db) > 0:
+        db = (db[0] + da_i.to(gl.float32), db[1] + da_f.to(gl.float32), db[2] + da_g.to(gl.float32),
+              db[3] + da_o.to(gl.float32))
+    return dh, dc * f, db
 
 
 @gluon.jit(do_not_specialize=["T", "S", "B", "first", "stride_dyt", "stride_dyb"])
 def backward_cluster(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, first, stride_dyt, stride_dyb, stride_dyh,
                      H: gl.constexpr, DIRECTIONS: gl.constexpr, BLOCK_H: gl.constexpr, BLOCK_B: gl.constexpr,
                      HELD: gl.constexpr, DY_UNIT: gl.constexpr, PRECISION: gl.constexpr,
-                     dy_ptr=None, flags_ptr=None, offsets_ptr=None, kept_ptr=None):
+                     dy_ptr=None, flags_ptr=None, offsets_ptr=None, kept_ptr=None, db_ptr=None):
     """As ``portable_backward.backward_resident``, but the CTAs of a cluster together have all of R, and each the rows
     of its own units.
 
     kept   (S, D, B, H) fp32, c before each of the steps, or None. If it is given, ``coef`` is not the coefficients but
            the pre-activations of the gates, (D, S, B, 4H) of da's type, packed (rows, 4H), and may be da itself. The
            coefficients are then computed here
+    db     (batch tiles, D, 4H) fp32, the sums of da over the steps and the rows of each tile; or None
 
     grid (batch tiles, D), of CTAs in clusters. R is cut into slices along K. As many as fit HELD bytes are in
     registers, the others in shared memory.
@@ -202,16 +207,20 @@ def backward_cluster(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, first, st
         shares = gl.allocate_shared_memory(gl.float32, [2, CTAS, BLOCK_B, UNITS],
                                            shared_layout(32, BLOCK_H, [2, 1, 0], 2, CTAS))
         bars = allocate_mbarriers()
+    db = ()
+    if db_ptr is not None:
+        zero = gl.full((BLOCK_B, UNITS), 0., gl.float32, UNIT)
+        db = (zero, zero, zero, zero)
     n = 0
     time, base, count, at = locate_step(offsets_ptr, shift, S - 1, d, T, S, B, first)
     inputs = load_inputs(coef_ptr, kept_ptr, dy_ptr, flags_ptr, offsets_ptr, S - 1, time, base, at, row, count,
                          inside, B, stride_dyt, H, DIRECTIONS, DY_UNIT)
     if BUFFERS == 2:
-        dh, dc = step(inputs, dh, dc, staged.index(0), da_ptr + at * (4 * H), there(offsets_ptr, row, count, mask),
-                      kept_ptr, dy_ptr, flags_ptr, H, PRECISION)
+        dh, dc, db = step(inputs, dh, dc, db, staged.index(0), da_ptr + at * (4 * H),
+                          there(offsets_ptr, row, count, mask), kept_ptr, dy_ptr, flags_ptr, H, PRECISION)
     while n < S:
         if BUFFERS == 1:
-            dh, dc = step(inputs, dh, dc, staged.index(0), da_ptr + at * (4 * H),
+            dh, dc, db = step(inputs, dh, dc, db, staged.index(0), da_ptr + at * (4 * H),
                           there(offsets_ptr, row, count, mask), kept_ptr, dy_ptr, flags_ptr, H, PRECISION)
         flags = inputs[7]
         # The next inputs arrive during the products; in a cluster, which has few registers left, during the exchange.
@@ -247,7 +256,12 @@ def backward_cluster(coef_ptr, r_ptr, da_ptr, dh_ptr, dc_ptr, T, S, B, first, st
         n += 1
         if BUFFERS == 2:
             if n < S:
-                dh, dc = step(inputs, dh, dc, staged.index(n % 2), da_ptr + at * (4 * H),
+                dh, dc, db = step(inputs, dh, dc, db, staged.index(n % 2), da_ptr + at * (4 * H),
                               there(offsets_ptr, row, count, mask), kept_ptr, dy_ptr, flags_ptr, H, PRECISION)
     gl.store(dh_ptr + at_state, dh, mask=mask)
     gl.store(dc_ptr + at_state, dc, mask=mask)
+    if db_ptr is not None:
+        unit = gl.arange(0, UNITS, gl.SliceLayout(0, UNIT))
+        db_ptr += (tile * DIRECTIONS + d) * (4 * H) + unit
+        for gate in gl.static_range(4):
+            gl.store(db_ptr + gate * H, gl.sum(gl.where(mask, db[gate], 0.), 0), mask=unit < H)

@@ -265,17 +265,18 @@ def _before(plan, T, B, d, span, zero_state):
 
 
 @functools.lru_cache(maxsize=512)
-def _backward_chunks(plan, T, B, keep_gates, derives, zero_state, without_dy, strides, limit):
+def _backward_chunks(plan, T, B, keep_gates, derives, zero_state, without_dy, sums, strides, limit):
     """The chunks of a backward pass, from the last. Each is the first step, the number of steps, the times of each
     direction, ``_before`` of each, and three launches: of the kernel that copies h before each step, where there are
     step flags; of the one that prepares what the loop reads; and of the loop.
 
-    strides: of dy (T, B, D H), or packed, in the order time, row, unit; of packed rows the first two are one
+    sums: whether the loop adds up da. strides: of dy (T, B, D H), or packed, in the order time, row, unit; of packed
+    rows the first two are one
     """
     D, H, K = plan.directions, plan.hidden_size, plan.keep_every
     dy_unit = D * H if not without_dy and all(n % (D * H) == 0 for n in strides[:2]) else 1
     numbers = *((plan.tiles,) if plan.exchanges else ()), *(n // dy_unit for n in strides[:2]), strides[2]
-    names = ("dy_ptr", "kept_ptr") if derives else ("dy_ptr",)
+    names = "dy_ptr", *(["kept_ptr"] if derives else []), *(["db_ptr"] if sums else [])
     blocks = -(-B * H // 256)
     # of kept gates each step has its own programs; a grid has 65535 of them at most
     steps, keep_every = (-(-K // 65535), 1) if keep_gates else (K, K)
@@ -363,7 +364,10 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
         strides = (0, 0, 1) if dy is None else (dy.stride(0), dy.stride(-2), dy.stride(-1))
         keep_gates = gates is not None and len(gates) > 0
         derives, coef = plan.derives_coefficients and zoneout is None, None
-        chunks = _backward_chunks(plan, T, B, keep_gates, derives, zero_state, dy is None, strides, _limit(plan))
+        # a loop that adds up da itself spares reading it again
+        sums = dh.new_empty(-(-T // K), plan.groups, D, 4 * H) if plan.adds_up_da and needs[3] else None
+        chunks = _backward_chunks(plan, T, B, keep_gates, derives, zero_state, dy is None, sums is not None, strides,
+                                  _limit(plan))
         most = rows.most(D, min(K, T))
         count = 6 if zoneout is None else 8
         buffer = x.new_empty(most, 4 * H)
@@ -378,7 +382,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
         more = {} if zoneout is None else dict(COUNT=count)
     yield dx
     if T and B:
-        for first, S, spans, before, of_previous, of_states, loop in chunks:
+        for n, (first, S, spans, before, of_previous, of_states, loop) in enumerate(chunks):
             begun = first + S < T
             a = rows.split(buffer, spans)
             of_x = [rows.of(x, *span) for span in spans]
@@ -410,7 +414,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
                 of_states(launcher, (of_gates, c0, kept, states), (flags, rows.offsets))
             # from here on a and its buffer hold da
             loop(launcher, (of_gates if derives else coef, r_as_read, buffer, dh, dc, *shares),
-                 (flags, rows.offsets, dy, *of_kept, *stuck), **more)
+                 (flags, rows.offsets, dy, *of_kept, *(() if sums is None else (sums[n],)), *stuck), **more)
             with products_in(plan.precision):
                 for d in range(D):
                     if of_w is not None:
@@ -419,14 +423,14 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
                             of_x[d] = of_x[d].masked_fill(~has(flags[d, slice(*spans[d])], LIVE).view(-1, 1), 0)
                         of_w[d] = _add_product(of_w[d], a[d], of_x[d], begun)
                     if of_r is not None:
-                        for n, (chosen, h) in enumerate(previous[d]):
-                            of_r[d] = _add_product(of_r[d], a[d][chosen], h, begun or n > 0)
+                        for part, (chosen, h) in enumerate(previous[d]):
+                            of_r[d] = _add_product(of_r[d], a[d][chosen], h, begun or part > 0)
                         if not (begun or previous[d]):
                             of_r[d] = dh.new_zeros(4 * H, H) if of_r[d] is None else of_r[d].zero_()
-                    if of_b is not None:
+                    if of_b is not None and sums is None:
                         if begun or of_b[d] is None:
-                            sums = a[d].sum(0, dtype=torch.float32)
-                            of_b[d] = of_b[d].add_(sums) if begun else sums
+                            of_chunk = a[d].sum(0, dtype=torch.float32)
+                            of_b[d] = of_b[d].add_(of_chunk) if begun else of_chunk
                         else:
                             torch.sum(a[d], 0, dtype=torch.float32, out=of_b[d])
                     if dx is not None:
@@ -434,6 +438,12 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
                         out.addmm_(a[d], w[d]) if d or adds else torch.mm(a[d], w[d], out=out)
             del of_x            # which may be copies, before the next chunk makes its own
             yield
+        for d in range(D) if sums is not None else ():
+            of_d = sums.flatten(0, 1)[:, d]
+            if of_b[d] is None:
+                of_b[d] = of_d.sum(0)
+            else:
+                torch.sum(of_d, 0, out=of_b[d])
     cast = lambda g: g if g is None or x.dtype == torch.float32 else list(map(cast, g)) if isinstance(g, list) else (
         g.to(x.dtype))
     return dx, cast(dw), cast(dr), cast(db), cast(dh) if needs[4] else None, cast(dc) if needs[5] else None

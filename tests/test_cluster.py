@@ -10,6 +10,7 @@ from triton_lstm.kernels.launch import BEFORE_LOOPS
 from triton_lstm.kernels.offline import compile_plan
 
 import harness
+import triton_lstm
 from bench.machine_code import read
 from problems import EMULATED, Problem
 from ptx_emulator import EmulatorError
@@ -86,6 +87,42 @@ def test_few_inputs_neither_spill_nor_lose_r(hidden_size, dtype):
         loop = read(compile_plan(plan, dtype, inputs=FUSED_INPUTS)["forward_cluster"]).time_loop
     assert loop.spills == 0
     assert loop.held >= plan.register_bytes
+
+
+@CLUSTERS
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("change", [dict(), dict(ragged=True, resets=True), dict(packed=True)], ids=str)
+def test_gradient_of_the_bias(change, dtype):
+    """Its sums of da in the loop, over chunks and tiles of rows, are those of da afterwards but for their order."""
+    small = dataclasses.replace(problem((5, 17, 3, 33, 2), dtype), **change)
+    plan, found = small.cluster_plan(4), []
+    assert plan.backward.adds_up_da and plan.backward.groups == 2
+    for adds in (True, False):
+        with harness.emulator(), mock.patch.object(Plan, "adds_up_da", adds):
+            found.append(small.ours(plan=plan))
+    added, summed = (results.pop("db") for results in found)
+    torch.testing.assert_close(added, summed)
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@CLUSTERS
+def test_gradients_of_a_layers_biases():
+    """They have memory of their own, and a layer without biases has none."""
+    torch.manual_seed(0)
+    for bias in (True, False):
+        ours, x = triton_lstm.LSTM(3, 72, bias=bias, bidirectional=True), torch.randn(3, 17, 3)
+        exact = torch.nn.LSTM(3, 72, bias=bias, bidirectional=True, dtype=torch.float64)
+        exact.load_state_dict(ours.state_dict())
+        with harness.emulator(), mock.patch.object(triton_lstm.layer, "runs_kernels", lambda x, dtype: True), \
+                mock.patch.object(triton_lstm.op, "tf32_allowed", lambda: True), \
+                mock.patch.object(triton_lstm.eager._Layer, "apply", wraps=triton_lstm.eager._Layer.apply) as applied:
+            ours(x)[0].square().sum().backward()
+        assert applied.call_args[0][5].backward.adds_up_da
+        exact(x.double())[0].square().sum().backward()
+        for name, parameter in ours.named_parameters():
+            want = exact.get_parameter(name).grad
+            assert (parameter.grad - want).norm() < 2e-3 * want.norm(), name        # products in TF32
+        assert len({p.grad.untyped_storage().data_ptr() for p in ours.parameters()}) == len([*ours.parameters()])
 
 
 @CLUSTERS

@@ -241,6 +241,15 @@ class Plan:
         return (self.kind in ("resident", "cluster", "grid")
                 and self.batch * self.hidden_size * self.directions >= DERIVING_UNITS)
 
+    @property
+    def adds_up_da(self):
+        """Whether the backward loop adds up da for the gradient of the bias, so that nothing reads da again for it.
+
+        The sums take 8 registers of a thread for tiles of 16 rows and 32 units. By ``bench.machine_code`` a step takes
+        up to 4 % longer. Clusters with larger tiles or more than 256 units would spill.
+        """
+        return self.kind == "cluster" and self.block_b * self.block_h <= 512 and self.programs * self.block_h <= 256
+
     def multiplies_input(self, input_size):
         """Whether the forward time loop computes x W^T itself, so that no pre-activations go through device memory.
 

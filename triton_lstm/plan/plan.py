@@ -245,8 +245,8 @@ class Plan:
     def adds_up_da(self):
         """Whether the backward loop adds up da for the gradient of the bias, so that nothing reads da again for it.
 
-        The sums take 8 registers of a thread for tiles of 16 rows and 32 units. By ``bench.machine_code`` a step takes
-        up to 4 % longer. Clusters with larger tiles or more than 256 units would spill.
+        The sums take 8 registers of a thread for tiles of 16 rows and 32 units. On sm_90 a step takes up to 4 % longer
+        by ``bench.machine_code``. Clusters with larger tiles or more than 256 units would spill.
         """
         return self.kind == "cluster" and self.block_b * self.block_h <= 512 and self.programs * self.block_h <= 256
 

@@ -365,7 +365,10 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
         keep_gates = gates is not None and len(gates) > 0
         derives, coef = plan.derives_coefficients and zoneout is None, None
         # a loop that adds up da itself spares reading it again
-        sums = dh.new_empty(-(-T // K), plan.groups, D, 4 * H) if plan.adds_up_da and needs[3] else None
+        sums = None
+        if plan.adds_up_da and needs[3]:
+            tiles = -(-T // K) * plan.groups
+            sums = dh.new_empty(tiles, 4 * H) if D == 1 else dh.new_empty(tiles, D, 4 * H)
         chunks = _backward_chunks(plan, T, B, keep_gates, derives, zero_state, dy is None, sums is not None, strides,
                                   _limit(plan))
         most = rows.most(D, min(K, T))
@@ -378,6 +381,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
         needs_previous = needs[2] or not keep_gates
         h_before = None if flags is None or not needs_previous else x.new_empty(most, H)
         shares, stuck, of_kept = (exchange.new_shares(dh, plan),) if plan.exchanges else (), _stuck(plan, x.device), ()
+        of_sums = ()
         of_coefficients = zoneout_arguments(zoneout)
         more = {} if zoneout is None else dict(COUNT=count)
     yield dx
@@ -389,7 +393,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
             if not needs_previous:
                 previous = []
             elif flags is None:
-                columns = y.view(T * B, D * H)
+                columns = y.reshape(T * B, D * H)
                 previous = [[(chosen, h0[d] if of_y is None else columns[of_y]) for chosen, of_y in before[d]]
                             for d in range(D)]
             else:
@@ -412,9 +416,11 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
             else:
                 of_kept = states,
                 of_states(launcher, (of_gates, c0, kept, states), (flags, rows.offsets))
+            if sums is not None:
+                of_sums = sums[n * plan.groups:] if n else sums,
             # from here on a and its buffer hold da
             loop(launcher, (of_gates if derives else coef, r_as_read, buffer, dh, dc, *shares),
-                 (flags, rows.offsets, dy, *of_kept, *(() if sums is None else (sums[n],)), *stuck), **more)
+                 (flags, rows.offsets, dy, *of_kept, *of_sums, *stuck), **more)
             with products_in(plan.precision):
                 for d in range(D):
                     if of_w is not None:
@@ -439,7 +445,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
             del of_x            # which may be copies, before the next chunk makes its own
             yield
         for d in range(D) if sums is not None else ():
-            of_d = sums.flatten(0, 1)[:, d]
+            of_d = sums if D == 1 else sums[:, d]
             if of_b[d] is None:
                 of_b[d] = of_d.sum(0)
             else:

@@ -367,8 +367,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
         # a loop that adds up da itself spares reading it again
         sums = None
         if plan.adds_up_da and needs[3]:
-            tiles = -(-T // K) * plan.groups
-            sums = dh.new_empty(tiles, 4 * H) if D == 1 else dh.new_empty(tiles, D, 4 * H)
+            sums = dh.new_empty(plan.groups, 4 * H) if D == 1 else dh.new_empty(plan.groups, D, 4 * H)
         chunks = _backward_chunks(plan, T, B, keep_gates, derives, zero_state, dy is None, sums is not None, strides,
                                   _limit(plan))
         most = rows.most(D, min(K, T))
@@ -381,12 +380,12 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
         needs_previous = needs[2] or not keep_gates
         h_before = None if flags is None or not needs_previous else x.new_empty(most, H)
         shares, stuck, of_kept = (exchange.new_shares(dh, plan),) if plan.exchanges else (), _stuck(plan, x.device), ()
-        of_sums = ()
+        of_sums = () if sums is None else (sums,)
         of_coefficients = zoneout_arguments(zoneout)
         more = {} if zoneout is None else dict(COUNT=count)
     yield dx
     if T and B:
-        for n, (first, S, spans, before, of_previous, of_states, loop) in enumerate(chunks):
+        for first, S, spans, before, of_previous, of_states, loop in chunks:
             begun = first + S < T
             a = rows.split(buffer, spans)
             of_x = [rows.of(x, *span) for span in spans]
@@ -416,8 +415,6 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
             else:
                 of_kept = states,
                 of_states(launcher, (of_gates, c0, kept, states), (flags, rows.offsets))
-            if sums is not None:
-                of_sums = sums[n * plan.groups:] if n else sums,
             # from here on a and its buffer hold da
             loop(launcher, (of_gates if derives else coef, r_as_read, buffer, dh, dc, *shares),
                  (flags, rows.offsets, dy, *of_kept, *of_sums, *stuck), **more)
@@ -433,23 +430,18 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
                             of_r[d] = _add_product(of_r[d], a[d][chosen], h, begun or part > 0)
                         if not (begun or previous[d]):
                             of_r[d] = dh.new_zeros(4 * H, H) if of_r[d] is None else of_r[d].zero_()
-                    if of_b is not None and sums is None:
+                    if of_b is not None:
+                        of_rows = a[d] if sums is None else sums if D == 1 else sums[:, d]
                         if begun or of_b[d] is None:
-                            of_chunk = a[d].sum(0, dtype=torch.float32)
+                            of_chunk = of_rows.sum(0, dtype=torch.float32)
                             of_b[d] = of_b[d].add_(of_chunk) if begun else of_chunk
                         else:
-                            torch.sum(a[d], 0, dtype=torch.float32, out=of_b[d])
+                            torch.sum(of_rows, 0, dtype=torch.float32, out=of_b[d])
                     if dx is not None:
                         out = rows.of(dx, *spans[d])
                         out.addmm_(a[d], w[d]) if d or adds else torch.mm(a[d], w[d], out=out)
             del of_x            # which may be copies, before the next chunk makes its own
             yield
-        for d in range(D) if sums is not None else ():
-            of_d = sums if D == 1 else sums[:, d]
-            if of_b[d] is None:
-                of_b[d] = of_d.sum(0)
-            else:
-                torch.sum(of_d, 0, out=of_b[d])
     cast = lambda g: g if g is None or x.dtype == torch.float32 else list(map(cast, g)) if isinstance(g, list) else (
         g.to(x.dtype))
     return dx, cast(dw), cast(dr), cast(db), cast(dh) if needs[4] else None, cast(dc) if needs[5] else None

@@ -290,8 +290,9 @@ class Plan:
         their place later) and six coefficients in fp32, or eight with zoneout, or c in their place, unless that is
         kept, if the loop computes them (``derives_coefficients``); a copy of the chunk of x, which is made
         if x is not contiguous; the shares of dh that the programs of a group exchange; R as the kernels read it; dh
-        and dc; and dW, dR and db in fp32 and in the dtype of x. It does not contain what masks need: up to three
-        copies of the chunk's h with lengths or resets, or one copy and an index of its rows for packed input.
+        and dc; dW, dR and db in fp32 and in the dtype of x; and the sums that make db (``adds_up_da``). It does not
+        contain what masks need: up to three copies of the chunk's h with lengths or resets, or one copy and an index of
+        its rows for packed input.
         """
         if self.backward is not self:
             return self.backward.backward_bytes(T, input_size, element, zoneout, keep_gates)
@@ -304,6 +305,8 @@ class Plan:
         if self.exchanges:
             rows = self.directions * self.groups * self.tiles * self.block_b
             work += 2 * 4 * rows * self.padded_programs * self.programs * self.block_h
+        if self.adds_up_da:
+            work += 4 * self.groups * self.directions * 4 * self.hidden_size
         weights = 4 * self.hidden_size * (input_size + self.hidden_size + 1)
         # c0 in fp32, dh and dc, and the latter two in the input's type
         states = self.directions * self.batch * self.hidden_size * (3 * 4 + 3 * element)

@@ -79,10 +79,13 @@ class Floors:
             sent = torch.empty(steps + 1, groups, rows, plan.padded_programs * plan.block_h, dtype=dtype_of(dtype),
                                device=self._gpu.device)
 
+            limit = waiting.limit()
+            limited = {} if limit is None else dict(stuck_ptr=waiting.records(sent.device), limit=limit)
+
             def call(n):
                 exchange.fill(sent, plan)
                 exchanges[(plan.programs, groups)](sent, n, plan.looks, plan.padded_programs, plan.block_h, rows,
-                                                   INTERPRET, **waiting.arguments(sent.device), **LAUNCH)
+                                                   INTERPRET, **limited, **LAUNCH)
         # The difference leaves out the launch, and filling ``sent``, which takes the same time for any n.
         few, many = (self._best(functools.partial(call, n)) for n in (steps // 10, steps))
         return 1000 * (many - few) / (steps - steps // 10)

@@ -152,7 +152,7 @@ def forward_cluster(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first,
         send_to_all(h, received.index(0), bars.index(0), BLOCK_H)
     until_kept = (keep_every - first % keep_every) % keep_every
     at_kept = first // keep_every
-    if not KEEP_GATES:          # then nothing is kept of the first step
+    if not KEEP_GATES:          # then c before step 0 is not stored
         until_kept = gl.where(first == 0, keep_every, until_kept)
         at_kept = gl.where(first == 0, 0, (first - 1) // keep_every)
     s = 0

@@ -22,6 +22,7 @@ from .step_forward import forward_step
 from .wgmma_forward import forward_wgmma
 
 log = logging.getLogger("triton_lstm")
+KNOWN = 512             # kinds of calls, such as lengths, of which each kind of ``Launch`` is kept
 LOGGED_S = 0.5          # a launch that takes longer has compiled its kernel
 
 # Triton's interpreter runs a launch's programs one after the other, so one that waits for another waits for ever.
@@ -161,10 +162,15 @@ def options(kernel, plan, waits, constants):
 
 
 class Found(typing.NamedTuple):
-    """A compiled kernel: (name, default) of each parameter that launches give by name."""
+    """A compiled kernel, and (name, default) of each parameter that launches give by name."""
     kernel: triton.runtime.KernelInterface      # so that no other gets its id
     compiled: CompiledKernel
     parameters: list
+
+    def named(self, plan, constants):
+        """The arguments that launches give by name, in the order of the kernel's parameters."""
+        given = dict(constants, H=plan.hidden_size, DIRECTIONS=plan.directions)
+        return [given.get(name, default) for name, default in self.parameters]
 
 
 _compiled = {}          # ``Found`` by everything that Triton compiles a kernel for
@@ -185,8 +191,11 @@ def _specialised(args):
 
 
 class Launch:
-    """A launch of which sizes and a plan tell all but the tensors. It is made once, and remembers the compiled kernels
-    it has found: to find them again takes no more than the tensors' types and alignment.
+    """A kernel with all its arguments except the tensors. The sizes and the plan of a call determine these arguments,
+    so calls of the same sizes share one ``Launch``.
+
+    A ``Launch`` remembers its compiled kernels by the types and the alignment of the tensors. To find one this way
+    takes the host less time than the key of ``launch_kernel``, which has every argument.
 
     kernel, plan, grid, waits    as for ``launch_kernel``
     numbers      what follows the tensors among the kernel's arguments
@@ -222,12 +231,10 @@ class Launch:
             device, (_, plan, grid) = driver.active.get_current_device(), self._of
             if tensors[0].get_device() not in (device, -1):         # -1 is a CPU that stands for the GPU
                 return
-            given = dict(self._constants, H=plan.hidden_size, DIRECTIONS=plan.directions)
             places = {name: len(self._numbers) + n for n, (name, _) in enumerate(found.parameters)}
             self._remembered[self._key(device, tensors, named)] = (
                 found.compiled.run, (*grid, 1)[:3], found.compiled.function, found.compiled.packed_metadata,
-                [*self._numbers, *(given.get(name, default) for name, default in found.parameters)],
-                [places[name] for name in self._names])
+                [*self._numbers, *found.named(plan, self._constants)], [places[name] for name in self._names])
 
     @staticmethod
     def _key(device, tensors, named):
@@ -236,8 +243,8 @@ class Launch:
 
 
 def launch_kernel(kernel, plan, grid, *args, waits, **constants):
-    """Run ``kernel`` over ``grid``; ``waits`` tells whether its programs wait for each other. Returns the compiled
-    kernel as ``Found``, or None in the interpreter."""
+    """Run ``kernel`` over ``grid``; ``waits`` tells whether its programs wait for each other. Returns what was
+    ``Found``, or None in the interpreter."""
     if INTERPRET:
         if waits and plan.programs > 1 and not interleaved:
             raise RuntimeError(f"the interpreter would wait for ever: {plan.programs} programs exchange h")
@@ -269,9 +276,7 @@ def _launch(kernel, plan, grid, args, waits, constants):
         if isinstance(compiled, CompiledKernel):
             found = _compiled[key] = Found(kernel, compiled, [(p.name, p.default) for p in kernel.params[len(args):]])
         return found
-    _, compiled, parameters = found
-    constants["H"], constants["DIRECTIONS"] = plan.hidden_size, plan.directions
-    x, y, z = (*grid, 1)[:3]
-    compiled.run(x, y, z, driver.active.get_current_stream(device), compiled.function, compiled.packed_metadata, None,
-                 None, None, *args, *[constants.get(name, default) for name, default in parameters])
+    compiled = found.compiled
+    compiled.run(*(*grid, 1)[:3], driver.active.get_current_stream(device), compiled.function,
+                 compiled.packed_metadata, None, None, None, *args, *found.named(plan, constants))
     return found

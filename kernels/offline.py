@@ -50,18 +50,20 @@ def compile_launch(kernel, plan, args, waits, constants, arch):
     return compiled, [values[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
 
 
-def compile_plan(plan, dtype, arch=90, flagged=False, packed=False, zoneout=None, inputs=64, keep_gates=False):
+def compile_plan(plan, dtype, arch=90, flagged=False, packed=False, zoneout=None, inputs=64, keep_gates=False,
+                 bias=True):
     """The kernels that a layer of ``plan`` launches in ``dtype``, compiled: {name: what triton.compile returns}.
 
     flagged: those for lengths or resets; packed: those for packed sequences; zoneout: those for zoneout, "drawn" or
     "expected". inputs: features of x. keep_gates: those of a forward pass that keeps the gates for backward.
+    bias: whether the layer has one.
     """
     found = {}
     collect = _collector(found, arch)
     D, B, H = plan.directions, plan.batch, plan.hidden_size
     tensor = lambda *shape, dtype=dtype: torch.empty(shape, dtype=dtype, device="meta")
     x, w, r = tensor(2, B, inputs), tensor(D, 4 * H, inputs), tensor(D, 4 * H, H)
-    b, state = tensor(D, 4 * H), tensor(D, B, H)
+    b, state = tensor(D, 4 * H) if bias else None, tensor(D, B, H)
     flags = tensor(D, 2, B, dtype=torch.uint8) if flagged or packed else None
     batch_sizes = torch.tensor([B, B]) if packed else None
     x = x.flatten(0, 1) if packed else x
@@ -73,7 +75,8 @@ def compile_plan(plan, dtype, arch=90, flagged=False, packed=False, zoneout=None
     seed = torch.empty(1, dtype=torch.int64, device="meta") if zoneout == "drawn" else None
     more = batch_sizes, zoneout and (seed, 0.1, 0.1), collect
     y, h_n, c_n, *kept = sequence.forward(x, w, r, b, state, state, flags, plan, True, *more, keep_gates=keep_gates)
-    sequence.backward(y, h_n, c_n, x, w, r, b, state, state, flags, y, *kept, plan, [True] * 6, *more)
+    needs = [True, True, True, bias, True, True]
+    sequence.backward(y, h_n, c_n, x, w, r, b, state, state, flags, y, *kept, plan, needs, *more)
     return found
 
 

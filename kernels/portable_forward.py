@@ -51,7 +51,7 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first
     """
     tile, d = tl.program_id(0), tl.program_id(1)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    WITHOUT: tl.constexpr = 0 if KEEP_GATES else 1      # the first step, of which nothing is kept
+    FIRST_KEPT: tl.constexpr = 0 if KEEP_GATES else 1       # c before step 0 is stored only with KEEP_GATES
     r_ptr += d * (4 * H * H)
     x_ptr += chunk_shift(offsets_ptr, d, T, S, B, first) * (4 * H)
     row = tile * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -91,8 +91,8 @@ def forward_resident(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, T, S, B, first
         r += (row_of_r,)
     s = 0
     while s < S:
-        if ((first + s) % keep_every == 0) & (first + s >= WITHOUT):
-            at_kept = ((first + s) // keep_every - WITHOUT).to(tl.int64) * DIRECTIONS + d
+        if ((first + s) % keep_every == 0) & (first + s >= FIRST_KEPT):
+            at_kept = ((first + s) // keep_every - FIRST_KEPT).to(tl.int64) * DIRECTIONS + d
             for j in tl.static_range(len(R_SLICES)):
                 unit = R_SLICES[j][0] + tl.arange(0, R_SLICES[j][1])
                 tl.store(kept_ptr + (at_kept * B + row[:, None]) * H + unit[None, :], c[j],
@@ -181,7 +181,7 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B,
     """
     p, group, d = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    WITHOUT: tl.constexpr = 0 if KEEP_GATES else 1      # the first step, of which nothing is kept
+    FIRST_KEPT: tl.constexpr = 0 if KEEP_GATES else 1       # c before step 0 is stored only with KEEP_GATES
     UNITS: tl.constexpr = PADDED_PROGRAMS * BLOCK_H
     AREA: tl.constexpr = BLOCK_B * UNITS
     sent_ptr += ((d * tl.num_programs(1) + group) * tiles).to(tl.int64) * AREA
@@ -274,8 +274,8 @@ def forward_grid(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B,
             send_h(tile + step_of_sent + rows * UNITS + unit, narrow(h_next, dtype, INTERPRET), INTERPRET)
         tl.store(y_ptr + (base + row) * (DIRECTIONS * H) + d * H + unit, narrow(y, dtype, INTERPRET),
                  mask=(row < count) & (unit < H))
-        if ((first + s) % keep_every == 0) & (first + s >= WITHOUT):
-            at_kept = ((first + s) // keep_every - WITHOUT).to(tl.int64) * DIRECTIONS + d
+        if ((first + s) % keep_every == 0) & (first + s >= FIRST_KEPT):
+            at_kept = ((first + s) // keep_every - FIRST_KEPT).to(tl.int64) * DIRECTIONS + d
             tl.store(kept_ptr + (at_kept * B + row) * H + unit, c_prev, mask=mask)
         tl.store(c_ptr + at_c, c, mask=mask)
         # the next tile, or the first one of the next step

@@ -30,7 +30,7 @@ def step_flags(T, B, directions, lengths, sizes, reset, device, launcher=None):
     return flags
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(launch.KNOWN)
 def _write_flags(T, B, directions, *strides):
     return launch.Launch(launch.FLAGS, launch.NO_PLAN[directions], (-(-T * B // 1024), 1), T, B, *strides, waits=False,
                          names=(), BLOCK=1024)
@@ -147,7 +147,7 @@ def _time_loop(loop, plan, *numbers, names, limit, **constants):
                          names=("flags_ptr", "offsets_ptr", *names), **found.constants(plan), **constants)
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(launch.KNOWN)
 def _forward_chunks(plan, T, B, inputs, element, steps, keep_every, keep_gates, limit):
     """(steps of the longest chunk, whether the loop multiplies x by W, the chunks) of a forward pass. A chunk is the
     first step, the number of steps, the times of each direction and the launch."""
@@ -207,7 +207,7 @@ def one_step(x, weights, h0, c0, shape, directions, precision, with_y=True, laun
     return y, h_n, c_n
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(launch.KNOWN)
 def _one_step(B, inputs, H, D, precision, first):
     step = launch.step_of(B, inputs, H, D, precision)
     return launch.Launch(launch.STEP, step, step.grid(B), B, first, waits=False, names=(), **step.constants)
@@ -264,7 +264,7 @@ def _before(plan, T, B, d, span, zero_state):
     return [(chosen, at) for chosen, at in pairs if chosen.stop > chosen.start]
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(launch.KNOWN)
 def _backward_chunks(plan, T, B, keep_gates, derives, zero_state, without_dy, sums, strides, limit):
     """The chunks of a backward pass, from the last. Each is the first step, the number of steps, the times of each
     direction, ``_before`` of each, and three launches: of the kernel that copies h before each step, where there are

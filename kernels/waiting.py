@@ -108,11 +108,6 @@ def limit():
     return None if _limit_s == float("inf") else max(min(int(_limit_s * 1e9) >> TICK_BITS, 2 ** 31 - 1), 1)
 
 
-def arguments(device):
-    """The arguments of a launch whose programs wait for each other."""
-    return {} if (ticks := limit()) is None else dict(stuck_ptr=records(device), limit=ticks)
-
-
 def _numbers(numbers):
     """Sorted integers for people: "0-4, 7"."""
     ranges = []

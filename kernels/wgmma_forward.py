@@ -141,7 +141,7 @@ def forward_wgmma(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B
         flags_ptr += d.to(gl.int64) * T * B
     until_kept = (keep_every - first % keep_every) % keep_every
     at_kept = first // keep_every
-    if not KEEP_GATES:          # then nothing is kept of the first step
+    if not KEEP_GATES:          # then c before step 0 is not stored
         until_kept = gl.where(first == 0, keep_every, until_kept)
         at_kept = gl.where(first == 0, 0, (first - 1) // keep_every)
     s, m = 0, 0
@@ -199,7 +199,8 @@ def forward_wgmma(x_ptr, r_ptr, h_ptr, c_ptr, y_ptr, kept_ptr, sent_ptr, T, S, B
                 h_next = round_tf32(h_next, False)
             send_units(tile + step_of_sent, h_next.to(dtype), p, UNITS)
         gl.store(y_ptr + (base + row) * (DIRECTIONS * H) + d * H + unit, y.to(dtype), mask=(row < count) & (unit < H))
-        if until_kept == 0:     # also with KEEP_GATES, when it is always so: the assembler orders a step better then
+        # With KEEP_GATES this is always true. A store without the branch made the step of isaac_ppo 28 % longer.
+        if until_kept == 0:
             gl.store(kept_ptr + ((at_kept * DIRECTIONS + d).to(gl.int64) * B + row) * H + unit, c_prev, mask=mask)
         if last:
             at_kept += (until_kept == 0).to(gl.int32)

@@ -1,5 +1,6 @@
 """The benchmark without a GPU: machine code, residency, training, the command line, and ``verify``."""
 import collections
+import csv
 import dataclasses
 import os
 import pathlib
@@ -345,3 +346,20 @@ def test_verify_covers_what_it_promises(tmp_path, monkeypatch):
     for _, words, _, _ in recorded:
         if "bench" in words:
             command.parser().parse_args(words[3:])
+
+
+def test_host_times_in_the_notes():
+    """They are the least of the runs that were kept."""
+    least = {}
+    with open(command.RESULTS / "host.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            for loop in ("forward", "backward"):
+                if row[f"{loop}_least_us"]:
+                    least.setdefault((row["workload"], loop), []).append(int(row[f"{loop}_least_us"]))
+    text = (pathlib.Path(command.__file__).parent / "NOTES.md").read_text().split("## Host time of a call")[1]
+    told = {}
+    for name, forward, backward in re.findall(r"^\| (\w+) \| \d+ \| (\d+) \| \d* \| (\d*) \|$", text, re.M):
+        told[name, "forward"] = int(forward)
+        if backward:
+            told[name, "backward"] = int(backward)
+    assert len(told) > 40 and told == {key: min(least[key]) for key in told}

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
+import harness
 import triton_lstm
 from triton_lstm import make_plan, warming
 from triton_lstm.kernels import launch, offline
@@ -34,7 +35,8 @@ def test_each_plan_once():
     few = triton_lstm.LSTM(8, 64).bfloat16()
     found = jobs([deep, few, triton_lstm.LSTM(200, 64, bidirectional=True).bfloat16()])
     assert found == [
-        (plan, torch.bfloat16, dict(flagged=False, packed=False, zoneout=None, inputs=inputs, keep_gates=keep_gates))
+        (plan, torch.bfloat16, dict(flagged=False, packed=False, zoneout=None, inputs=inputs, keep_gates=keep_gates,
+                                    bias=True))
         for plan, inputs in ((make_plan(16, 64, torch.bfloat16, 2), 64), (make_plan(16, 64, torch.bfloat16), 8))
         for keep_gates in (False, True)]
     assert found[2][0].multiplies_input(8)
@@ -50,7 +52,7 @@ def test_options_reach_the_compiler():
     found = jobs([zoned, own], dtype=torch.float16, sequences=FLAGS)
     (plan, dtype, options), _, (of_own, _, _) = found       # calls with a plan of their own keep no gates
     assert dtype == torch.float16
-    assert options == dict(flagged=True, packed=False, zoneout="drawn", inputs=64, keep_gates=False)
+    assert options == dict(flagged=True, packed=False, zoneout="drawn", inputs=64, keep_gates=False, bias=True)
     assert [options["packed"] for _, _, options in jobs([own], dtype=torch.float16, sequences=PACKED)] == [True]
     assert plan == make_plan(16, 64, torch.float16, zoneout=True) and of_own == own.plan
     own.keep_gates = True
@@ -82,7 +84,7 @@ def test_warm():
             found = {kind for _, _, options in compiled.pop()[0][:-1] for kind, asked in options.items()
                      if kind in ("flagged", "packed") and asked}
             assert found == {"flagged" if kind == "lengths" else kind for kind in given}
-    options = dict(flagged=False, packed=False, zoneout=None, inputs=64)
+    options = dict(flagged=False, packed=False, zoneout=None, inputs=64, bias=True)
     step = launch.step_of(16, 100, 64, 1, "tf32"), torch.float32, dict(bias=True)
     assert compiled == [([*((plan, torch.float32, dict(options, keep_gates=kept)) for kept in (False, True)), step],
                          90, 5.)]
@@ -145,6 +147,31 @@ def test_one_step_and_flags_are_compiled_as_they_are_launched(bias):
     with mock.patch.object(triton_lstm.layer, "runs_kernels", lambda *args: True):
         launched = keys_of(calls)
     assert len(launched) == 5 and launched <= compiled
+
+
+@pytest.mark.parametrize("H", [72, 320])
+@pytest.mark.parametrize("bias", [True, False])
+def test_loops_are_compiled_as_they_are_launched(bias, H):
+    """In a small cluster the backward loop adds up the gradient of the bias, if there is one."""
+    layer, x = triton_lstm.LSTM(100, H, bias=bias), torch.randn(3, 5, 100, requires_grad=True)
+    compiled = set()
+
+    def compile_launch(kernel, plan, args, waits, constants, arch):
+        compiled.update(keys_of(lambda: launch.launch_kernel(kernel, plan, (), *args, waits=waits, **constants)))
+        return None, None
+    found = jobs([layer], 5)
+    with mock.patch.object(offline, "compile_launch", compile_launch):
+        for plan, dtype, options in found:
+            offline.compile_plan(plan, dtype, **options)
+    assert found[0][0].backward.adds_up_da == (H == 72 and harness.TRITON >= (3, 9))
+    assert found == jobs([layer, triton_lstm.LSTM(100, H, bias=bias)], 5)
+
+    def calls():
+        y, _ = layer(x)
+        y.backward(torch.ones_like(y))
+    with on_h200(), mock.patch.object(triton_lstm.layer, "runs_kernels", lambda *args: True):
+        launched = keys_of(calls)
+    assert {name.split("_")[0] for name, *_ in launched} >= {"forward", "backward"} and launched <= compiled
 
 
 @pytest.mark.gpu

@@ -74,8 +74,8 @@ class _Layer(torch.autograd.Function):
 
 
 def layers(x, hx, weights, sizes, dropout, keep_gates, batch_sizes=None, lengths=None, reset=None):
-    """(y, (h_n, c_n)) as ``LSTM._layers``, by automatic plans; None where the call is not one for this way, as that of
-    a wavefront. Wrong weights are not.
+    """(y, (h_n, c_n)) as ``LSTM._layers``, by automatic plans; None where the call is not one for this way, for
+    example because its layers run as a wavefront. Wrong weights are not.
 
     x           (T, B, I), or packed (N, I), which the kernels compute
     hx          (h0, c0) or None

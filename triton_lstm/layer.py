@@ -96,7 +96,7 @@ class LSTM(torch.nn.RNNBase):
         """``_flat_weights``. AttributeError where one is missing."""
         own = vars(self)
         parameters = own["_parameters"]
-        # where getattr finds most of them too, but after a call in Python for each
+        # getattr would find these too, but each by a call of nn.Module.__getattr__
         return self._given_weights or [parameters[name] if name in parameters and name not in own else
                                        getattr(self, name) for name in self._flat_weights_names]
 

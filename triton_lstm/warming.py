@@ -71,9 +71,11 @@ def jobs_of(layers, batch, dtype, device, sequences):
         # None: the number of steps decides, but not in calls with a plan of their own
         ways = [False] if layer.keep_gates is False or layer.plan and not layer.keep_gates else [False, True]
         for width, keep_gates in itertools.product(widths_of(layer), ways):
-            # only a width that the time loop multiplies makes other kernels
+            # only a width that the time loop multiplies makes other kernels, and only a bias that a loop knows of
+            multiplied = plan.multiplies_input(width)
             options = dict(flagged=sequences == FLAGS, packed=sequences == PACKED, zoneout="drawn" if zoned else None,
-                           inputs=width if plan.multiplies_input(width) else 64, keep_gates=keep_gates)
+                           inputs=width if multiplied else 64, keep_gates=keep_gates,
+                           bias=layer.bias or not (multiplied or plan.backward.adds_up_da))
             jobs.setdefault((plan, of_layer, *options.values()), (plan, of_layer, options))
     return list(jobs.values())
 

@@ -19,7 +19,7 @@ import time
 import torch
 
 import triton_lstm
-from triton_lstm import functional, layer, op
+from triton_lstm import functional, layer, op, wavefront
 from triton_lstm.kernels import sequence
 from triton_lstm.plan import H100
 
@@ -62,10 +62,14 @@ def stand_ins():
         return found if a.dtype == torch.float32 else torch.empty_like(found, dtype=torch.float32)
     def dropout(x, p, training=True):           # as on CUDA: one operator
         return torch.native_dropout(x, p, True)[0] if training else x
+    def dropped(self, x):
+        return torch.native_dropout(x, self.rate, True) if self.rate else (None, None)
     runs_kernels = lambda x, dtype: dtype in functional.DTYPES
     return [(functional, "runs_kernels", runs_kernels), (layer, "runs_kernels", runs_kernels),
             (op, "limits_of", lambda device: H100), (sequence, "_add_product", add_product),
-            (torch.nn.functional, "dropout", dropout)]
+            (torch.nn.functional, "dropout", dropout),
+            (wavefront.Dropout, "__call__", dropped),
+            (wavefront.Dropout, "of", classmethod(lambda cls, x, rate: cls(rate, 1 / (1 - rate))))]
 
 
 def pretend(folder):

@@ -36,13 +36,21 @@ def _write_flags(T, B, directions, *strides):
                          names=(), BLOCK=1024)
 
 
-def forward(*args, **kwargs):
-    """All of ``forward_chunks``, whose arguments it takes: (y, h_n, c_n, kept, gates)."""
-    return finish(forward_chunks(*args, **kwargs))
+def forward(x, *args, **kwargs):
+    """All of ``forward_chunks``, whose arguments it takes: (y, h_n, c_n, kept, gates), h_n and c_n of x's type."""
+    y, last, c, kept, gates = finish(forward_chunks(x, *args, **kwargs))
+    return y, joined([last]), c if x.dtype == torch.float32 else c.to(x.dtype), kept, gates
+
+
+def joined(of_layers):
+    """h_n (layers D, B, H) of what ``forward_chunks`` returns for each layer."""
+    parts = [part for last in of_layers for part in last]
+    # not a view, which the caller could not detach_() or edit in place where an operator returns it
+    return torch.cat(parts) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
 
 
 def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zoneout=None, launcher=None, steps=None,
-                   keep_gates=False, all_live=False, zero_state=False):
+                   keep_gates=False, all_live=False, zero_state=False, c=None):
     """The layer over all steps, as a generator that runs one chunk of steps at a time.
 
     x            (T, B, I), or packed (rows, I)
@@ -58,11 +66,13 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     keep_gates   with ``save``: whether backward gets the gates' pre-activations and every c, and recomputes nothing
     all_live     whether every step of ``flags`` is known to be live, as where only resets made them
     zero_state   whether h0 and c0 are known to be zero
+    c            a copy of c0 in fp32, which becomes c after the last step; None: it is made here
 
     The first ``next`` allocates all that outlives a chunk and yields y, not yet written. Each further one runs a chunk.
     x is read only in the chunk that needs it.
 
-    Returns y (T, B, D H) or packed (rows, D H), h_n and c_n (D, B, H), and what backward needs beside y: ``kept``
+    Returns y (T, B, D H) or packed (rows, D H); h_n as a list of tensors to concatenate; c_n (D, B, H) fp32; and what
+    backward needs beside y: ``kept``
     (-, D, B, H) fp32, c before every ``plan.keep_every``-th step except the first, or with ``keep_gates`` before every
     step; and ``gates`` (rows, 4H) of x's type, the pre-activations of all steps and directions, chunk by chunk. Both
     are empty without ``save``, gates without ``keep_gates``.
@@ -71,20 +81,20 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     rows = Rows(x, B, batch_sizes)
     T = rows.T
     y = x.new_empty(*x.shape[:-1], D * H)
-    c = x.new_zeros(D, B, H, dtype=torch.float32) if zero_state else c0.to(torch.float32, copy=True,
-                                                                           memory_format=torch.contiguous_format)
+    if c is None:
+        c = in_fp32(c0, zero_state)
     keep_gates = keep_gates and save
     keep_every = 1 if keep_gates else plan.keep_every if save else max(T, 1)
     kept = c.new_empty(T if keep_gates else max(-(-T // keep_every), 1) - 1, D, B, H)
     gates = x.new_empty(D * rows.count(0, T) if keep_gates else 0, 4 * H)
     if T == 0 or B == 0:
         yield y
-        return y, h0.clone(), c0.clone(), kept, gates
+        return y, [h0], c, kept, gates
     most, multiplies, chunks = _forward_chunks(plan, T, B, x.shape[-1], x.element_size(), steps, keep_every, keep_gates,
                                                _limit(plan))
     r, of_input, stuck, more = _as_read(r, plan), (), (), zoneout_arguments(zoneout)
-    # of H = 1, reshape alone makes a transposed view
-    h = (h0 if D == 1 else h0.transpose(0, 1).reshape(B, D * H)).contiguous()       # (B, D H) in memory
+    # (B, D H) in memory; of H = 1, reshape alone makes a transposed view
+    h = (h0 if D == 1 or zero_state else h0.transpose(0, 1).reshape(B, D * H)).contiguous()
     if multiplies:
         buffer, of_input = x.contiguous(), (_stacked(w), None if b is None else _stacked(b))
     elif not keep_gates:
@@ -120,12 +130,17 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
         last = y[:, :, :H].gather(0, ends.expand(1, B, H))
     else:
         last = y[T - 1:, :, :H] if D == 2 else y[T - 1:]
-    # not stack: inside an operator it returns a view, which the caller could not detach_() or edit in place
-    h_n = torch.cat([last, rows.of(y, 0, 1)[None, :, H:]]) if D == 2 else last.clone(
-        memory_format=torch.contiguous_format)
+    parts = [last, rows.of(y, 0, 1)[None, :, H:]] if D == 2 else [last]
     if batch_sizes is None and flags is not None and not all_live:
-        h_n = torch.where(live.any(0), h_n, h0)
-    return y, h_n, c if x.dtype == torch.float32 else c.to(x.dtype), kept, gates
+        parts = [torch.where(live.any(0), part, h0[d]) for d, part in enumerate(parts)]
+    return y, parts, c, kept, gates
+
+
+def in_fp32(state, zero=False):
+    """A copy of ``state`` in fp32, for the time loops to change. zero: whether it is known to be zero."""
+    if zero:
+        return torch.zeros_like(state, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _limit(plan):
@@ -318,7 +333,7 @@ def backward(*args, **kwargs):
 
 
 def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, plan, needs, batch_sizes=None,
-                    zoneout=None, launcher=None, all_live=False, zero_state=False):
+                    zoneout=None, launcher=None, all_live=False, zero_state=False, of_state=None):
     """The gradients of ``forward``, as a generator that runs one chunk of ``plan.keep_every`` steps at a time, from the
     last: it recomputes the gates by products over the whole chunk, unless forward kept them, turns them into
     coefficients, unless the loop does so, then runs the time loop backwards.
@@ -328,6 +343,8 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
     needs            which of the six gradients are wanted; the others are None. Those of w, r and b are lists of D
                      tensors where w is a list, and then each has memory of its own
     all_live, zero_state    as for ``forward_chunks``
+    of_state         copies of dh_n and dc_n in fp32, zero where these are None, which become dh0 and dc0 in fp32; None:
+                     they are made here
 
     The first ``next`` allocates all that outlives a chunk and yields dx, not yet written. Each further one runs a
     chunk. dy is read only in the chunk that needs it. Returns (dx, dw, dr, db, dh0, dc0).
@@ -336,11 +353,12 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
     B, D, H, K = h0.shape[1], plan.directions, plan.hidden_size, plan.keep_every
     rows = Rows(x, B, batch_sizes)
     T = rows.T
-    if dh_n is dc_n is None and not (needs[4] or needs[5]):
+    if of_state is not None:
+        dh, dc = of_state
+    elif dh_n is dc_n is None and not (needs[4] or needs[5]):
         dh, dc = x.new_zeros(2, D, B, H, dtype=torch.float32).unbind()
     else:
-        dh, dc = (x.new_zeros(D, B, H, dtype=torch.float32) if g is None else
-                  g.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for g in (dh_n, dc_n))
+        dh, dc = (in_fp32(h0, zero=True) if g is None else in_fp32(g) for g in (dh_n, dc_n))
 
     def total(need, *shape):
         """(a gradient, its parts of each direction), which have no memory yet where they have memory of their own."""

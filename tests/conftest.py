@@ -9,7 +9,7 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
     pytest.exit("the tests choose the interpreter themselves: unset TRITON_INTERPRET", returncode=2)
 
 import harness  # noqa: E402
-from triton_lstm import wavefront  # noqa: E402
+from triton_lstm import eager  # noqa: E402
 
 # Products in the tests are so small that more threads only slow them down.
 torch.set_num_threads(1)
@@ -33,7 +33,7 @@ def poison():
     with contextlib.ExitStack() as stack:
         single, several = ("forward", "backward", "one_step"), ("_forward", "_backward")
         for module, names in ((harness.interpreted_sequence, single), (harness.compiled_sequence, single),
-                              (wavefront, several)):
+                              (eager, several)):
             for name in names:
                 stack.enter_context(mock.patch.object(module, name, poisoned(getattr(module, name))))
         yield

@@ -115,9 +115,9 @@ def test_gradients_of_a_layers_biases():
         exact.load_state_dict(ours.state_dict())
         with harness.emulator(), mock.patch.object(triton_lstm.layer, "runs_kernels", lambda x, dtype: True), \
                 mock.patch.object(triton_lstm.op, "tf32_allowed", lambda: True), \
-                mock.patch.object(triton_lstm.eager._Layer, "apply", wraps=triton_lstm.eager._Layer.apply) as applied:
+                mock.patch.object(triton_lstm.eager._Layers, "apply", wraps=triton_lstm.eager._Layers.apply) as applied:
             ours(x)[0].square().sum().backward()
-        assert applied.call_args[0][5].backward.adds_up_da
+        assert applied.call_args[0][0].plan.backward.adds_up_da
         exact(x.double())[0].square().sum().backward()
         for name, parameter in ours.named_parameters():
             want = exact.get_parameter(name).grad

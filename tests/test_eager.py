@@ -1,5 +1,6 @@
 """Eager calls of a layer: which ones go the short way, and that it computes the same as the operator, bit by bit."""
 import dataclasses
+import weakref
 from unittest import mock
 
 import pytest
@@ -13,7 +14,8 @@ from triton_lstm import eager, make_plan
 
 T, B, I, H = 6, 5, 4, 6
 LAYERS = [dict(), dict(bias=False), dict(num_layers=2), dict(bidirectional=True), dict(batch_first=True),
-          dict(num_layers=2, bidirectional=True), dict(num_layers=3, bidirectional=True, bias=False)]
+          dict(num_layers=2, bidirectional=True), dict(num_layers=3, bidirectional=True, bias=False),
+          dict(num_layers=3, dropout=0.4), dict(num_layers=2, dropout=1.)]
 SEQUENCES = ["padded", "lengths", "resets", "both", "packed"]
 
 
@@ -35,6 +37,7 @@ def arguments(options, sequences, state, dtype=torch.float32):
 
 def gradients(layer, x, hx, call):
     """{name: tensor} of what the call returns and of the gradients of a loss of all of it."""
+    torch.manual_seed(7)            # of dropout
     y, (h_n, c_n) = call()
     y = getattr(y, "data", y) if not isinstance(y, torch.Tensor) else y
     leaves = dict(layer.named_parameters(), x=x, **dict(zip(("h0", "c0"), hx or ())))
@@ -51,9 +54,9 @@ def test_same_bits_as_the_operator(options, sequences, keep_gates):
     layer, x, hx, call = arguments(options, sequences, state=options.get("num_layers") != 2)
     layer.keep_gates = keep_gates
     with harness.interpreter():
-        with mock.patch.object(eager._Layer, "apply", wraps=eager._Layer.apply) as applied:
+        with mock.patch.object(eager._Layers, "apply", wraps=eager._Layers.apply) as applied:
             got = gradients(layer, x, hx, call)
-        assert applied.call_count == layer.num_layers
+        assert applied.call_count == 1
         with mock.patch.object(eager, "layers", lambda *args, **masks: None):
             right = gradients(layer, x, hx, call)
     for name, tensor in right.items():
@@ -61,18 +64,90 @@ def test_same_bits_as_the_operator(options, sequences, keep_gates):
     assert_apart(got)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_dropout_in_16_bits(dtype):
+    layer, *of_call = arguments(dict(num_layers=2, dropout=0.3), "lengths", True, dtype)
+    with harness.interpreter():
+        got = gradients(layer, *of_call)
+        with mock.patch.object(eager, "layers", lambda *args, **masks: None):
+            right = gradients(layer, *of_call)
+    assert all(torch.equal(got[name], right[name]) for name in right)
+
+
+@pytest.mark.parametrize("sequences", ["padded", "lengths", "packed"])
+def test_a_plan_of_its_own(sequences):
+    layer, *of_call = arguments(dict(num_layers=2), sequences, state=True)
+    layer.plan = dataclasses.replace(make_plan(B, H, torch.float32, limits=None), keep_every=2)
+    with harness.interpreter():
+        with mock.patch.object(eager._Layers, "apply", wraps=eager._Layers.apply) as applied:
+            got = gradients(layer, *of_call)
+        call, = (call.args[0] for call in applied.call_args_list)
+        assert call.plan == layer.plan and not call.keep_gates
+        with mock.patch.object(eager, "layers", lambda *args, **masks: None):
+            right = gradients(layer, *of_call)
+    assert all(torch.equal(got[name], right[name]) for name in right)
+
+
+@pytest.mark.parametrize("options, sequences", [
+    (dict(), "both"), (dict(num_layers=2, bidirectional=True), "lengths"), (dict(num_layers=2, bias=False), "packed"),
+    (dict(num_layers=3, dropout=0.4), "resets")], ids=str)
+def test_second_derivatives(options, sequences):
+    """A gradient penalty, by gradients of y, h_n and c_n and of y alone."""
+    layer, x, hx, call = arguments(options, sequences, state=True)
+    wanted = [x, *hx, *layer.parameters()]
+
+    def penalty():
+        found = []
+        for with_state in (True, False):
+            torch.manual_seed(7)
+            y, (h_n, c_n) = call()
+            y = y.data if isinstance(y, PackedSequence) else y
+            out = y.sin().sum() + (h_n.sin().sum() + c_n.cos().sum() if with_state else 0)
+            first = torch.autograd.grad(out, wanted, create_graph=True)
+            found += [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), wanted)]
+        return found
+
+    with harness.interpreter():
+        with mock.patch.object(eager._Layers, "apply", wraps=eager._Layers.apply) as applied:
+            got = penalty()
+        assert applied.call_count == 2
+        with mock.patch.object(eager, "layers", lambda *args, **masks: None):
+            right = penalty()
+    for tensor, other in zip(got, right):
+        assert other.abs().max() > 0
+        # forward runs once more for these, with the same results, so that only the order of sums differs
+        torch.testing.assert_close(tensor, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("sequences", SEQUENCES)
 @pytest.mark.parametrize("options", LAYERS[3:6], ids=str)
 def test_without_gradients(options, sequences):
     layer, _, _, call = arguments(options, sequences, state=True)
     with harness.interpreter(), torch.no_grad():
-        with mock.patch.object(eager._Layer, "apply") as applied:
+        with mock.patch.object(eager._Layers, "apply") as applied:
             got = call()
         assert not applied.called
         with mock.patch.object(eager, "layers", lambda *args, **masks: None):
             right = call()
     assert torch.equal(got[0].data, right[0].data)          # of a tensor or a PackedSequence
     assert all(map(torch.equal, got[1], right[1])) and not got[1][0].requires_grad
+
+
+def test_without_gradients_layers_keep_nothing():
+    """What a layer computes is freed when the next layer has read it."""
+    layer, _, _, call = arguments(dict(num_layers=4), "padded", state=True)
+    real, alive, ys = harness.interpreted_sequence.forward_chunks, [], []
+
+    def chunks(x, *args, **options):
+        alive.append([y() is not None for y in ys])
+        y, *others = yield from real(x, *args, **options)
+        ys.append(weakref.ref(y.untyped_storage()))
+        return y, *others
+
+    with harness.interpreter(), torch.no_grad(), mock.patch.object(harness.interpreted_sequence, "forward_chunks",
+                                                                   chunks):
+        call()
+    assert alive == [[], [True], [False, True], [False, False, True]]
 
 
 def test_only_some_weights_want_gradients():
@@ -82,7 +157,7 @@ def test_only_some_weights_want_gradients():
     for name, weight in layer.named_parameters():
         weight.requires_grad_(name in ("weight_hh_l1", "bias_hh_l1"))
     with harness.interpreter():
-        with mock.patch.object(eager._Layer, "apply", wraps=eager._Layer.apply) as applied:
+        with mock.patch.object(eager._Layers, "apply", wraps=eager._Layers.apply) as applied:
             call()[0].sum().backward()
         assert applied.call_count == 1
         got = {name: weight.grad for name, weight in layer.named_parameters()}
@@ -94,14 +169,12 @@ def test_only_some_weights_want_gradients():
         assert weight.grad is None or torch.equal(got[name], weight.grad), name
 
 
-@pytest.mark.parametrize("case", ["plan", "zoneout", "projection", "weights"])
+@pytest.mark.parametrize("case", ["zoneout", "projection", "weights"])
 def test_who_does_not_take_it(case):
-    """Calls with a plan of their own, with zoneout, with a projection, and with a weight of a wrong shape."""
+    """Calls with zoneout, with a projection, and with a weight of a wrong shape."""
     torch.manual_seed(0)
     layer = triton_lstm.LSTM(I, H, proj_size=3 if case == "projection" else 0, zoneout=0.1 if case == "zoneout" else 0.)
-    if case == "plan":
-        layer.plan = dataclasses.replace(make_plan(B, H, torch.float32, limits=None), keep_every=2)
-    with harness.interpreter(), mock.patch.object(eager._Layer, "apply") as applied:
+    with harness.interpreter(), mock.patch.object(eager._Layers, "apply") as applied:
         if case == "weights":
             layer.weight_hh_l0 = torch.nn.Parameter(torch.randn(4 * H, H + 1))
             with pytest.raises(ValueError, match=r"weight_ih must have the shape \(1, 28, 4\), got \(1, 24, 4\)"):

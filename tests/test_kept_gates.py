@@ -246,10 +246,10 @@ def test_backward_recomputes_nothing():
 @pytest.mark.parametrize("num_layers, kept", [(1, True), (2, True), (3, False)])
 def test_a_layer_decides_for_all_its_layers(num_layers, kept):
     layer, x = triton_lstm.LSTM(4, 6, num_layers), torch.randn(7, 2, 4)
-    real = harness.interpreted_sequence.forward
+    real = harness.interpreted_sequence.forward_chunks
     triton_lstm.op.plan_or_reason.cache_clear()
     with (harness.interpreter(), mock.patch.object(search, "KEEP_EVERY", 16),
-          mock.patch.object(harness.interpreted_sequence, "forward", side_effect=real) as forward):
+          mock.patch.object(harness.interpreted_sequence, "forward_chunks", side_effect=real) as forward):
         layer(x)
         assert [call.kwargs["keep_gates"] for call in forward.call_args_list] == [kept] * num_layers
         for layer.keep_gates in (True, False):
@@ -296,11 +296,11 @@ def test_compiled_by_default():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     traced = torch.compile(ours, fullgraph=True, dynamic=True, backend=counter)
-    real, results, graphs = harness.interpreted_sequence.forward, [], []
+    real, results, graphs = harness.interpreted_sequence.forward_chunks, [], []
     triton_lstm.op.plan_or_reason.cache_clear()
     with (harness.interpreter(), mock.patch.object(triton_lstm.functional, "KEEP_EVERY", 16),
           mock.patch.object(search, "KEEP_EVERY", 16),
-          mock.patch.object(harness.interpreted_sequence, "forward", side_effect=real) as forward):
+          mock.patch.object(harness.interpreted_sequence, "forward_chunks", side_effect=real) as forward):
         for T, B, kept in ((4, 2, True), (9, 4, False), (8, 6, True), (12, 7, False)):
             x = torch.randn(T, B, 3)
             for call in (traced, ours):

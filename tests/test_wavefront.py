@@ -35,8 +35,13 @@ def overlapping(steps):
 def one_by_one(steps):
     """Inside, layers run one after the other, in chunks of ``steps``, because products over other numbers of rows may
     be rounded differently."""
+    chunks = [sequence._forward_chunks for sequence in (harness.interpreted_sequence, harness.compiled_sequence)]
     with mock.patch.object(Plan, "forward_steps", lambda self, T, element: min(steps, T)):
+        for remembered in chunks:       # of the same sizes, by the real number of steps
+            remembered.cache_clear()
         yield
+    for remembered in chunks:
+        remembered.cache_clear()
 
 
 def make(I, H, layers, dtype=torch.float32, batch=3, keep_every=4, **options):
@@ -142,11 +147,15 @@ def test_frozen_weights(frozen, given, needs_x):
     assert_equal(*both(layer, 2, lambda layer: step(layer, x, hx, frozen=frozen, needs_x=needs_x)))
 
 
-def test_layers_below_all_that_learns_do_not_run():
-    """Backward launches nothing for layers if no gradient of them, or of a layer below, is wanted."""
-    with harness.interpreter(), overlapping(3) as runs:
-        step(make(6, 9, 3), torch.randn(7, 3, 6), frozen=("l0", "l1"), needs_x=False)
-    assert [len(call.args[0]) for call in runs.call_args_list] == [3, 1]
+def test_layers_below_all_that_learns_keep_nothing():
+    """Layers that are frozen, below all others, overlap with each other. Nothing of them is kept."""
+    with harness.interpreter(), overlapping(3) as runs, torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append(t) or t, lambda t: t):
+        saved = []
+        step(make(6, 9, 4, dropout=0.5), torch.randn(7, 3, 6), frozen=("l0", "l1", "l2"), needs_x=False)
+        assert [len(call.args[0]) for call in runs.call_args_list] == [3]
+    # x of the last layer, its y, and its c before step 4
+    assert sorted(t.shape for t in saved if t.dim() > 2 and t.numel() > 2 * 3 * 9) == [(7, 3, 9)] * 2
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -1,16 +1,21 @@
-"""Eager calls of layers, with little work for the host: one autograd.Function for each layer, of its own weights.
+"""Eager calls of layers, with little work for the host: one autograd.Function for all layers, of their own weights.
 
 ``functional.lstm`` takes the weights of both directions as one tensor and the sum of both biases. To make these by
 operators that autograd follows takes the host longer than some layers take the GPU. ``layers`` is for plain tensors
 only: compilers, transforms and dispatch modes see ``functional.lstm`` and its operator.
 """
 import functools
+import operator
+import typing
 
 import torch
 from torch.autograd import forward_ad
 
 from . import apart, op, wavefront
 from .functional import checked, flags_of
+from .plan import Plan
+
+_requires_grad = operator.attrgetter("requires_grad")      # takes half the time of a generator
 
 
 @functools.lru_cache
@@ -23,66 +28,186 @@ def shapes_of(num_layers, directions, input_size, hidden_size, bias):
     return shapes
 
 
-def _by_direction(own, D):
-    """W, R and the sum of both biases, or None, as lists of D matrices, where autograd does not follow."""
-    kinds = len(own) // D
-    b = [b_ih + b_hh for b_ih, b_hh in zip(own[2::kinds], own[3::kinds])] if kinds > 2 else None
-    return own[0::kinds], own[1::kinds], b
+def _of_layer(n, D, *states):
+    """The part of layer ``n`` of states (layers D, B, H). States (D, B, H) are the same for all layers."""
+    return states if len(states[0]) == D else [s[n * D:(n + 1) * D] for s in states]
 
 
-class _Layer(torch.autograd.Function):
+def _sums(b_ih, b_hh):
+    """The sum of each pair of biases, by one launch on CUDA."""
+    if len(b_ih) == 1:
+        return [b_ih[0] + b_hh[0]]
+    return torch._foreach_add(b_ih, b_hh)       # pyright: ignore[reportPrivateImportUsage]
+
+
+class _Call(typing.NamedTuple):
+    """What all layers of a call have in common.
+
+    count    of layers
+    steps    of a chunk of forward, where layers run as a wavefront; None: they run one after the other
+    known    what ``sequence.forward`` and ``sequence.backward`` need not look for
+    """
+    plan: Plan
+    count: int
+    dropout: wavefront.Dropout
+    keep_gates: bool
+    steps: int | None
+    known: dict
+
+    def of_layers(self, weights):
+        """The weights of each layer, from those of all."""
+        if self.count == 1:
+            return [weights]
+        each = len(weights) // self.count
+        return [weights[n * each:(n + 1) * each] for n in range(self.count)]
+
+
+def _forward(call, save, flags, batch_sizes, x, h0, c0, *weights):
+    """((y, h_n, c_n), what backward needs of each layer): x if dropout made it, else None; the mask of dropout; R of
+    both directions, or None; y, and what else ``sequence.forward`` keeps; and the sums of the biases."""
+    plan, count, dropout = call.plan, call.count, call.dropout
+    D, arguments, runs, results, saved = plan.directions, [], [], [], []
+    c_n = (x.new_zeros(count * D, plan.batch, plan.hidden_size, dtype=torch.float32) if call.known["zero_state"] else
+           op.sequence.in_fp32(c0))
+    kinds = len(weights) // (count * D)
+    sums = _sums(weights[2::4], weights[3::4]) if kinds > 2 else None
+    for n, own in enumerate(call.of_layers(weights)):
+        w, r, b = own[0::kinds], own[1::kinds], sums and sums[n * D:(n + 1) * D]
+        if D == 2:          # backward needs both directions' R in one tensor too
+            r = torch.stack(r)
+        arguments.append((w, r, b, *_of_layer(n, D, h0, c0), flags, plan, save, batch_sizes))
+        runs.append(dict(call.known, keep_gates=call.keep_gates, c=_of_layer(n, D, c_n)[0]))
+    with op.without_autocast(x):
+        if call.steps is None:
+            dropped = []
+            for n, of_layer in enumerate(arguments):
+                made, mask = dropout(x) if n else (None, None)
+                x = x if made is None else made
+                dropped.append((made, mask) if save else None)
+                x, last, *kept = op.sequence.finish(op.sequence.forward_chunks(x, *of_layer, **runs[n]))
+                # without backward only the next layer needs x, of which ``last`` has views
+                results.append((x, last, *kept) if save else (None, [op.sequence.joined([last])]))
+                del last
+        else:
+            dropped, results = wavefront.forward(x, arguments, runs, dropout, call.steps)
+            x = results[-1][0]
+    if save:
+        saved = [(*dropped[n], r if D == 2 else None, y, kept, gates, *(b or ()))
+                 for n, ((_, r, b, *_), (y, _, _, kept, gates)) in enumerate(zip(arguments, results))]
+    h_n = results[0][1][0] if not save and count == 1 else op.sequence.joined([last for _, last, *_ in results])
+    return (x, h_n, c_n if x.dtype == torch.float32 else c_n.to(x.dtype)), saved
+
+
+class _Layers(torch.autograd.Function):
+    """``_forward`` with gradients. Takes the arguments of ``_forward`` except ``save``."""
+
     @staticmethod
-    def forward(ctx, x, h0, c0, flags, batch_sizes, plan, keep_gates, known, *own):
-        w, r, b = _by_direction(own, plan.directions)
-        # backward needs both directions' R in one tensor too
-        both = None if plan.directions == 1 else torch.stack(r)
-        with op.without_autocast(x):
-            y, h_n, c_n, kept, gates = op.sequence.forward(x, w, r if both is None else both, b, h0, c0, flags, plan,
-                                                           True, batch_sizes, keep_gates=keep_gates, **known)
-        ctx.save_for_backward(x, both, h0, c0, flags, batch_sizes, y, kept, gates, *own, *(b or ()))
-        ctx.plan, ctx.known = plan, known
+    def forward(ctx, call, *tensors):
+        outputs, saved = _forward(call, True, *tensors)
+        ctx.call = call
+        ctx.save_for_backward(*tensors, *(t for of_layer in saved for t in of_layer))
         ctx.set_materialize_grads(False)
-        return y, h_n, c_n
+        return outputs
 
     @staticmethod
     def backward(ctx, *given):
-        needs, D = ctx.needs_input_grad, ctx.plan.directions
+        call, needs = ctx.call, ctx.needs_input_grad[3:]
         if all(g is None for g in given):
-            return (None,) * len(needs)
-        x, both, h0, c0, flags, batch_sizes, y, kept, gates, *own = ctx.saved_tensors
-        of_own = needs[8:]
-        own, b = own[:len(of_own)], own[len(of_own):] or None
-        kinds = len(own) // D
-        wanted = [needs[0], any(of_own[0::kinds]), any(of_own[1::kinds]),
-                  kinds > 2 and any(of_own[2::kinds] + of_own[3::kinds]), needs[1], needs[2]]
+            return (None,) * (3 + len(needs))
+        flags, batch_sizes, *tensors = ctx.saved_tensors        # once: checkpoints give them only once
+        inputs, tensors = tensors[:len(needs)], tensors[len(needs):]
+        each = len(tensors) // call.count
+        saved = [tensors[n * each:(n + 1) * each] for n in range(call.count)]
         if torch.is_grad_enabled() or not op.plain(*given) or op.batched(*given):
             # there will be derivatives of these gradients, or a transform runs over them
-            found = op.differentiable(op.lstm_backward_op, *given, x, *apart.stacked(own, kinds), h0, c0, flags,
-                                      batch_sizes, y, kept, gates, "", ctx.plan.keep_every, wanted, None, 0., 0.)
+            found = _differentiably(call, [of[1] for of in saved], needs, given, flags, batch_sizes, inputs)
         else:
-            w, r = own[0::kinds], own[1::kinds] if both is None else both
-            with op.without_autocast(x):
-                found = op.sequence.backward(*given, x, w, r, b, h0, c0, flags, y, kept, gates, ctx.plan, wanted,
-                                             batch_sizes, **ctx.known)
-        dx, dw, dr, db, dh0, dc0 = (g if need else None for g, need in zip(found, wanted))
-        gradients = []
+            found = _backward(call, needs, given, flags, batch_sizes, inputs, saved)
+        return None, None, None, *(g if need else None for g, need in zip(found, needs))
+
+
+def _backward(call, needs, given, flags, batch_sizes, inputs, saved):
+    """Gradients for ``inputs``, by the kernels.
+
+    needs     for each input, whether it needs a gradient
+    given     those of y, h_n and c_n; None for zero
+    inputs    x, h0, c0 and the weights
+    saved     of each layer, as ``_forward`` returns it
+    """
+    (x, h0, c0, *weights), (dy, dh_n, dc_n), plan, D = inputs, given, call.plan, call.plan.directions
+    of_weights, needed = call.of_layers(weights), call.of_layers(needs[3:])
+    kinds = len(of_weights[0]) // D
+    count, arguments, runs, dh, dc = call.count, [], [], None, None
+    if dh_n is dc_n is None and not (needs[1] or needs[2]):
+        zeros = x.new_zeros(2 * count, D, plan.batch, plan.hidden_size, dtype=torch.float32).unbind()
+        of_state = [*zip(zeros[:count], zeros[count:])]
+    else:
+        dh, dc = (x.new_zeros(count * D, plan.batch, plan.hidden_size, dtype=torch.float32) if g is None else
+                  op.sequence.in_fp32(g) for g in (dh_n, dc_n))
+        of_state = [_of_layer(n, D, dh, dc) for n in range(count)]
+    for n in range(count):
+        own, need, (made, _, both, y, kept, gates, *b) = of_weights[n], needed[n], saved[n]
+        wanted = (n > 0 or needs[0], any(need[0::kinds]), any(need[1::kinds]),
+                  kinds > 2 and any(need[2::kinds] + need[3::kinds]), False, False)
+        of_x = made if made is not None else saved[n - 1][3] if n else x
+        arguments.append((None, None, of_x, own[0::kinds], own[1::kinds] if both is None else both, b or None,
+                          *_of_layer(n, D, h0, c0), flags, y, kept, gates, plan, wanted, batch_sizes))
+        runs.append(dict(call.known, of_state=of_state[n]))
+    masks = [of_layer[1] for of_layer in saved]
+    with op.without_autocast(x):
+        if call.steps is None:
+            results = []
+            for n in reversed(range(count)):
+                dy, *of_layer = op.sequence.backward(dy, *arguments[n], **runs[n])
+                dy = call.dropout.masked(dy, masks[n])
+                results.insert(0, of_layer)
+        else:
+            dy, results = wavefront.backward(dy, arguments, runs, masks, call.dropout)
+    gradients = []
+    for dw, dr, db, *_ in results:
         for d in range(D):
-            gradients += [None if g is None else g[d] for g in ((dw, dr) if kinds == 2 else (dw, dr, db))]
-            if kinds > 2:
-                gradients.append(None if db is None else db[d].clone())     # in memory of its own: see ``apart``
-        return dx, dh0, dc0, *[None] * 5, *(g if need else None for g, need in zip(gradients, of_own))
+            gradients += [None if g is None else g[d] for g in (dw, dr)]
+            if kinds > 2:       # in memory of their own: see ``apart``
+                gradients += [None, None] if db is None else [db[d], db[d].clone()]
+    states = [None if g is None or not need else g.to(x.dtype) for g, need in ((dh, needs[1]), (dc, needs[2]))]
+    return dy, *states, *gradients
 
 
-def layers(x, hx, weights, sizes, dropout, keep_gates, batch_sizes=None, lengths=None, reset=None):
-    """(y, (h_n, c_n)) as ``LSTM._layers``, by automatic plans; None where the call is not one for this way, for
-    example because its layers run as a wavefront. Wrong weights are not.
+def _differentiably(call, masks, needs, given, flags, batch_sizes, inputs):
+    """``_backward`` in operators that can be differentiated and mapped over. It computes forward again, from the
+    inputs."""
+    create_graph, D = torch.is_grad_enabled(), call.plan.directions
+    with torch.enable_grad():
+        # aliases: one input may have been computed from another
+        inputs = [t.view_as(t) if need else t for t, need in zip(inputs, needs)]
+        x, h0, c0, *weights = inputs
+        h_n, c_n = [], []
+        for n, own in enumerate(call.of_layers(weights)):
+            x, h, c, *_ = op.differentiable(
+                op.lstm_op, call.dropout.masked(x, masks[n]), *apart.stacked(own, len(own) // D),
+                *_of_layer(n, D, h0, c0), flags, batch_sizes, call.plan.encode(), call.plan.keep_every, True,
+                len(x) if call.keep_gates else 0, None, 0., 0.)
+            h_n.append(h)
+            c_n.append(c)
+        outputs = x, torch.cat(h_n), torch.cat(c_n)
+    outputs, given = zip(*((t, g) for t, g in zip(outputs, given) if g is not None))
+    found = iter(torch.autograd.grad(outputs, [t for t, need in zip(inputs, needs) if need], given,
+                                     create_graph=create_graph, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+def layers(x, hx, weights, sizes, plan, dropout, keep_gates, batch_sizes=None, lengths=None, reset=None):
+    """(y, (h_n, c_n)) as ``LSTM._layers``; None where the call is not one for this way. Wrong weights are not.
 
     x           (T, B, I), or packed (N, I), which the kernels compute
     hx          (h0, c0) or None
     weights     of all layers, in nn.LSTM's order and x's type
     sizes       (num_layers, directions, I, H, bias)
+    plan        the layer's own, or None
     dropout     between layers
     keep_gates  True, False, or None: as the plan says
+
+    Raises what ``lstm`` raises for masks and for a plan that does not fit.
     """
     if not op.plain(x, lengths, reset, *weights, *(hx or ())) or forward_ad._current_level >= 0:
         return None
@@ -90,38 +215,49 @@ def layers(x, hx, weights, sizes, dropout, keep_gates, batch_sizes=None, lengths
     if [t.shape for t in weights] != shapes_of(*sizes) or any(
             t.dtype != dtype or t.device != device for t in (*weights, *(hx or ()))):
         return None
-    num_layers, D, _, H, bias = sizes
+    count, D, _, H, bias = sizes
     T, B = x.shape[:2] if batch_sizes is None else (
         len(batch_sizes), hx[0].shape[1] if hx is not None else int(batch_sizes[0]))
-    needed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *(hx or ())))
-    one_step = T == 1 and not needed and batch_sizes is lengths is reset is None        # has a kernel of its own
-    if one_step:
+    needed = torch.is_grad_enabled() and any(map(_requires_grad, (x, *weights, *(hx or ()))))
+    padded = batch_sizes is lengths is reset is None
+    if T == 1 and padded and not needed and plan is None:       # has a kernel of its own
         return None
-    plan, _ = op.on_device(B, H, dtype, D, device, sequences=op.sequences_of(
-        lengths is not None or reset is not None, batch_sizes is not None), or_torch=True)
-    if plan is None or num_layers > 1 and batch_sizes is lengths is reset is None and (
-            wavefront.why_not(plan, T, num_layers, op.limits_of(device)) is None):
+    given = hx is not None
+    h0, c0 = hx if given else (x.new_zeros(D, B, H),) * 2
+    own = plan
+    if own is None:
+        plan, _ = op.on_device(B, H, dtype, D, device, sequences=op.sequences_of(
+            lengths is not None or reset is not None, batch_sizes is not None), or_torch=True)
+    elif isinstance(own, Plan):
+        op.plan_for(x, h0[:D], own.encode(), own.keep_every, zoneout=False)
+    if not isinstance(plan, Plan):
         return None
+    steps = None
+    if count > 1 and D == 1 and padded and B:
+        plan, steps = wavefront.plan_of_all(plan, own is None, T, count, dtype, device)
     if keep_gates is None:
-        keep_gates = plan.keeps_gates(T, num_layers)
+        keep_gates = own is None and plan.keeps_gates(T, count)
+    keep_gates = keep_gates and steps is None           # a wavefront keeps none
     lengths, reset = checked(lengths, (B,), "lengths", device), checked(reset, (T, B), "reset", device)
     flags = flags_of(T, B, D, lengths, reset, batch_sizes, device, plain=True)
-    known = dict(all_live=lengths is None and batch_sizes is None, zero_state=hx is None)
-    if hx is None:
-        zeros = x.new_zeros(D, B, H)
-        hx = zeros, zeros
-    per, states = (4 if bias else 2) * D, []
-    for layer in range(num_layers):
-        if layer and dropout:
-            x = torch.nn.functional.dropout(x, dropout)
-        own = weights[layer * per:(layer + 1) * per]
-        h0, c0 = hx if len(hx[0]) == D else (s[layer * D:(layer + 1) * D] for s in hx)
-        if needed and any(t.requires_grad for t in (x, h0, c0, *own)):
-            x, *state = _Layer.apply(x, h0, c0, flags, batch_sizes, plan, keep_gates, known, *own)
-        else:
-            with op.without_autocast(x):
-                x, *state, _, _ = op.sequence.forward(x, *_by_direction(own, D), h0, c0, flags, plan, False,
-                                                         batch_sizes, **known)
+    known = dict(all_live=lengths is None and batch_sizes is None, zero_state=not given)
+    dropout = wavefront.Dropout.of(x, dropout) if dropout else wavefront.NO_DROPOUT
+    call = _Call(plan, count, dropout, keep_gates, steps, known)
+    if not needed:
+        (y, h_n, c_n), _ = _forward(call, False, flags, batch_sizes, x, h0, c0, *weights)
+        return y, (h_n, c_n)
+    # layers below the first one that wants gradients keep nothing
+    below = 0 if x.requires_grad or h0.requires_grad or c0.requires_grad else count * next(
+        n for n, weight in enumerate(weights) if weight.requires_grad) // len(weights)
+    if below == 0:
+        y, h_n, c_n = _Layers.apply(call, flags, batch_sizes, x, h0, c0, *weights)
+        return y, (h_n, c_n)
+    states, at = [], len(weights) // count * below
+    for lo, hi, save, own in (0, below, False, weights[:at]), (below, count, True, weights[at:]):
+        part = call._replace(count=hi - lo, steps=steps if hi - lo > 1 else None)
+        inputs = flags, batch_sizes, x, *(s[lo * D:hi * D] if given else s for s in (h0, c0)), *own
+        x, *state = _Layers.apply(part, *inputs) if save else _forward(part, False, *inputs)[0]
         states.append(state)
-    h_n, c_n = states[0] if num_layers == 1 else map(torch.cat, zip(*states))
+        x = x if save or dropout.rate == 0 else dropout(x)[0]
+    h_n, c_n = map(torch.cat, zip(*states))
     return x, (h_n, c_n)

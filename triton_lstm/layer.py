@@ -8,7 +8,7 @@ from torch.nn.modules.rnn import LSTM as _TorchLSTM  # stays torch's where a pro
 from torch.nn.utils._expanded_weights import ExpandedWeight
 from torch.nn.utils.rnn import PackedSequence
 
-from . import apart, eager, one_step, wavefront
+from . import apart, eager, one_step
 from .functional import DTYPES, one_of, recorded, runs_kernels, tell_once, zoneout_rates
 from .op import on_device, sequences_of
 from .plan import Plan
@@ -214,7 +214,7 @@ class LSTM(torch.nn.RNNBase):
     def _eager(self, input, hx, lengths, reset):
         """``forward`` of padded input with a batch by ``eager.layers``, before all that other calls need; None for
         other calls and for wrong input."""
-        if (torch.compiler.is_compiling() or self.plan is not None or self.zoneout or self.proj_size
+        if (torch.compiler.is_compiling() or self.zoneout or self.proj_size
                 or not isinstance(input, torch.Tensor) or input.dim() != 3 or input.shape[-1] != self.input_size
                 or not runs_kernels(input, input.dtype) or torch.is_autocast_enabled(input.device.type)):
             return None
@@ -231,8 +231,8 @@ class LSTM(torch.nn.RNNBase):
                 and all(isinstance(s, torch.Tensor) and s.shape == (layers * D, x.shape[1], H) for s in hx)):
             return None
         found = eager.layers(x, hx, self._weights(),
-                             (layers, D, self.input_size, H, self.bias), self.dropout if self.training else 0.,
-                             self.keep_gates, None, lengths, reset)
+                             (layers, D, self.input_size, H, self.bias), self.plan,
+                             self.dropout if self.training else 0., self.keep_gates, None, lengths, reset)
         return (found[0].transpose(0, 1), found[1]) if found and self.batch_first else found
 
     def _packed(self, input, hx, weights):
@@ -248,15 +248,9 @@ class LSTM(torch.nn.RNNBase):
         D = 2 if self.bidirectional else 1
         dtype = self._compute_dtype(x)
         x, hx = x.to(dtype), hx and tuple(s.to(dtype) for s in hx)
-        if self._may_overlap() and batch_sizes is None and all(mask is None for mask in masks.values()):
-            plan = wavefront.plan_of_all(x, hx, weights, self.num_layers, self.hidden_size, self.plan)
-            if plan is not None:
-                layers = [self._stacked(weights, layer, dtype)[:3] for layer in range(self.num_layers)]
-                return wavefront.lstm_layers(x, hx, layers, plan, self.dropout if self.training else 0.)
-        if not torch.compiler.is_compiling() and not (self.plan or self.proj_size or self.zoneout) and (
-                runs_kernels(x, dtype)):
+        if not (torch.compiler.is_compiling() or self.proj_size or self._zoned()) and runs_kernels(x, dtype):
             found = eager.layers(x, hx, [w.to(dtype) for w in weights],
-                                 (self.num_layers, D, self.input_size, self.hidden_size, self.bias),
+                                 (self.num_layers, D, self.input_size, self.hidden_size, self.bias), self.plan,
                                  self.dropout if self.training else 0., self.keep_gates, batch_sizes, **masks)
             if found is not None:
                 return found
@@ -272,11 +266,6 @@ class LSTM(torch.nn.RNNBase):
             c_n.append(c)
         h_n, c_n = (torch.cat(s) if len(s) > 1 else s[0] for s in (h_n, c_n))
         return x, (h_n, c_n)
-
-    def _may_overlap(self):
-        """Whether ``wavefront`` can run such layers."""
-        return (self.num_layers > 1 and not torch.compiler.is_compiling()
-                and not (self.bidirectional or self.proj_size or self._zoned()))
 
     def _stacked(self, weights, layer, dtype):
         """The weights of one layer as ``lstm`` takes them, in ``dtype``: W (D, 4H, I), R (D, 4H, P), the sum of both

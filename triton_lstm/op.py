@@ -175,10 +175,13 @@ def _zoneout(seed, rate_h, rate_c):
     return (seed, rate_h, rate_c) if rate_h or rate_c else None
 
 
+_NO_CONTEXT = contextlib.nullcontext()
+
+
 def without_autocast(x):
     """The types are chosen already. Entering torch's context takes several microseconds, also where autocast is off."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NO_CONTEXT
 
 
 def _lstm(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor,

@@ -19,7 +19,8 @@ import time
 import torch
 
 import triton_lstm
-from triton_lstm import functional, layer, op, wavefront
+from triton_lstm import functional, layer, op
+from triton_lstm.dropout import Dropout
 from triton_lstm.kernels import sequence
 from triton_lstm.plan import H100
 
@@ -67,9 +68,8 @@ def stand_ins():
     runs_kernels = lambda x, dtype: dtype in functional.DTYPES
     return [(functional, "runs_kernels", runs_kernels), (layer, "runs_kernels", runs_kernels),
             (op, "limits_of", lambda device: H100), (sequence, "_add_product", add_product),
-            (torch.nn.functional, "dropout", dropout),
-            (wavefront.Dropout, "__call__", dropped),
-            (wavefront.Dropout, "of", classmethod(lambda cls, x, rate: cls(rate, 1 / (1 - rate))))]
+            (torch.nn.functional, "dropout", dropout), (Dropout, "__call__", dropped),
+            (Dropout, "of", classmethod(lambda cls, x, rate: cls(rate, 1 / (1 - rate))))]
 
 
 def pretend(folder):

@@ -219,7 +219,7 @@ def fill(slots, plan):
     """Make ``slots`` (steps, ..., rows, units) empty, but those before the first step, and those of units that no
     program has, zero."""
     slots.view(torch.int16 if slots.element_size() == 2 else torch.int32).fill_(-1)
-    slots[0].zero_()        # slots[0] = 0 takes the host longer
+    slots[0].zero_()        # by one launch; slots[0] = 0 would take two
     if plan.padded_programs > plan.programs:
         slots[..., plan.programs * plan.block_h:].zero_()
 

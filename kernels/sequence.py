@@ -72,10 +72,9 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     x is read only in the chunk that needs it.
 
     Returns y (T, B, D H) or packed (rows, D H); h_n as a list of tensors to concatenate; c_n (D, B, H) fp32; and what
-    backward needs beside y: ``kept``
-    (-, D, B, H) fp32, c before every ``plan.keep_every``-th step except the first, or with ``keep_gates`` before every
-    step; and ``gates`` (rows, 4H) of x's type, the pre-activations of all steps and directions, chunk by chunk. Both
-    are empty without ``save``, gates without ``keep_gates``.
+    backward needs beside y: ``kept`` (-, D, B, H) fp32, c before every ``plan.keep_every``-th step except the first, or
+    with ``keep_gates`` before every step; and ``gates`` (rows, 4H) of x's type, the pre-activations of all steps and
+    directions, chunk by chunk. Both are empty without ``save``, gates without ``keep_gates``.
     """
     B, D, H = h0.shape[1], plan.directions, plan.hidden_size
     rows = Rows(x, B, batch_sizes)

@@ -12,6 +12,7 @@ import torch
 from torch.autograd import forward_ad
 
 from . import apart, op, wavefront
+from .dropout import NO_DROPOUT, Dropout
 from .functional import checked, flags_of
 from .plan import Plan
 
@@ -49,7 +50,7 @@ class _Call(typing.NamedTuple):
     """
     plan: Plan
     count: int
-    dropout: wavefront.Dropout
+    dropout: Dropout
     keep_gates: bool
     steps: int | None
     known: dict
@@ -241,7 +242,7 @@ def layers(x, hx, weights, sizes, plan, dropout, keep_gates, batch_sizes=None, l
     lengths, reset = checked(lengths, (B,), "lengths", device), checked(reset, (T, B), "reset", device)
     flags = flags_of(T, B, D, lengths, reset, batch_sizes, device, plain=True)
     known = dict(all_live=lengths is None and batch_sizes is None, zero_state=not given)
-    dropout = wavefront.Dropout.of(x, dropout) if dropout else wavefront.NO_DROPOUT
+    dropout = Dropout.of(x, dropout) if dropout else NO_DROPOUT
     call = _Call(plan, count, dropout, keep_gates, steps, known)
     if not needed:
         (y, h_n, c_n), _ = _forward(call, False, flags, batch_sizes, x, h0, c0, *weights)

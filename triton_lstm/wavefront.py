@@ -1,7 +1,6 @@
 """Layers as a wavefront: each layer runs over a chunk of steps as soon as the layer before has finished that chunk."""
 import functools
 import math
-import typing
 
 import torch
 
@@ -50,40 +49,6 @@ def plan_of_all(plan, automatic, T, layers, dtype, device):
     if automatic:           # in backward layers overlap only if each goes over several chunks
         plan = op.on_device(plan.batch, plan.hidden_size, dtype, 1, device, min(plan.keep_every, steps))[0] or plan
     return plan, steps
-
-
-class Dropout(typing.NamedTuple):
-    """Dropout between layers, at a ``rate``: the same random numbers as torch.nn.functional.dropout draws, and the same
-    results. scale: the factor of the elements that it keeps."""
-    rate: float
-    scale: float
-
-    @classmethod
-    def of(cls, x, rate):
-        if rate == 1:
-            return cls(rate, 0.)
-        # on CPUs torch rounds it to the type of x
-        return cls(rate, 1 / (1 - rate) if x.is_cuda else x.new_ones(()).div(1 - rate).item())
-
-    def __call__(self, x):
-        """(x after dropout, the mask), or (None, None) where nothing is dropped."""
-        if self.rate == 0:
-            return None, None
-        if x.is_cuda and self.rate < 1:
-            return torch.native_dropout(x, self.rate, True)
-        mask = self.mask(x)
-        return self.masked(x, mask), mask
-
-    def mask(self, x):
-        return torch.nn.functional.dropout(torch.ones_like(x), self.rate) != 0
-
-    def masked(self, x, mask):
-        """x as dropout with this mask would have it; and the gradient of x, from that of the result. mask: None for x
-        itself."""
-        return x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, self.scale)
-
-
-NO_DROPOUT = Dropout(0., 1.)
 
 
 def forward(x, arguments, options, dropout, steps):

@@ -160,6 +160,17 @@ def has(flags, bit):
     return (flags & bit.value).bool().unsqueeze(-1)
 
 
+def lacks(flags, bit):
+    """The opposite of ``has``, by one operator less than ``~has``."""
+    return ((flags & bit.value) == 0).unsqueeze(-1)
+
+
+def ends_of(flags):
+    """Of padded rows, the time of the last live step and whether there is one, (B, 1) each; 0 for rows without."""
+    live = has(flags[0], LIVE)
+    return (live.sum(0) - 1).clamp(min=0), live.any(0)
+
+
 def times_of(d, first, steps, T):
     """Times [lo, hi) of the ``steps`` steps from ``first`` on of direction ``d``."""
     return (first, first + steps) if d == 0 else (T - first - steps, T - first)

@@ -6,7 +6,7 @@ import torch
 from . import exchange, launch, waiting
 from .cell import zoneout_arguments
 from .precision import INTERPRET, products_in, rounded_to_tf32
-from .rows import LIVE, Rows, has, times_of
+from .rows import LIVE, Rows, ends_of, has, lacks, times_of
 
 
 def finish(chunks):
@@ -50,7 +50,7 @@ def joined(of_layers):
 
 
 def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zoneout=None, launcher=None, steps=None,
-                   keep_gates=False, all_live=False, zero_state=False, c=None):
+                   keep_gates=False, all_live=False, zero_state=False, c=None, ends=None):
     """The layer over all steps, as a generator that runs one chunk of steps at a time.
 
     x            (T, B, I), or packed (rows, I)
@@ -67,6 +67,7 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     all_live     whether every step of ``flags`` is known to be live, as where only resets made them
     zero_state   whether h0 and c0 are known to be zero
     c            a copy of c0 in fp32, which becomes c after the last step; None: it is made here
+    ends         ``rows.ends_of`` the flags, which the layers of a stack have in common; None: it is made here
 
     The first ``next`` allocates all that outlives a chunk and yields y, not yet written. Each further one runs a chunk.
     x is read only in the chunk that needs it.
@@ -124,14 +125,13 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     if batch_sizes is not None:
         last = y[:, :H].index_select(0, rows.last).unsqueeze(0)
     elif flags is not None and not all_live:
-        live = has(flags[0], LIVE)
-        ends = (live.sum(0) - 1).clamp(min=0)
-        last = y[:, :, :H].gather(0, ends.expand(1, B, H))
+        at, begun = ends_of(flags) if ends is None else ends
+        last = y[:, :, :H].gather(0, at.expand(1, B, H))
     else:
         last = y[T - 1:, :, :H] if D == 2 else y[T - 1:]
     parts = [last, rows.of(y, 0, 1)[None, :, H:]] if D == 2 else [last]
     if batch_sizes is None and flags is not None and not all_live:
-        parts = [torch.where(live.any(0), part, h0[d]) for d, part in enumerate(parts)]
+        parts = [torch.where(begun, part, h0[d]) for d, part in enumerate(parts)]
     return y, parts, c, kept, gates
 
 
@@ -332,7 +332,8 @@ def backward(*args, **kwargs):
 
 
 def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, plan, needs, batch_sizes=None,
-                    zoneout=None, launcher=None, all_live=False, zero_state=False, of_state=None):
+                    zoneout=None, launcher=None, all_live=False, zero_state=False, of_state=None,
+                    zero_past_ends=False):
     """The gradients of ``forward``, as a generator that runs one chunk of ``plan.keep_every`` steps at a time, from the
     last: it recomputes the gates by products over the whole chunk, unless forward kept them, turns them into
     coefficients, unless the loop does so, then runs the time loop backwards.
@@ -344,6 +345,7 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
     all_live, zero_state    as for ``forward_chunks``
     of_state         copies of dh_n and dc_n in fp32, zero where these are None, which become dh0 and dc0 in fp32; None:
                      they are made here
+    zero_past_ends   whether x is known to be zero at steps that are not live, as y of another layer is
 
     The first ``next`` allocates all that outlives a chunk and yields dx, not yet written. Each further one runs a
     chunk. dy is read only in the chunk that needs it. Returns (dx, dw, dr, db, dh0, dc0).
@@ -438,9 +440,9 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
             with products_in(plan.precision):
                 for d in range(D):
                     if of_w is not None:
-                        if flags is not None and batch_sizes is None and not all_live:
+                        if flags is not None and batch_sizes is None and not (all_live or zero_past_ends):
                             # past a row's end da is zero, but x may be anything
-                            of_x[d] = of_x[d].masked_fill(~has(flags[d, slice(*spans[d])], LIVE).view(-1, 1), 0)
+                            of_x[d] = of_x[d].masked_fill(lacks(flags[d, slice(*spans[d])], LIVE).view(-1, 1), 0)
                         of_w[d] = _add_product(of_w[d], a[d], of_x[d], begun)
                     if of_r is not None:
                         for part, (chosen, h) in enumerate(previous[d]):

@@ -64,6 +64,21 @@ def test_same_bits_as_the_operator(options, sequences, keep_gates):
     assert_apart(got)
 
 
+@pytest.mark.parametrize("options", [dict(num_layers=2, bidirectional=True), dict(num_layers=3, dropout=0.4)], ids=str)
+def test_x_past_the_lengths_may_be_anything(options):
+    """Gradients of weights of all layers are those of an x that is zero there."""
+    found = []
+    for past in (0., float("nan"), float("inf")):
+        layer, x, hx, call = arguments(options, "lengths", state=False)
+        with torch.no_grad():
+            for row, length in enumerate((6, 4, 3, 3, 0)):
+                x[length:, row] = past
+        with harness.interpreter():
+            found.append(gradients(layer, x, hx, call))
+    for other in found[1:]:
+        assert all(torch.equal(other[name], right) and right.isfinite().all() for name, right in found[0].items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_dropout_in_16_bits(dtype):
     layer, *of_call = arguments(dict(num_layers=2, dropout=0.3), "lengths", True, dtype)

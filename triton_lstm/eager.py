@@ -70,6 +70,9 @@ def _forward(call, save, flags, batch_sizes, x, h0, c0, *weights):
     D, arguments, runs, results, saved = plan.directions, [], [], [], []
     c_n = (x.new_zeros(count * D, plan.batch, plan.hidden_size, dtype=torch.float32) if call.known["zero_state"] else
            op.sequence.in_fp32(c0))
+    options = dict(call.known, keep_gates=call.keep_gates)
+    if flags is not None and batch_sizes is None and not call.known["all_live"]:
+        options["ends"] = op.sequence.ends_of(flags)
     kinds = len(weights) // (count * D)
     sums = _sums(weights[2::4], weights[3::4]) if kinds > 2 else None
     for n, own in enumerate(call.of_layers(weights)):
@@ -77,7 +80,7 @@ def _forward(call, save, flags, batch_sizes, x, h0, c0, *weights):
         if D == 2:          # backward needs both directions' R in one tensor too
             r = torch.stack(r)
         arguments.append((w, r, b, *_of_layer(n, D, h0, c0), flags, plan, save, batch_sizes))
-        runs.append(dict(call.known, keep_gates=call.keep_gates, c=_of_layer(n, D, c_n)[0]))
+        runs.append(dict(options, c=_of_layer(n, D, c_n)[0]))
     with op.without_autocast(x):
         if call.steps is None:
             dropped = []
@@ -153,7 +156,7 @@ def _backward(call, needs, given, flags, batch_sizes, inputs, saved):
         of_x = made if made is not None else saved[n - 1][3] if n else x
         arguments.append((None, None, of_x, own[0::kinds], own[1::kinds] if both is None else both, b or None,
                           *_of_layer(n, D, h0, c0), flags, y, kept, gates, plan, wanted, batch_sizes))
-        runs.append(dict(call.known, of_state=of_state[n]))
+        runs.append(dict(call.known, of_state=of_state[n], zero_past_ends=n > 0))
     masks = [of_layer[1] for of_layer in saved]
     with op.without_autocast(x):
         if call.steps is None:

@@ -85,9 +85,11 @@ def count(workload, keep_gates=None):
                                      dropout=w.dropout, dtype=dtype)
             layer.keep_gates = keep_gates
             x = torch.empty(w.steps, w.batch, w.input_size, dtype=dtype, requires_grad=w.mode == "train")
-            resets = {}
+            masks = {}
             if w.sequences == "resets":
-                resets = dict(reset=torch.empty(w.steps, w.batch, dtype=torch.bool))
+                masks = dict(reset=torch.empty(w.steps, w.batch, dtype=torch.bool))
+            elif w.sequences == "ragged":
+                masks = dict(lengths=torch.empty(w.batch, dtype=torch.int64))
         dy = torch.empty(w.steps, w.batch, w.directions * w.hidden_size, dtype=dtype, device="meta")
         run = None
         for part in ("forward", "backward")[:1 + (w.mode == "train")]:
@@ -95,7 +97,7 @@ def count(workload, keep_gates=None):
             with mock.patch.object(launch, "launch_kernel", counted.launch), counted, torch.set_grad_enabled(
                     w.mode == "train"):
                 if part == "forward":
-                    run, _ = layer(x, **resets)
+                    run, _ = layer(x, **masks)
                 else:
                     run.backward(dy)
             found[part] = dict(counted.launches), counted.bytes

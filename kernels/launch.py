@@ -22,7 +22,7 @@ from .step_forward import forward_step
 from .wgmma_forward import forward_wgmma
 
 log = logging.getLogger("triton_lstm")
-KNOWN = 512             # kinds of calls, such as lengths, of which each kind of ``Launch`` is kept
+KNOWN = 512             # how many combinations of sizes and plan each cache of launches remembers
 LOGGED_S = 0.5          # a launch that takes longer has compiled its kernel
 
 # Triton's interpreter runs a launch's programs one after the other, so one that waits for another waits for ever.

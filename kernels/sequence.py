@@ -36,10 +36,17 @@ def _write_flags(T, B, directions, *strides):
                          names=(), BLOCK=1024)
 
 
-def forward(x, *args, **kwargs):
-    """All of ``forward_chunks``, whose arguments it takes: (y, h_n, c_n, kept, gates), h_n and c_n of x's type."""
-    y, last, c, kept, gates = finish(forward_chunks(x, *args, **kwargs))
-    return y, joined([last]), c if x.dtype == torch.float32 else c.to(x.dtype), kept, gates
+def forward(x, w, r, b, h0, c0, *args, **kwargs):
+    """All of ``forward_chunks``: (y, h_n, c_n, kept, gates), h_n and c_n (D, B, H) of x's type. c0 (D, B, H) takes the
+    place of c. The other arguments are the same."""
+    c = in_fp32(c0)
+    y, last, kept, gates = finish(forward_chunks(x, w, r, b, h0, c, *args, **kwargs))
+    return y, joined([last]), c.to(x.dtype), kept, gates
+
+
+def in_fp32(state):
+    """A copy of ``state`` in fp32, for the time loops to change."""
+    return state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def joined(of_layers):
@@ -49,14 +56,15 @@ def joined(of_layers):
     return torch.cat(parts) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
 
 
-def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zoneout=None, launcher=None, steps=None,
-                   keep_gates=False, all_live=False, zero_state=False, c=None, ends=None):
+def forward_chunks(x, w, r, b, h0, c, flags, plan, save, batch_sizes=None, zoneout=None, launcher=None, steps=None,
+                   keep_gates=False, all_live=False, zero_state=False, ends=None):
     """The layer over all steps, as a generator that runs one chunk of steps at a time.
 
     x            (T, B, I), or packed (rows, I)
     w, r         (D, 4H, I) and (D, 4H, H), or a list of such matrices of each direction
     b            (D, 4H) or None, or a list
-    h0, c0       (D, B, H)
+    h0           (D, B, H)
+    c            (D, B, H) fp32: c0, which becomes c after the last step
     flags        step flags (D, T, B) or None, see ``rows``
     save         whether backward will follow
     batch_sizes  (T,) on the CPU where x is packed, else None; flags then say the same
@@ -65,31 +73,28 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     steps        of a chunk; None: as many as the plan takes at a time
     keep_gates   with ``save``: whether backward gets the gates' pre-activations and every c, and recomputes nothing
     all_live     whether every step of ``flags`` is known to be live, as where only resets made them
-    zero_state   whether h0 and c0 are known to be zero
-    c            a copy of c0 in fp32, which becomes c after the last step; None: it is made here
+    zero_state   whether h0 is known to be zero
     ends         ``rows.ends_of`` the flags, which the layers of a stack have in common; None: it is made here
 
     The first ``next`` allocates all that outlives a chunk and yields y, not yet written. Each further one runs a chunk.
     x is read only in the chunk that needs it.
 
-    Returns y (T, B, D H) or packed (rows, D H); h_n as a list of tensors to concatenate; c_n (D, B, H) fp32; and what
-    backward needs beside y: ``kept`` (-, D, B, H) fp32, c before every ``plan.keep_every``-th step except the first, or
-    with ``keep_gates`` before every step; and ``gates`` (rows, 4H) of x's type, the pre-activations of all steps and
-    directions, chunk by chunk. Both are empty without ``save``, gates without ``keep_gates``.
+    Returns y (T, B, D H) or packed (rows, D H); h_n as a list of tensors to concatenate; and what backward needs beside
+    y: ``kept`` (-, D, B, H) fp32, c before every ``plan.keep_every``-th step except the first, or with ``keep_gates``
+    before every step; and ``gates`` (rows, 4H) of x's type, the pre-activations of all steps and directions, chunk by
+    chunk. Both are empty without ``save``, gates without ``keep_gates``.
     """
     B, D, H = h0.shape[1], plan.directions, plan.hidden_size
     rows = Rows(x, B, batch_sizes)
     T = rows.T
     y = x.new_empty(*x.shape[:-1], D * H)
-    if c is None:
-        c = in_fp32(c0, zero_state)
     keep_gates = keep_gates and save
     keep_every = 1 if keep_gates else plan.keep_every if save else max(T, 1)
     kept = c.new_empty(T if keep_gates else max(-(-T // keep_every), 1) - 1, D, B, H)
     gates = x.new_empty(D * rows.count(0, T) if keep_gates else 0, 4 * H)
     if T == 0 or B == 0:
         yield y
-        return y, [h0], c, kept, gates
+        return y, [h0], kept, gates
     most, multiplies, chunks = _forward_chunks(plan, T, B, x.shape[-1], x.element_size(), steps, keep_every, keep_gates,
                                                _limit(plan))
     r, of_input, stuck, more = _as_read(r, plan), (), (), zoneout_arguments(zoneout)
@@ -132,14 +137,7 @@ def forward_chunks(x, w, r, b, h0, c0, flags, plan, save, batch_sizes=None, zone
     parts = [last, rows.of(y, 0, 1)[None, :, H:]] if D == 2 else [last]
     if batch_sizes is None and flags is not None and not all_live:
         parts = [torch.where(begun, part, h0[d]) for d, part in enumerate(parts)]
-    return y, parts, c, kept, gates
-
-
-def in_fp32(state, zero=False):
-    """A copy of ``state`` in fp32, for the time loops to change. zero: whether it is known to be zero."""
-    if zero:
-        return torch.zeros_like(state, dtype=torch.float32, memory_format=torch.contiguous_format)
-    return state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return y, parts, kept, gates
 
 
 def _limit(plan):
@@ -326,40 +324,49 @@ def _add_product(total, a, b, begun):
     return torch.mm(a.t(), b, **options) if total is None else torch.mm(a.t(), b, out=total, **options)
 
 
-def backward(*args, **kwargs):
-    """All of ``backward_chunks``, whose arguments it takes: (dx, dw, dr, db, dh0, dc0)."""
-    return finish(backward_chunks(*args, **kwargs))
+def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, plan, needs, *args, **kwargs):
+    """All of ``backward_chunks``: (dx, dw, dr, db, dh0, dc0), of x's type.
+
+    dh_n, dc_n    gradients of h_n and c_n (D, B, H), or None; they take the place of dh and dc
+    needs         which of the six gradients are wanted; the others are None
+
+    The other arguments are the same.
+    """
+    dh, dc = state_gradients(dh_n, dc_n, needs[4] or needs[5], h0.shape, x)
+    gradients = finish(backward_chunks(dy, dh, dc, x, w, r, b, h0, c0, flags, y, kept, gates, plan, needs, *args,
+                                       **kwargs))
+    return *gradients, *(g.to(x.dtype) if need else None for g, need in zip((dh, dc), needs[4:]))
 
 
-def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, plan, needs, batch_sizes=None,
-                    zoneout=None, launcher=None, all_live=False, zero_state=False, of_state=None,
-                    zero_past_ends=False):
+def state_gradients(dh_n, dc_n, wanted, shape, x):
+    """dh and dc (``shape``) in fp32 for ``backward_chunks``, from gradients of h_n and c_n or None. wanted: whether the
+    caller gets them, and so each has memory of its own."""
+    if dh_n is dc_n is None and not wanted:
+        return x.new_zeros(2, *shape, dtype=torch.float32).unbind()
+    return [x.new_zeros(shape, dtype=torch.float32) if g is None else in_fp32(g) for g in (dh_n, dc_n)]
+
+
+def backward_chunks(dy, dh, dc, x, w, r, b, h0, c0, flags, y, kept, gates, plan, needs, batch_sizes=None, zoneout=None,
+                    launcher=None, all_live=False, zero_state=False, zero_past_ends=False):
     """The gradients of ``forward``, as a generator that runs one chunk of ``plan.keep_every`` steps at a time, from the
     last: it recomputes the gates by products over the whole chunk, unless forward kept them, turns them into
     coefficients, unless the loop does so, then runs the time loop backwards.
 
-    dy, dh_n, dc_n   gradients of y, h_n, c_n, or None
+    dy               gradient of y, or None
+    dh, dc           (D, B, H) fp32: gradients of h_n and c_n, which become dh0 and dc0
     y, kept, gates   what ``forward`` returned; gates may also be None
-    needs            which of the six gradients are wanted; the others are None. Those of w, r and b are lists of D
+    needs            which of dx, dw, dr and db are wanted; the others are None. Those of w, r and b are lists of D
                      tensors where w is a list, and then each has memory of its own
     all_live, zero_state    as for ``forward_chunks``
-    of_state         copies of dh_n and dc_n in fp32, zero where these are None, which become dh0 and dc0 in fp32; None:
-                     they are made here
     zero_past_ends   whether x is known to be zero at steps that are not live, as y of another layer is
 
     The first ``next`` allocates all that outlives a chunk and yields dx, not yet written. Each further one runs a
-    chunk. dy is read only in the chunk that needs it. Returns (dx, dw, dr, db, dh0, dc0).
+    chunk. dy is read only in the chunk that needs it. Returns (dx, dw, dr, db).
     """
     plan = plan.backward
     B, D, H, K = h0.shape[1], plan.directions, plan.hidden_size, plan.keep_every
     rows = Rows(x, B, batch_sizes)
     T = rows.T
-    if of_state is not None:
-        dh, dc = of_state
-    elif dh_n is dc_n is None and not (needs[4] or needs[5]):
-        dh, dc = x.new_zeros(2, D, B, H, dtype=torch.float32).unbind()
-    else:
-        dh, dc = (in_fp32(h0, zero=True) if g is None else in_fp32(g) for g in (dh_n, dc_n))
 
     def total(need, *shape):
         """(a gradient, its parts of each direction), which have no memory yet where they have memory of their own."""
@@ -463,4 +470,4 @@ def backward_chunks(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, p
             yield
     cast = lambda g: g if g is None or x.dtype == torch.float32 else list(map(cast, g)) if isinstance(g, list) else (
         g.to(x.dtype))
-    return dx, cast(dw), cast(dr), cast(db), cast(dh) if needs[4] else None, cast(dc) if needs[5] else None
+    return dx, cast(dw), cast(dr), cast(db)

@@ -149,7 +149,8 @@ def test_without_gradients(options, sequences):
 
 
 def test_without_gradients_layers_keep_nothing():
-    """What a layer computes is freed when the next layer has read it."""
+    """What a layer computes is freed when the next layer has read it. The interpreter still holds what the last launch
+    was given."""
     layer, _, _, call = arguments(dict(num_layers=4), "padded", state=True)
     real, alive, ys = harness.interpreted_sequence.forward_chunks, [], []
 

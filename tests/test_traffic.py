@@ -1,4 +1,6 @@
 """Launches and bytes of a call, as ``bench.traffic`` counts them: a change that adds one shows here."""
+import dataclasses
+
 import pytest
 
 from bench.traffic import count
@@ -20,6 +22,12 @@ def test_launches_and_megabytes(name, kept, recomputed):
         found = count(BY_NAME[name], keep_gates)
         assert tuple(sum(n.values()) for n, _ in found.values()) == launches
         assert tuple(round(moved / 1e6) for _, moved in found.values()) == megabytes
+
+
+def test_launches_with_lengths():
+    """Where rows end is computed once for both layers, and only the first layer masks x."""
+    found = count(dataclasses.replace(BY_NAME["crnn_ocr"], sequences="ragged"))
+    assert [sum(launches.values()) for launches, _ in found.values()] == [25, 31]
 
 
 def test_bytes_by_hand():

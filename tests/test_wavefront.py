@@ -154,7 +154,7 @@ def test_layers_below_all_that_learns_keep_nothing():
         saved = []
         step(make(6, 9, 4, dropout=0.5), torch.randn(7, 3, 6), frozen=("l0", "l1", "l2"), needs_x=False)
         assert [len(call.args[0]) for call in runs.call_args_list] == [3]
-    # x of the last layer, its y, and its c before step 4
+    # x and y of the last layer
     assert sorted(t.shape for t in saved if t.dim() > 2 and t.numel() > 2 * 3 * 9) == [(7, 3, 9)] * 2
 
 

@@ -46,7 +46,7 @@ class _Call(typing.NamedTuple):
 
     count    of layers
     steps    of a chunk of forward, where layers run as a wavefront; None: they run one after the other
-    known    what ``sequence.forward`` and ``sequence.backward`` need not look for
+    known    what is known of the call, as ``sequence.forward_chunks`` and ``backward_chunks`` take it
     """
     plan: Plan
     count: int
@@ -67,7 +67,7 @@ def _forward(call, save, flags, batch_sizes, x, h0, c0, *weights):
     """((y, h_n, c_n), what backward needs of each layer): x if dropout made it, else None; the mask of dropout; R of
     both directions, or None; y, and what else ``sequence.forward`` keeps; and the sums of the biases."""
     plan, count, dropout = call.plan, call.count, call.dropout
-    D, arguments, runs, results, saved = plan.directions, [], [], [], []
+    D, arguments, results, saved = plan.directions, [], [], []
     c_n = (x.new_zeros(count * D, plan.batch, plan.hidden_size, dtype=torch.float32) if call.known["zero_state"] else
            op.sequence.in_fp32(c0))
     options = dict(call.known, keep_gates=call.keep_gates)
@@ -79,8 +79,7 @@ def _forward(call, save, flags, batch_sizes, x, h0, c0, *weights):
         w, r, b = own[0::kinds], own[1::kinds], sums and sums[n * D:(n + 1) * D]
         if D == 2:          # backward needs both directions' R in one tensor too
             r = torch.stack(r)
-        arguments.append((w, r, b, *_of_layer(n, D, h0, c0), flags, plan, save, batch_sizes))
-        runs.append(dict(options, c=_of_layer(n, D, c_n)[0]))
+        arguments.append((w, r, b, *_of_layer(n, D, h0), *_of_layer(n, D, c_n), flags, plan, save, batch_sizes))
     with op.without_autocast(x):
         if call.steps is None:
             dropped = []
@@ -88,16 +87,16 @@ def _forward(call, save, flags, batch_sizes, x, h0, c0, *weights):
                 made, mask = dropout(x) if n else (None, None)
                 x = x if made is None else made
                 dropped.append((made, mask) if save else None)
-                x, last, *kept = op.sequence.finish(op.sequence.forward_chunks(x, *of_layer, **runs[n]))
-                # without backward only the next layer needs x, of which ``last`` has views
+                x, last, *kept = op.sequence.finish(op.sequence.forward_chunks(x, *of_layer, **options))
+                # Without backward only the next layer needs x. ``last`` are views of x, which would keep it alive.
                 results.append((x, last, *kept) if save else (None, [op.sequence.joined([last])]))
                 del last
         else:
-            dropped, results = wavefront.forward(x, arguments, runs, dropout, call.steps)
+            dropped, results = wavefront.forward(plan, x, arguments, options, dropout, call.steps)
             x = results[-1][0]
     if save:
         saved = [(*dropped[n], r if D == 2 else None, y, kept, gates, *(b or ()))
-                 for n, ((_, r, b, *_), (y, _, _, kept, gates)) in enumerate(zip(arguments, results))]
+                 for n, ((_, r, b, *_), (y, _, kept, gates)) in enumerate(zip(arguments, results))]
     h_n = results[0][1][0] if not save and count == 1 else op.sequence.joined([last for _, last, *_ in results])
     return (x, h_n, c_n if x.dtype == torch.float32 else c_n.to(x.dtype)), saved
 
@@ -141,39 +140,33 @@ def _backward(call, needs, given, flags, batch_sizes, inputs, saved):
     (x, h0, c0, *weights), (dy, dh_n, dc_n), plan, D = inputs, given, call.plan, call.plan.directions
     of_weights, needed = call.of_layers(weights), call.of_layers(needs[3:])
     kinds = len(of_weights[0]) // D
-    count, arguments, runs, dh, dc = call.count, [], [], None, None
-    if dh_n is dc_n is None and not (needs[1] or needs[2]):
-        zeros = x.new_zeros(2 * count, D, plan.batch, plan.hidden_size, dtype=torch.float32).unbind()
-        of_state = [*zip(zeros[:count], zeros[count:])]
-    else:
-        dh, dc = (x.new_zeros(count * D, plan.batch, plan.hidden_size, dtype=torch.float32) if g is None else
-                  op.sequence.in_fp32(g) for g in (dh_n, dc_n))
-        of_state = [_of_layer(n, D, dh, dc) for n in range(count)]
+    count, arguments = call.count, []
+    dh, dc = op.sequence.state_gradients(dh_n, dc_n, needs[1] or needs[2], (count * D, plan.batch, plan.hidden_size), x)
     for n in range(count):
         own, need, (made, _, both, y, kept, gates, *b) = of_weights[n], needed[n], saved[n]
         wanted = (n > 0 or needs[0], any(need[0::kinds]), any(need[1::kinds]),
-                  kinds > 2 and any(need[2::kinds] + need[3::kinds]), False, False)
+                  kinds > 2 and any(need[2::kinds] + need[3::kinds]))
         of_x = made if made is not None else saved[n - 1][3] if n else x
-        arguments.append((None, None, of_x, own[0::kinds], own[1::kinds] if both is None else both, b or None,
-                          *_of_layer(n, D, h0, c0), flags, y, kept, gates, plan, wanted, batch_sizes))
-        runs.append(dict(call.known, of_state=of_state[n], zero_past_ends=n > 0))
+        arguments.append((*_of_layer(n, D, dh, dc), of_x, own[0::kinds], own[1::kinds] if both is None else both,
+                          b or None, *_of_layer(n, D, h0, c0), flags, y, kept, gates, plan, wanted, batch_sizes))
     masks = [of_layer[1] for of_layer in saved]
     with op.without_autocast(x):
         if call.steps is None:
             results = []
             for n in reversed(range(count)):
-                dy, *of_layer = op.sequence.backward(dy, *arguments[n], **runs[n])
+                dy, *of_layer = op.sequence.finish(op.sequence.backward_chunks(dy, *arguments[n], **call.known,
+                                                                               zero_past_ends=n > 0))
                 dy = call.dropout.masked(dy, masks[n])
                 results.insert(0, of_layer)
         else:
-            dy, results = wavefront.backward(dy, arguments, runs, masks, call.dropout)
+            dy, results = wavefront.backward(plan, x, dy, arguments, call.known, masks, call.dropout)
     gradients = []
-    for dw, dr, db, *_ in results:
+    for dw, dr, db in results:
         for d in range(D):
             gradients += [None if g is None else g[d] for g in (dw, dr)]
             if kinds > 2:       # in memory of their own: see ``apart``
                 gradients += [None, None] if db is None else [db[d], db[d].clone()]
-    states = [None if g is None or not need else g.to(x.dtype) for g, need in ((dh, needs[1]), (dc, needs[2]))]
+    states = [g.to(x.dtype) if need else None for g, need in ((dh, needs[1]), (dc, needs[2]))]
     return dy, *states, *gradients
 
 

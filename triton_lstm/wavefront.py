@@ -51,18 +51,18 @@ def plan_of_all(plan, automatic, T, layers, dtype, device):
     return plan, steps
 
 
-def forward(x, arguments, options, dropout, steps):
+def forward(plan, x, arguments, options, dropout, steps):
     """(what ``dropout`` returns for the input of each layer, the results of each layer).
 
-    arguments, options    of ``sequence.forward_chunks`` for each layer, after x
+    arguments, options    of ``sequence.forward_chunks``, for each layer after x, and for all layers
     steps                 of a chunk
     """
-    T, plan, chunks, dropped, ys = x.shape[0], arguments[0][6], [], [], []
+    T, chunks, dropped, ys = len(x), [], [], []
     steps = min(steps, plan.forward_steps(T, x.element_size()))
     for n, of_layer in enumerate(arguments):
         drops = n > 0 and dropout.rate > 0
         dropped.append((x.new_empty(x.shape), dropout.mask(x)) if drops else (None, None))
-        chunks.append(op.sequence.forward_chunks(dropped[n][0] if drops else x, *of_layer, **options[n], steps=steps))
+        chunks.append(op.sequence.forward_chunks(dropped[n][0] if drops else x, *of_layer, **options, steps=steps))
         x = next(chunks[n])
         ys.append(x)
 
@@ -77,16 +77,15 @@ def forward(x, arguments, options, dropout, steps):
         return dropped, [op.sequence.finish(of_layer) for of_layer in chunks]
 
 
-def backward(dy, arguments, options, masks, dropout):
+def backward(plan, x, dy, arguments, options, masks, dropout):
     """(dx, the other gradients of each layer).
 
-    arguments, options    of ``sequence.backward_chunks`` for each layer, after dy
+    arguments, options    of ``sequence.backward_chunks``, for each layer after dy, and for all layers
     masks                 of ``dropout`` of the input of each layer, or None
     """
-    x, plan, chunks, dys = arguments[0][2], arguments[0][12], [], []
-    T, K = len(x), plan.keep_every
-    for of_layer, options_of_layer in zip(reversed(arguments), reversed(options)):
-        chunks.append(op.sequence.backward_chunks(dy, *of_layer, **options_of_layer))
+    chunks, dys, T, K = [], [], len(x), plan.keep_every
+    for of_layer in reversed(arguments):
+        chunks.append(op.sequence.backward_chunks(dy, *of_layer, **options))
         dys.append(dy)
         dy = next(chunks[-1])
     count, masks = -(-T // K), masks[::-1]

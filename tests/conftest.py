@@ -9,10 +9,16 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
     pytest.exit("the tests choose the interpreter themselves: unset TRITON_INTERPRET", returncode=2)
 
 import harness  # noqa: E402
-from triton_lstm import eager  # noqa: E402
+from triton_lstm import eager, replay  # noqa: E402
 
 # Products in the tests are so small that more threads only slow them down.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_recordings():
+    """Recordings of one test would run what that test has patched."""
+    replay._known.cache_clear()
 
 
 @pytest.fixture(autouse=True)

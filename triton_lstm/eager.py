@@ -7,11 +7,12 @@ only: compilers, transforms and dispatch modes see ``functional.lstm`` and its o
 import functools
 import operator
 import typing
+from collections.abc import Callable
 
 import torch
 from torch.autograd import forward_ad
 
-from . import apart, op, wavefront
+from . import apart, op, replay, wavefront
 from .dropout import NO_DROPOUT, Dropout
 from .functional import checked, flags_of
 from .plan import Plan
@@ -46,14 +47,19 @@ class _Call(typing.NamedTuple):
 
     count    of layers
     steps    of a chunk of forward, where layers run as a wavefront; None: they run one after the other
-    known    what is known of the call, as ``sequence.forward_chunks`` and ``backward_chunks`` take it
+    all_live, launcher    as ``sequence.forward_chunks`` and ``backward_chunks`` take them
     """
     plan: Plan
     count: int
     dropout: Dropout
     keep_gates: bool
     steps: int | None
-    known: dict
+    all_live: bool
+    launcher: Callable | None = None
+
+    def known(self, zero_state):
+        """What is known of the call, as ``sequence.forward_chunks`` and ``backward_chunks`` take it."""
+        return dict(all_live=self.all_live, zero_state=zero_state, launcher=self.launcher)
 
     def of_layers(self, weights):
         """The weights of each layer, from those of all."""
@@ -65,13 +71,16 @@ class _Call(typing.NamedTuple):
 
 def _forward(call, save, flags, batch_sizes, x, h0, c0, *weights):
     """((y, h_n, c_n), what backward needs of each layer): x if dropout made it, else None; the mask of dropout; R of
-    both directions, or None; y, and what else ``sequence.forward`` keeps; and the sums of the biases."""
+    both directions, or None; y, and what else ``sequence.forward`` keeps; and the sums of the biases.
+
+    h0, c0    of all layers; or the zeros (D, B, H), which each layer begins from, and None
+    """
     plan, count, dropout = call.plan, call.count, call.dropout
     D, arguments, results, saved = plan.directions, [], [], []
-    c_n = (x.new_zeros(count * D, plan.batch, plan.hidden_size, dtype=torch.float32) if call.known["zero_state"] else
+    c_n = (x.new_zeros(count * D, plan.batch, plan.hidden_size, dtype=torch.float32) if c0 is None else
            op.sequence.in_fp32(c0))
-    options = dict(call.known, keep_gates=call.keep_gates)
-    if flags is not None and batch_sizes is None and not call.known["all_live"]:
+    options = dict(call.known(c0 is None), keep_gates=call.keep_gates)
+    if flags is not None and batch_sizes is None and not call.all_live:
         options["ends"] = op.sequence.ends_of(flags)
     kinds = len(weights) // (count * D)
     sums = _sums(weights[2::4], weights[3::4]) if kinds > 2 else None
@@ -106,7 +115,7 @@ class _Layers(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call, *tensors):
-        outputs, saved = _forward(call, True, *tensors)
+        outputs, saved = replay.run(_forward, call, True, tensors)
         ctx.call = call
         ctx.save_for_backward(*tensors, *(t for of_layer in saved for t in of_layer))
         ctx.set_materialize_grads(False)
@@ -117,27 +126,30 @@ class _Layers(torch.autograd.Function):
         call, needs = ctx.call, ctx.needs_input_grad[3:]
         if all(g is None for g in given):
             return (None,) * (3 + len(needs))
-        flags, batch_sizes, *tensors = ctx.saved_tensors        # once: checkpoints give them only once
-        inputs, tensors = tensors[:len(needs)], tensors[len(needs):]
-        each = len(tensors) // call.count
-        saved = [tensors[n * each:(n + 1) * each] for n in range(call.count)]
+        tensors = ctx.saved_tensors        # once: checkpoints give them only once
         if torch.is_grad_enabled() or not op.plain(*given) or op.batched(*given):
             # there will be derivatives of these gradients, or a transform runs over them
-            found = _differentiably(call, [of[1] for of in saved], needs, given, flags, batch_sizes, inputs)
-        else:
-            found = _backward(call, needs, given, flags, batch_sizes, inputs, saved)
-        return None, None, None, *(g if need else None for g, need in zip(found, needs))
+            return None, None, None, *_differentiably(call, needs, given, *tensors)
+        return None, None, None, *replay.run(_backward, call, needs, (*given, *tensors), given=3)
 
 
-def _backward(call, needs, given, flags, batch_sizes, inputs, saved):
-    """Gradients for ``inputs``, by the kernels.
+def _saved(call, needs, tensors):
+    """(x, h0, c0 and the weights; of each layer what ``_forward`` saved) of the saved tensors."""
+    inputs, tensors = tensors[:len(needs)], tensors[len(needs):]
+    each = len(tensors) // call.count
+    return inputs, [tensors[n * each:(n + 1) * each] for n in range(call.count)]
 
-    needs     for each input, whether it needs a gradient
-    given     those of y, h_n and c_n; None for zero
-    inputs    x, h0, c0 and the weights
-    saved     of each layer, as ``_forward`` returns it
+
+def _backward(call, needs, dy, dh_n, dc_n, flags, batch_sizes, *tensors):
+    """Gradients for x, h0, c0 and the weights, by the kernels.
+
+    needs            for each of them, whether it needs a gradient; others are None
+    dy, dh_n, dc_n   None for zero
+    tensors          x, h0, c0, the weights, and what ``_forward`` saved
     """
-    (x, h0, c0, *weights), (dy, dh_n, dc_n), plan, D = inputs, given, call.plan, call.plan.directions
+    ((x, h0, c0, *weights), saved), plan, D = _saved(call, needs, tensors), call.plan, call.plan.directions
+    known = call.known(c0 is None)
+    c0 = h0 if c0 is None else c0
     of_weights, needed = call.of_layers(weights), call.of_layers(needs[3:])
     kinds = len(of_weights[0]) // D
     count, arguments = call.count, []
@@ -154,12 +166,12 @@ def _backward(call, needs, given, flags, batch_sizes, inputs, saved):
         if call.steps is None:
             results = []
             for n in reversed(range(count)):
-                dy, *of_layer = op.sequence.finish(op.sequence.backward_chunks(dy, *arguments[n], **call.known,
+                dy, *of_layer = op.sequence.finish(op.sequence.backward_chunks(dy, *arguments[n], **known,
                                                                                zero_past_ends=n > 0))
                 dy = call.dropout.masked(dy, masks[n])
                 results.insert(0, of_layer)
         else:
-            dy, results = wavefront.backward(plan, x, dy, arguments, call.known, masks, call.dropout)
+            dy, results = wavefront.backward(plan, x, dy, arguments, known, masks, call.dropout)
     gradients = []
     for dw, dr, db in results:
         for d in range(D):
@@ -167,17 +179,20 @@ def _backward(call, needs, given, flags, batch_sizes, inputs, saved):
             if kinds > 2:       # in memory of their own: see ``apart``
                 gradients += [None, None] if db is None else [db[d], db[d].clone()]
     states = [g.to(x.dtype) if need else None for g, need in ((dh, needs[1]), (dc, needs[2]))]
-    return dy, *states, *gradients
+    return [g if need else None for g, need in zip((dy, *states, *gradients), needs)]
 
 
-def _differentiably(call, masks, needs, given, flags, batch_sizes, inputs):
+def _differentiably(call, needs, given, flags, batch_sizes, *tensors):
     """``_backward`` in operators that can be differentiated and mapped over. It computes forward again, from the
     inputs."""
     create_graph, D = torch.is_grad_enabled(), call.plan.directions
+    inputs, saved = _saved(call, needs, tensors)
+    masks = [of_layer[1] for of_layer in saved]
     with torch.enable_grad():
         # aliases: one input may have been computed from another
         inputs = [t.view_as(t) if need else t for t, need in zip(inputs, needs)]
         x, h0, c0, *weights = inputs
+        c0 = h0 if c0 is None else c0
         h_n, c_n = [], []
         for n, own in enumerate(call.of_layers(weights)):
             x, h, c, *_ = op.differentiable(
@@ -220,7 +235,7 @@ def layers(x, hx, weights, sizes, plan, dropout, keep_gates, batch_sizes=None, l
     if T == 1 and padded and not needed and plan is None:       # has a kernel of its own
         return None
     given = hx is not None
-    h0, c0 = hx if given else (x.new_zeros(D, B, H),) * 2
+    h0, c0 = hx if given else (x.new_zeros(D, B, H), None)
     own = plan
     if own is None:
         plan, _ = op.on_device(B, H, dtype, D, device, sequences=op.sequences_of(
@@ -237,14 +252,13 @@ def layers(x, hx, weights, sizes, plan, dropout, keep_gates, batch_sizes=None, l
     keep_gates = keep_gates and steps is None           # a wavefront keeps none
     lengths, reset = checked(lengths, (B,), "lengths", device), checked(reset, (T, B), "reset", device)
     flags = flags_of(T, B, D, lengths, reset, batch_sizes, device, plain=True)
-    known = dict(all_live=lengths is None and batch_sizes is None, zero_state=not given)
     dropout = Dropout.of(x, dropout) if dropout else NO_DROPOUT
-    call = _Call(plan, count, dropout, keep_gates, steps, known)
+    call = _Call(plan, count, dropout, keep_gates, steps, lengths is None and batch_sizes is None)
     if not needed:
-        (y, h_n, c_n), _ = _forward(call, False, flags, batch_sizes, x, h0, c0, *weights)
+        (y, h_n, c_n), _ = replay.run(_forward, call, False, (flags, batch_sizes, x, h0, c0, *weights))
         return y, (h_n, c_n)
     # layers below the first one that wants gradients keep nothing
-    below = 0 if x.requires_grad or h0.requires_grad or c0.requires_grad else count * next(
+    below = 0 if x.requires_grad or given and (h0.requires_grad or c0.requires_grad) else count * next(
         n for n, weight in enumerate(weights) if weight.requires_grad) // len(weights)
     if below == 0:
         y, h_n, c_n = _Layers.apply(call, flags, batch_sizes, x, h0, c0, *weights)
@@ -253,7 +267,7 @@ def layers(x, hx, weights, sizes, plan, dropout, keep_gates, batch_sizes=None, l
     for lo, hi, save, own in (0, below, False, weights[:at]), (below, count, True, weights[at:]):
         part = call._replace(count=hi - lo, steps=steps if hi - lo > 1 else None)
         inputs = flags, batch_sizes, x, *(s[lo * D:hi * D] if given else s for s in (h0, c0)), *own
-        x, *state = _Layers.apply(part, *inputs) if save else _forward(part, False, *inputs)[0]
+        x, *state = _Layers.apply(part, *inputs) if save else replay.run(_forward, part, False, inputs)[0]
         states.append(state)
         x = x if save or dropout.rate == 0 else dropout(x)[0]
     h_n, c_n = map(torch.cat, zip(*states))

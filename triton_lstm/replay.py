@@ -1,0 +1,201 @@
+"""Calls of sizes that were seen before, as straight-line Python.
+
+Which operators and kernels a call of a layer runs is decided by sizes, types and strides alone, and deciding takes the
+host as long as running them. So the third call of the same sizes is written down while it runs: every operator of torch
+and every launch, with its arguments, as one statement of a Python function, the recording. Later calls run that. It
+calls the same operators and kernels in the same order, so it computes the same bits, and it lets go of memory as early.
+"""
+import functools
+import operator
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import op
+
+FIRST = 2               # calls of the same sizes that run before one is written down, which takes milliseconds
+KNOWN = 512             # sizes of calls that are remembered, those used last
+LONGEST = 2000          # statements of a recording. A call that has more waits for the GPU, not for Python
+_UNCHANGED = {"contiguous", "float", "to"}      # do nothing where they return their argument
+# Return no tensors, and the same for all calls that a recording is for. "__get__" is that of a property
+_DECIDED = {"__get__", "__len__", "data_ptr", "dim", "element_size", "get_device", "is_contiguous", "is_floating_point",
+            "numel", "size", "stride"}
+
+
+class _Stream:
+    """In the place of the current stream, which each call looks up."""
+
+
+class Recorder(TorchFunctionMode):
+    """Writes down what runs while it is active. It holds no tensor, so that memory is freed as without it.
+
+    tensors     the arguments of the recording, which are all different; or None
+    constants   tensors that live as long as the process
+
+    ``launches`` tells whether the recording calls compiled kernels. ``why_not`` tells why there is no recording.
+    """
+
+    def __init__(self, tensors, constants=()):
+        super().__init__()
+        self.launches, self.why_not = False, None
+        self._names, self._named = WeakTensorKeyDictionary(), 0
+        self._statements = []           # of each its text, the tensors that it makes, and those that it uses
+        self._constants = {}            # objects that the text names, by name
+        self._arguments = [f"none{n}" if tensor is None else self._name(tensor) for n, tensor in enumerate(tensors)]
+        for tensor in constants:
+            self._names[tensor] = self._constant(tensor)
+
+    def _name(self, tensor):
+        self._named += 1
+        name = self._names[tensor] = f"t{self._named}"
+        return name
+
+    def _constant(self, value):
+        name = f"k{len(self._constants)}"
+        self._constants[name] = value
+        return name
+
+    def _text(self, value, used):
+        """An expression for ``value``. Adds the names of its tensors to ``used``."""
+        if isinstance(value, torch.Tensor):
+            name = self._names.get(value)
+            if name is None:            # made where nothing is seen: the next call's will be another
+                self.why_not = f"a tensor {tuple(value.shape)} of unknown origin"
+                return "unknown"
+            used.append(name)
+            return name
+        if value is _Stream:
+            return "stream"
+        if value is None or type(value) in (bool, int):
+            return repr(value)
+        if type(value) in (tuple, list):
+            inner = "".join(f"{self._text(v, used)}, " for v in value)
+            return f"({inner})" if type(value) is tuple else f"[{inner}]"
+        return self._constant(value)
+
+    def _write(self, function, args, kwargs, made=(), several=False):
+        """A statement. several: whether the function returns ``made`` as a sequence."""
+        used = []
+        inner = [self._text(arg, used) for arg in args]
+        inner += [f"{name}={self._text(arg, used)}" for name, arg in kwargs.items()]
+        names = [self._name(tensor) for tensor in made]
+        left = f"{', '.join(names)}{',' if several else ''} = " if names else ""
+        self._statements.append((f"{left}{self._constant(function)}({', '.join(inner)})", names, used))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        found = func(*args, **kwargs)
+        if isinstance(found, torch.Tensor):
+            if not any(found is given for given in (*args, *kwargs.values())):
+                self._write(func, args, kwargs, [found])
+            elif func.__name__ not in _UNCHANGED:           # in place, or into ``out``
+                self._write(func, args, kwargs)
+        elif isinstance(found, (tuple, list)) and found and isinstance(found[0], torch.Tensor):
+            self._write(func, args, kwargs, found, several=True)
+        elif found is None:                                 # such as __setitem__
+            self._write(func, args, kwargs)
+        elif func.__name__ not in _DECIDED:
+            self.why_not = f"{func.__name__} returns what the next call may have otherwise"
+        return found
+
+    def launch(self, kernel, plan, grid, *args, waits, **constants):
+        """In the place of ``launch.launch_kernel``."""
+        launch = op.sequence.launch
+        with torch._C.DisableTorchFunction():           # the interpreter computes with tensors
+            found = launch.launch_kernel(kernel, plan, grid, *args, waits=waits, **constants)
+        if isinstance(found, launch.Found):
+            self.launches = True
+            compiled = found.compiled
+            self._write(compiled.run, (*(*grid, 1)[:3], _Stream, compiled.function, compiled.packed_metadata, None,
+                                       None, None, *args, *found.named(plan, constants)), {})
+        else:
+            self._write(launch.launch_kernel, (kernel, plan, grid, *args), dict(waits=waits, **constants))
+
+    def recording(self, results):
+        """The function of the current stream and the tensors that does what was written down and returns ``results``;
+        None if there is none."""
+        if len(self._statements) > LONGEST:
+            self.why_not = f"{len(self._statements)} statements"
+        used = []
+        lines = [f"    return {self._text(results, used)}"]
+        if self.why_not is not None:
+            return None
+        needed = {*used, *self._arguments}
+        for text, made, used in reversed(self._statements):
+            # this is the last statement that uses these
+            over = [name for name in dict.fromkeys((*made, *used)) if name[0] == "t" and name not in needed]
+            needed.update(over)
+            if over:
+                lines.append(f"    del {', '.join(over)}")
+            lines.append(f"    {text}")
+        lines.append(f"def recording(stream, {', '.join(self._arguments)}):")
+        exec(compile("\n".join(reversed(lines)), "<triton_lstm recording>", "exec"), self._constants)
+        return self._constants["recording"]
+
+
+class _Known:
+    """What is known of calls with the same key.
+
+    calls        how many there were
+    recording    None if there is none
+    launches     whether it calls compiled kernels
+    why_not      why there can be none
+    """
+
+    def __init__(self):
+        self.calls, self.recording, self.launches, self.why_not = 0, None, False, None
+
+
+@functools.lru_cache(KNOWN)
+def _known(*key):
+    return _Known()
+
+
+def _current(device):
+    """Whether compiled kernels may be launched directly for tensors on ``device``, as ``launch.Launch`` decides it."""
+    launch = op.sequence.launch
+    hooks = launch.triton.knobs.runtime
+    return device in (-1, launch.driver.active.get_current_device()) and not (
+        hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+
+
+def run(function, call, how, tensors, given=0):
+    """``function(call, how, *tensors)``, by its recording where there is one.
+
+    call      ``eager._Call``, with the same sizes and weights for the same key of ``how`` and x
+    how       what else decides what the function does, hashable
+    tensors   ``given`` gradients, flags, batch_sizes, x, and the rest; each may be None but x. Where there are no
+              wavefronts and batch_sizes, what the function does depends on sizes, types and strides of these alone
+
+    There is none for tensors of which two are one, as tied weights are, for those that do not begin at multiples of 16
+    bytes, for which other kernels are compiled, and for weights and states with strides of their own.
+    """
+    flags, batch_sizes, x, *rest = tensors[given:]
+    if call.steps is not None or batch_sizes is not None:
+        return function(call, how, *tensors)
+    device = x.get_device()
+    known = _known(function, call, how, device, x.dtype, x.shape, x.stride(), flags is None, rest[1] is None, len(rest),
+                   op.sequence.waiting.limit(), *[None if t is None else t.stride() for t in tensors[:given]])
+    known.calls += 1
+    if known.calls <= FIRST or known.why_not is not None:
+        return function(call, how, *tensors)
+    rest = [t for t in rest if t is not None]
+    there = [t for t in (x, flags, *tensors[:given], *rest) if t is not None]
+    if (not all(map(torch.Tensor.is_contiguous, rest)) or len({*map(id, there)}) < len(there)
+            or functools.reduce(operator.or_, map(torch.Tensor.data_ptr, there)) % 16):
+        return function(call, how, *tensors)
+    with op.without_autocast(x), op.sequence.products_in(call.plan.precision), op.sequence.waiting.explained():
+        if known.recording is not None:
+            if not known.launches:
+                return known.recording(None, *tensors)
+            if _current(device):
+                return known.recording(op.sequence.launch.driver.active.get_current_stream(device), *tensors)
+            return function(call, how, *tensors)
+        waits = call.plan.exchanges or call.plan.backward.exchanges
+        recorder = Recorder(tensors, [op.sequence.waiting.records(x.device)] if waits else [])
+        with recorder:
+            results = function(call._replace(launcher=recorder.launch), how, *tensors)
+        known.recording = recorder.recording(results)
+        known.launches, known.why_not = recorder.launches, recorder.why_not
+        return results

@@ -57,8 +57,8 @@ def stand_ins():
     """(owner, name, value) of what to replace so that layers treat any tensors as those of an H100."""
     def add_product(total, a, b, begun):        # as on CUDA: one product, or one and a sum
         if begun:
-            return total.addmm_(a.t(), b) if a.dtype == torch.float32 else total.add_(torch.mm(a.t(), b))
-        found = torch.mm(a.t(), b) if total is None or a.dtype != total.dtype else torch.mm(a.t(), b, out=total)
+            return total.addmm_(a, b) if a.dtype == torch.float32 else total.add_(torch.mm(a, b))
+        found = torch.mm(a, b) if total is None or a.dtype != total.dtype else torch.mm(a, b, out=total)
         # in 16-bit types an allocation more than on CUDA, whose product has a result in fp32
         return found if a.dtype == torch.float32 else torch.empty_like(found, dtype=torch.float32)
     def dropout(x, p, training=True):           # as on CUDA: one operator

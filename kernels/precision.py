@@ -119,7 +119,7 @@ def _set(tf32):
             warnings.simplefilter("ignore")
             return _set(tf32)
     if tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+        torch._C._set_cublas_allow_tf32(True)           # as torch.backends.cuda.matmul.allow_tf32 does
     else:
         torch.set_float32_matmul_precision("highest")
 

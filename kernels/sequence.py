@@ -91,19 +91,21 @@ def forward_chunks(x, w, r, b, h0, c, flags, plan, save, batch_sizes=None, zoneo
     keep_gates = keep_gates and save
     keep_every = 1 if keep_gates else plan.keep_every if save else max(T, 1)
     kept = c.new_empty(T if keep_gates else max(-(-T // keep_every), 1) - 1, D, B, H)
-    gates = x.new_empty(D * rows.count(0, T) if keep_gates else 0, 4 * H)
     if T == 0 or B == 0:
         yield y
-        return y, [h0], kept, gates
+        return y, [h0], kept, x.new_empty(0, 4 * H)
     most, multiplies, chunks = _forward_chunks(plan, T, B, x.shape[-1], x.element_size(), steps, keep_every, keep_gates,
                                                _limit(plan))
+    # one product makes all pre-activations: memory that is given to it takes the host longer
+    alone = D == 1 and most == T and steps is None
+    gates = None if alone and keep_gates else x.new_empty(D * rows.count(0, T) if keep_gates else 0, 4 * H)
     r, of_input, stuck, more = _as_read(r, plan), (), (), zoneout_arguments(zoneout)
     # (B, D H) in memory; of H = 1, reshape alone makes a transposed view
     h = (h0 if D == 1 or zero_state else h0.transpose(0, 1).reshape(B, D * H)).contiguous()
     if multiplies:
         buffer, of_input = x.contiguous(), (_stacked(w), None if b is None else _stacked(b))
     elif not keep_gates:
-        buffer = x.new_empty(rows.most(D, most), 4 * H)
+        buffer = None if alone else x.new_empty(rows.most(D, most), 4 * H)
     if plan.exchanges:
         slots, stuck = exchange.new_slots(x, most, plan), _stuck(plan, x.device)
         if zoneout is not None:
@@ -111,11 +113,15 @@ def forward_chunks(x, w, r, b, h0, c, flags, plan, save, batch_sizes=None, zoneo
     yield y
     for first, S, spans, loop in chunks:
         if not multiplies:
-            if keep_gates:
+            if keep_gates and not alone:
                 buffer = _gates_of(gates, rows, spans, first)
             with products_in(plan.precision):
-                for d, a in enumerate(rows.split(buffer, spans)):
-                    _input_product(rows.of(x, *spans[d]), w, b, d, a)
+                for d, a in enumerate([None] if alone else rows.split(buffer, spans)):
+                    product = _input_product(rows.of(x, *spans[d]), w, b, d, a)
+            if alone:
+                buffer = product
+                if keep_gates:
+                    gates = product
         if first:
             h = _state(y, h0, flags, rows, first)
         sent = ()
@@ -134,7 +140,9 @@ def forward_chunks(x, w, r, b, h0, c, flags, plan, save, batch_sizes=None, zoneo
         last = y[:, :, :H].gather(0, at.expand(1, B, H))
     else:
         last = y[T - 1:, :, :H] if D == 2 else y[T - 1:]
-    parts = [last, rows.of(y, 0, 1)[None, :, H:]] if D == 2 else [last]
+    parts = [last]
+    if D == 2:
+        parts.append(y[:1, :, H:] if batch_sizes is None else rows.of(y, 0, 1)[None, :, H:])
     if batch_sizes is None and flags is not None and not all_live:
         parts = [torch.where(begun, part, h0[d]) for d, part in enumerate(parts)]
     return y, parts, kept, gates
@@ -252,11 +260,10 @@ def _as_read(r, plan):
     return rounded_to_tf32(r) if plan.kind == "streamed" and plan.precision == "tf32" else r
 
 
-def _input_product(rows, w, b, d, out):
+def _input_product(rows, w, b, d, out=None):
     if b is None:
-        torch.mm(rows, w[d].t(), out=out)
-    else:
-        torch.addmm(b[d], rows, w[d].t(), out=out)
+        return torch.mm(rows, w[d].t(), out=out)
+    return torch.addmm(b[d], rows, w[d].t(), out=out)
 
 
 def _before(plan, T, B, d, span, zero_state):
@@ -307,21 +314,21 @@ def _backward_chunks(plan, T, B, keep_gates, derives, zero_state, without_dy, su
 
 
 def _add_product(total, a, b, begun):
-    """The sum of ``total`` and a^T b, in fp32 whatever the operands' type. Unless it has ``begun``, total is memory for
+    """The sum of ``total`` and a b, in fp32 whatever the operands' type. Unless it has ``begun``, total is memory for
     the result, or None."""
     options = {}
     if a.dtype != torch.float32:
         if a.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads():
             if begun:
-                total += torch.mm(a.t(), b, out_dtype=torch.float32)
+                total += torch.mm(a, b, out_dtype=torch.float32)
                 return total
             options = dict(out_dtype=torch.float32)
         else:
             a, b = a.float(), b.float()
     if begun:
-        return total.addmm_(a.t(), b)
+        return total.addmm_(a, b)
     # memory from the product itself takes the host less than memory that is given to it
-    return torch.mm(a.t(), b, **options) if total is None else torch.mm(a.t(), b, out=total, **options)
+    return torch.mm(a, b, **options) if total is None else torch.mm(a, b, out=total, **options)
 
 
 def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, plan, needs, *args, **kwargs):
@@ -332,22 +339,29 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, plan, ne
 
     The other arguments are the same.
     """
-    dh, dc = state_gradients(dh_n, dc_n, needs[4] or needs[5], h0.shape, x)
+    (dh, dc), = state_gradients(dh_n, dc_n, needs[4] or needs[5], 1, h0.shape, x)[1]
     gradients = finish(backward_chunks(dy, dh, dc, x, w, r, b, h0, c0, flags, y, kept, gates, plan, needs, *args,
                                        **kwargs))
     return *gradients, *(g.to(x.dtype) if need else None for g, need in zip((dh, dc), needs[4:]))
 
 
-def state_gradients(dh_n, dc_n, wanted, shape, x):
-    """dh and dc (``shape``) in fp32 for ``backward_chunks``, from gradients of h_n and c_n or None. wanted: whether the
-    caller gets them, and so each has memory of its own."""
+def state_gradients(dh_n, dc_n, wanted, layers, shape, x):
+    """(dh and dc of all layers, or None; dh and dc of each layer) in fp32 for ``backward_chunks``.
+
+    dh_n, dc_n    gradients of h_n and c_n (layers D, B, H), or None
+    wanted        whether the caller gets those of all layers, and so each has memory of its own
+    shape         of the state of a layer, (D, B, H)
+    """
+    D, B, H = shape
     if dh_n is dc_n is None and not wanted:
-        return x.new_zeros(2, *shape, dtype=torch.float32).unbind()
-    return [x.new_zeros(shape, dtype=torch.float32) if g is None else in_fp32(g) for g in (dh_n, dc_n)]
+        parts = x.new_zeros(2 * layers * D, B, H, dtype=torch.float32).chunk(2 * layers)
+        return None, list(zip(parts[:layers], parts[layers:]))
+    both = [x.new_zeros(layers * D, B, H, dtype=torch.float32) if g is None else in_fp32(g) for g in (dh_n, dc_n)]
+    return both, list(zip(*[[g] if layers == 1 else g.chunk(layers) for g in both]))
 
 
 def backward_chunks(dy, dh, dc, x, w, r, b, h0, c0, flags, y, kept, gates, plan, needs, batch_sizes=None, zoneout=None,
-                    launcher=None, all_live=False, zero_state=False, zero_past_ends=False):
+                    launcher=None, all_live=False, zero_state=False, zero_past_ends=False, dx=None):
     """The gradients of ``forward``, as a generator that runs one chunk of ``plan.keep_every`` steps at a time, from the
     last: it recomputes the gates by products over the whole chunk, unless forward kept them, turns them into
     coefficients, unless the loop does so, then runs the time loop backwards.
@@ -359,8 +373,9 @@ def backward_chunks(dy, dh, dc, x, w, r, b, h0, c0, flags, y, kept, gates, plan,
                      tensors where w is a list, and then each has memory of its own
     all_live, zero_state    as for ``forward_chunks``
     zero_past_ends   whether x is known to be zero at steps that are not live, as y of another layer is
+    dx               memory for dx of one direction, where another layer reads it after each chunk; else None
 
-    The first ``next`` allocates all that outlives a chunk and yields dx, not yet written. Each further one runs a
+    The first ``next`` allocates all that outlives a chunk, unless the only chunk makes it. Each further one runs a
     chunk. dy is read only in the chunk that needs it. Returns (dx, dw, dr, db).
     """
     plan = plan.backward
@@ -383,7 +398,9 @@ def backward_chunks(dy, dh, dc, x, w, r, b, h0, c0, flags, y, kept, gates, plan,
     db, of_b = total(needs[3], 4 * H)
     # of one chunk, the second direction adds to what the first has written
     adds = D == 2 and T > K
-    dx = (x.new_zeros if adds else x.new_empty)(x.shape) if needs[0] else None
+    alone = D == 1 and 0 < T <= K and B > 0 and dx is None         # then its product makes it
+    if needs[0] and dx is None and not alone:
+        dx = (x.new_zeros if adds else x.new_empty)(x.shape)
     if T and B:
         r_as_read, c0, h0 = _as_read(r, plan), c0.float().contiguous(), h0.contiguous()
         # packed, the first two are one
@@ -409,7 +426,7 @@ def backward_chunks(dy, dh, dc, x, w, r, b, h0, c0, flags, y, kept, gates, plan,
         of_sums = () if sums is None else (sums,)
         of_coefficients = zoneout_arguments(zoneout)
         more = {} if zoneout is None else dict(COUNT=count)
-    yield dx
+    yield
     if T and B:
         for first, S, spans, before, of_previous, of_states, loop in chunks:
             begun = first + S < T
@@ -418,7 +435,7 @@ def backward_chunks(dy, dh, dc, x, w, r, b, h0, c0, flags, y, kept, gates, plan,
             if not needs_previous:
                 previous = []
             elif flags is None:
-                columns = y.reshape(T * B, D * H)
+                columns = rows.of(y, 0, T)
                 previous = [[(chosen, h0[d] if of_y is None else columns[of_y]) for chosen, of_y in before[d]]
                             for d in range(D)]
             else:
@@ -446,14 +463,15 @@ def backward_chunks(dy, dh, dc, x, w, r, b, h0, c0, flags, y, kept, gates, plan,
                  (flags, rows.offsets, dy, *of_kept, *of_sums, *stuck), **more)
             with products_in(plan.precision):
                 for d in range(D):
+                    of_units = a[d].t()
                     if of_w is not None:
                         if flags is not None and batch_sizes is None and not (all_live or zero_past_ends):
                             # past a row's end da is zero, but x may be anything
                             of_x[d] = of_x[d].masked_fill(lacks(flags[d, slice(*spans[d])], LIVE).view(-1, 1), 0)
-                        of_w[d] = _add_product(of_w[d], a[d], of_x[d], begun)
+                        of_w[d] = _add_product(of_w[d], of_units, of_x[d], begun)
                     if of_r is not None:
                         for part, (chosen, h) in enumerate(previous[d]):
-                            of_r[d] = _add_product(of_r[d], a[d][chosen], h, begun or part > 0)
+                            of_r[d] = _add_product(of_r[d], of_units[:, chosen], h, begun or part > 0)
                         if not (begun or previous[d]):
                             of_r[d] = dh.new_zeros(4 * H, H) if of_r[d] is None else of_r[d].zero_()
                     if of_b is not None:
@@ -463,7 +481,9 @@ def backward_chunks(dy, dh, dc, x, w, r, b, h0, c0, flags, y, kept, gates, plan,
                             of_b[d] = of_b[d].add_(of_chunk) if begun else of_chunk
                         else:
                             torch.sum(of_rows, 0, dtype=torch.float32, out=of_b[d])
-                    if dx is not None:
+                    if needs[0] and alone:
+                        dx = torch.mm(a[d], w[d]).view(x.shape)
+                    elif needs[0]:
                         out = rows.of(dx, *spans[d])
                         out.addmm_(a[d], w[d]) if d or adds else torch.mm(a[d], w[d], out=out)
             del of_x            # which may be copies, before the next chunk makes its own

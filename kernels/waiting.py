@@ -6,6 +6,7 @@ wait at mbarriers, by a loop that Gluon writes. Those waits have no limit.
 """
 import atexit
 import collections
+import functools
 import os
 import sys
 
@@ -105,7 +106,12 @@ def records(device):
 
 def limit():
     """The wait limit in ticks, as kernels take it; None without a limit."""
-    return None if _limit_s == float("inf") else max(min(int(_limit_s * 1e9) >> TICK_BITS, 2 ** 31 - 1), 1)
+    return _ticks(_limit_s)
+
+
+@functools.lru_cache
+def _ticks(seconds):
+    return None if seconds == float("inf") else max(min(int(seconds * 1e9) >> TICK_BITS, 2 ** 31 - 1), 1)
 
 
 def _numbers(numbers):
@@ -156,11 +162,17 @@ class explained:
         pass
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, RuntimeError) and (text := wait_report()) is not None:
-            raise RuntimeError(
-                f"a kernel of triton_lstm gave up: its programs waited for each other longer than {_limit_s:g} s (see "
-                f"triton_lstm.set_wait_limit):\n{text}\nThis process cannot use the GPU any more; `python -m "
-                f"triton_lstm check` finds out whether the kernel works on it.") from error
+        if isinstance(error, RuntimeError):
+            explain(error)
+
+
+def explain(error):
+    """Raise what says which kernel has given up, if one has, in the place of the RuntimeError ``error``."""
+    if (text := wait_report()) is not None:
+        raise RuntimeError(
+            f"a kernel of triton_lstm gave up: its programs waited for each other longer than {_limit_s:g} s (see "
+            f"triton_lstm.set_wait_limit):\n{text}\nThis process cannot use the GPU any more; `python -m "
+            f"triton_lstm check` finds out whether the kernel works on it.") from error
 
 
 @atexit.register

@@ -4,10 +4,9 @@
 operators that autograd follows takes the host longer than some layers take the GPU. ``layers`` is for plain tensors
 only: compilers, transforms and dispatch modes see ``functional.lstm`` and its operator.
 """
+import dataclasses
 import functools
 import operator
-import typing
-from collections.abc import Callable
 
 import torch
 from torch.autograd import forward_ad
@@ -30,9 +29,9 @@ def shapes_of(num_layers, directions, input_size, hidden_size, bias):
     return shapes
 
 
-def _of_layer(n, D, *states):
-    """The part of layer ``n`` of states (layers D, B, H). States (D, B, H) are the same for all layers."""
-    return states if len(states[0]) == D else [s[n * D:(n + 1) * D] for s in states]
+def _of_layers(count, D, state):
+    """The part of each layer of a state (layers D, B, H). A state (D, B, H) is the same for all layers."""
+    return [state] * count if len(state) == D else state.chunk(count)       # split is in Python, and slower
 
 
 def _sums(b_ih, b_hh):
@@ -42,12 +41,22 @@ def _sums(b_ih, b_hh):
     return torch._foreach_add(b_ih, b_hh)       # pyright: ignore[reportPrivateImportUsage]
 
 
-class _Call(typing.NamedTuple):
+def _copies(tensors):
+    """A copy of each, by one launch on CUDA."""
+    if len(tensors) < 2:
+        return [t.clone() for t in tensors]
+    return torch._foreach_mul(tensors, 1)       # pyright: ignore[reportPrivateImportUsage]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Call:
     """What all layers of a call have in common.
 
     count    of layers
     steps    of a chunk of forward, where layers run as a wavefront; None: they run one after the other
-    all_live, launcher    as ``sequence.forward_chunks`` and ``backward_chunks`` take them
+    all_live as ``sequence.forward_chunks`` and ``backward_chunks`` take it
+
+    ``_call_of`` makes them, so that equal ones are one and the same.
     """
     plan: Plan
     count: int
@@ -55,11 +64,6 @@ class _Call(typing.NamedTuple):
     keep_gates: bool
     steps: int | None
     all_live: bool
-    launcher: Callable | None = None
-
-    def known(self, zero_state):
-        """What is known of the call, as ``sequence.forward_chunks`` and ``backward_chunks`` take it."""
-        return dict(all_live=self.all_live, zero_state=zero_state, launcher=self.launcher)
 
     def of_layers(self, weights):
         """The weights of each layer, from those of all."""
@@ -69,9 +73,13 @@ class _Call(typing.NamedTuple):
         return [weights[n * each:(n + 1) * each] for n in range(self.count)]
 
 
-def _forward(call, save, flags, batch_sizes, x, h0, c0, *weights):
+_call_of = functools.lru_cache(op.launch.KNOWN)(_Call)
+
+
+def _forward(call, save, flags, batch_sizes, x, h0, c0, *weights, launcher=None):
     """((y, h_n, c_n), what backward needs of each layer): x if dropout made it, else None; the mask of dropout; R of
-    both directions, or None; y, and what else ``sequence.forward`` keeps; and the sums of the biases.
+    both directions, or None; y, and what else ``sequence.forward`` keeps; and the sums of the biases, if the gates are
+    recomputed.
 
     h0, c0    of all layers; or the zeros (D, B, H), which each layer begins from, and None
     """
@@ -79,16 +87,17 @@ def _forward(call, save, flags, batch_sizes, x, h0, c0, *weights):
     D, arguments, results, saved = plan.directions, [], [], []
     c_n = (x.new_zeros(count * D, plan.batch, plan.hidden_size, dtype=torch.float32) if c0 is None else
            op.sequence.in_fp32(c0))
-    options = dict(call.known(c0 is None), keep_gates=call.keep_gates)
+    options = dict(all_live=call.all_live, zero_state=c0 is None, launcher=launcher, keep_gates=call.keep_gates)
     if flags is not None and batch_sizes is None and not call.all_live:
         options["ends"] = op.sequence.ends_of(flags)
     kinds = len(weights) // (count * D)
     sums = _sums(weights[2::4], weights[3::4]) if kinds > 2 else None
-    for n, own in enumerate(call.of_layers(weights)):
-        w, r, b = own[0::kinds], own[1::kinds], sums and sums[n * D:(n + 1) * D]
-        if D == 2:          # backward needs both directions' R in one tensor too
-            r = torch.stack(r)
-        arguments.append((w, r, b, *_of_layer(n, D, h0), *_of_layer(n, D, c_n), flags, plan, save, batch_sizes))
+    # both directions' R of a layer in one tensor, which backward needs too; by one launch for all layers
+    rs = weights[1::kinds]
+    rs = _of_layers(count, D, torch.stack(rs)) if D == 2 else [(r,) for r in rs]
+    states = [_of_layers(count, D, state) for state in (h0, c_n)]
+    for n, (own, r, *state) in enumerate(zip(call.of_layers(weights), rs, *states)):
+        arguments.append((own[0::kinds], r, sums and sums[n * D:(n + 1) * D], *state, flags, plan, save, batch_sizes))
     with op.without_autocast(x):
         if call.steps is None:
             dropped = []
@@ -104,7 +113,7 @@ def _forward(call, save, flags, batch_sizes, x, h0, c0, *weights):
             dropped, results = wavefront.forward(plan, x, arguments, options, dropout, call.steps)
             x = results[-1][0]
     if save:
-        saved = [(*dropped[n], r if D == 2 else None, y, kept, gates, *(b or ()))
+        saved = [(*dropped[n], r if D == 2 else None, y, kept, gates, *(() if b is None or len(gates) else b))
                  for n, ((_, r, b, *_), (y, _, kept, gates)) in enumerate(zip(arguments, results))]
     h_n = results[0][1][0] if not save and count == 1 else op.sequence.joined([last for _, last, *_ in results])
     return (x, h_n, c_n if x.dtype == torch.float32 else c_n.to(x.dtype)), saved
@@ -124,7 +133,8 @@ class _Layers(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *given):
         call, needs = ctx.call, ctx.needs_input_grad[3:]
-        if all(g is None for g in given):
+        dy, dh_n, dc_n = given
+        if dy is dh_n is dc_n is None:
             return (None,) * (3 + len(needs))
         tensors = ctx.saved_tensors        # once: checkpoints give them only once
         if torch.is_grad_enabled() or not op.plain(*given) or op.batched(*given):
@@ -140,7 +150,7 @@ def _saved(call, needs, tensors):
     return inputs, [tensors[n * each:(n + 1) * each] for n in range(call.count)]
 
 
-def _backward(call, needs, dy, dh_n, dc_n, flags, batch_sizes, *tensors):
+def _backward(call, needs, dy, dh_n, dc_n, flags, batch_sizes, *tensors, launcher=None):
     """Gradients for x, h0, c0 and the weights, by the kernels.
 
     needs            for each of them, whether it needs a gradient; others are None
@@ -148,37 +158,41 @@ def _backward(call, needs, dy, dh_n, dc_n, flags, batch_sizes, *tensors):
     tensors          x, h0, c0, the weights, and what ``_forward`` saved
     """
     ((x, h0, c0, *weights), saved), plan, D = _saved(call, needs, tensors), call.plan, call.plan.directions
-    known = call.known(c0 is None)
+    options = dict(all_live=call.all_live, zero_state=c0 is None, launcher=launcher)
     c0 = h0 if c0 is None else c0
     of_weights, needed = call.of_layers(weights), call.of_layers(needs[3:])
     kinds = len(of_weights[0]) // D
     count, arguments = call.count, []
-    dh, dc = op.sequence.state_gradients(dh_n, dc_n, needs[1] or needs[2], (count * D, plan.batch, plan.hidden_size), x)
+    shape = D, plan.batch, plan.hidden_size
+    states, of_states = op.sequence.state_gradients(dh_n, dc_n, needs[1] or needs[2], count, shape, x)
+    h0, c0 = (_of_layers(count, D, state) for state in (h0, c0))
     for n in range(count):
         own, need, (made, _, both, y, kept, gates, *b) = of_weights[n], needed[n], saved[n]
         wanted = (n > 0 or needs[0], any(need[0::kinds]), any(need[1::kinds]),
                   kinds > 2 and any(need[2::kinds] + need[3::kinds]))
         of_x = made if made is not None else saved[n - 1][3] if n else x
-        arguments.append((*_of_layer(n, D, dh, dc), of_x, own[0::kinds], own[1::kinds] if both is None else both,
-                          b or None, *_of_layer(n, D, h0, c0), flags, y, kept, gates, plan, wanted, batch_sizes))
+        arguments.append((*of_states[n], of_x, own[0::kinds], own[1::kinds] if both is None else both,
+                          b or None, h0[n], c0[n], flags, y, kept, gates, plan, wanted, batch_sizes))
     masks = [of_layer[1] for of_layer in saved]
     with op.without_autocast(x):
         if call.steps is None:
             results = []
             for n in reversed(range(count)):
-                dy, *of_layer = op.sequence.finish(op.sequence.backward_chunks(dy, *arguments[n], **known,
+                dy, *of_layer = op.sequence.finish(op.sequence.backward_chunks(dy, *arguments[n], **options,
                                                                                zero_past_ends=n > 0))
                 dy = call.dropout.masked(dy, masks[n])
                 results.insert(0, of_layer)
         else:
-            dy, results = wavefront.backward(plan, x, dy, arguments, known, masks, call.dropout)
+            dy, results = wavefront.backward(plan, x, dy, needs[0], arguments, options, masks, call.dropout)
     gradients = []
+    # of b_hh in memory of its own: see ``apart``
+    again = iter(_copies([g for *_, db in results if db is not None for g in db]))
     for dw, dr, db in results:
         for d in range(D):
             gradients += [None if g is None else g[d] for g in (dw, dr)]
-            if kinds > 2:       # in memory of their own: see ``apart``
-                gradients += [None, None] if db is None else [db[d], db[d].clone()]
-    states = [g.to(x.dtype) if need else None for g, need in ((dh, needs[1]), (dc, needs[2]))]
+            if kinds > 2:
+                gradients += [None, None] if db is None else [db[d], next(again)]
+    states = [g.to(x.dtype) if need else None for g, need in zip(states or (None, None), needs[1:3])]
     return [g if need else None for g, need in zip((dy, *states, *gradients), needs)]
 
 
@@ -194,11 +208,12 @@ def _differentiably(call, needs, given, flags, batch_sizes, *tensors):
         x, h0, c0, *weights = inputs
         c0 = h0 if c0 is None else c0
         h_n, c_n = [], []
-        for n, own in enumerate(call.of_layers(weights)):
+        states = [_of_layers(call.count, D, state) for state in (h0, c0)]
+        for n, (own, *state) in enumerate(zip(call.of_layers(weights), *states)):
             x, h, c, *_ = op.differentiable(
-                op.lstm_op, call.dropout.masked(x, masks[n]), *apart.stacked(own, len(own) // D),
-                *_of_layer(n, D, h0, c0), flags, batch_sizes, call.plan.encode(), call.plan.keep_every, True,
-                len(x) if call.keep_gates else 0, None, 0., 0.)
+                op.lstm_op, call.dropout.masked(x, masks[n]), *apart.stacked(own, len(own) // D), *state, flags,
+                batch_sizes, call.plan.encode(), call.plan.keep_every, True, len(x) if call.keep_gates else 0, None, 0.,
+                0.)
             h_n.append(h)
             c_n.append(c)
         outputs = x, torch.cat(h_n), torch.cat(c_n)
@@ -250,10 +265,12 @@ def layers(x, hx, weights, sizes, plan, dropout, keep_gates, batch_sizes=None, l
     if keep_gates is None:
         keep_gates = own is None and plan.keeps_gates(T, count)
     keep_gates = keep_gates and steps is None           # a wavefront keeps none
-    lengths, reset = checked(lengths, (B,), "lengths", device), checked(reset, (T, B), "reset", device)
-    flags = flags_of(T, B, D, lengths, reset, batch_sizes, device, plain=True)
+    flags = None
+    if not padded:
+        lengths, reset = checked(lengths, (B,), "lengths", device), checked(reset, (T, B), "reset", device)
+        flags = flags_of(T, B, D, lengths, reset, batch_sizes, device, plain=True)
     dropout = Dropout.of(x, dropout) if dropout else NO_DROPOUT
-    call = _Call(plan, count, dropout, keep_gates, steps, lengths is None and batch_sizes is None)
+    call = _call_of(plan, count, dropout, keep_gates, steps, lengths is None and batch_sizes is None)
     if not needed:
         (y, h_n, c_n), _ = replay.run(_forward, call, False, (flags, batch_sizes, x, h0, c0, *weights))
         return y, (h_n, c_n)
@@ -265,7 +282,7 @@ def layers(x, hx, weights, sizes, plan, dropout, keep_gates, batch_sizes=None, l
         return y, (h_n, c_n)
     states, at = [], len(weights) // count * below
     for lo, hi, save, own in (0, below, False, weights[:at]), (below, count, True, weights[at:]):
-        part = call._replace(count=hi - lo, steps=steps if hi - lo > 1 else None)
+        part = _call_of(plan, hi - lo, dropout, keep_gates, steps if hi - lo > 1 else None, call.all_live)
         inputs = flags, batch_sizes, x, *(s[lo * D:hi * D] if given else s for s in (h0, c0)), *own
         x, *state = _Layers.apply(part, *inputs) if save else replay.run(_forward, part, False, inputs)[0]
         states.append(state)

@@ -42,7 +42,8 @@ def no_kernels(device):
     return none_on(device)
 
 
-_RNN = getattr(torch.backends.cudnn, "rnn", None)       # since torch 2.9
+# since torch 2.9 what ``torch.backends.cudnn.rnn.fp32_precision`` reads
+_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
 def tf32_allowed():
@@ -52,7 +53,7 @@ def tf32_allowed():
     """
     if interpreted():
         return False
-    return _RNN.fp32_precision == "tf32" if _RNN is not None else torch.backends.cudnn.allow_tf32
+    return torch.backends.cudnn.allow_tf32 if _precision is None else _precision("cuda", "rnn") == "tf32"
 
 
 def avoided(device):
@@ -383,8 +384,8 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 def plain(*tensors):
     """Whether autograd alone sees what is done to ``tensors``: they are torch's own, and no compiler, tracer, transform
     or dispatch mode is at work."""
-    return (_PLAIN.issuperset(map(type, tensors)) and not torch.compiler.is_compiling() and not transformed()
-            and not torch._C._len_torch_dispatch_stack() and torch._C._get_tracing_state() is None)
+    return (_PLAIN.issuperset(map(type, tensors)) and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active() and not torch._C._len_torch_dispatch_stack() and torch._C._get_tracing_state() is None)
 
 
 def batched(*tensors):

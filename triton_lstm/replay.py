@@ -41,7 +41,8 @@ class Recorder(TorchFunctionMode):
         self.launches, self.why_not = False, None
         self._names, self._named = WeakTensorKeyDictionary(), 0
         self._statements = []           # of each its text, the tensors that it makes, and those that it uses
-        self._constants = {}            # objects that the text names, by name
+        self._views = {}                # names of views, by the expression that made them
+        self._constants, self._constant_names = {}, {}          # objects that the text names, by name; their names
         self._arguments = [f"none{n}" if tensor is None else self._name(tensor) for n, tensor in enumerate(tensors)]
         for tensor in constants:
             self._names[tensor] = self._constant(tensor)
@@ -52,8 +53,9 @@ class Recorder(TorchFunctionMode):
         return name
 
     def _constant(self, value):
-        name = f"k{len(self._constants)}"
-        self._constants[name] = value
+        key = (value.start, value.stop, value.step) if isinstance(value, slice) else id(value)
+        name = self._constant_names.setdefault(key, f"k{len(self._constants)}")
+        self._constants.setdefault(name, value)
         return name
 
     def _text(self, value, used):
@@ -79,9 +81,15 @@ class Recorder(TorchFunctionMode):
         used = []
         inner = [self._text(arg, used) for arg in args]
         inner += [f"{name}={self._text(arg, used)}" for name, arg in kwargs.items()]
+        text = f"{self._constant(function)}({', '.join(inner)})"
+        if len(made) == 1 and made[0]._base is not None:
+            if text in self._views:             # a view that is there already
+                self._names[made[0]] = self._views[text]
+                return
+            self._views[text] = f"t{self._named + 1}"
         names = [self._name(tensor) for tensor in made]
         left = f"{', '.join(names)}{',' if several else ''} = " if names else ""
-        self._statements.append((f"{left}{self._constant(function)}({', '.join(inner)})", names, used))
+        self._statements.append((left + text, names, used))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -147,6 +155,9 @@ class _Known:
         self.calls, self.recording, self.launches, self.why_not = 0, None, False, None
 
 
+_is_contiguous, _data_ptr = torch.Tensor.is_contiguous, torch.Tensor.data_ptr
+
+
 @functools.lru_cache(KNOWN)
 def _known(*key):
     return _Known()
@@ -161,41 +172,51 @@ def _current(device):
 
 
 def run(function, call, how, tensors, given=0):
-    """``function(call, how, *tensors)``, by its recording where there is one.
+    """``function(call, how, *tensors)``, by its recording where there is one. The function also takes a launcher, as
+    ``sequence.forward_chunks`` does.
 
     call      ``eager._Call``, with the same sizes and weights for the same key of ``how`` and x
     how       what else decides what the function does, hashable
-    tensors   ``given`` gradients, flags, batch_sizes, x, and the rest; each may be None but x. Where there are no
-              wavefronts and batch_sizes, what the function does depends on sizes, types and strides of these alone
+    tensors   ``given`` gradients, flags, batch_sizes, x, h0, c0, and the rest; each may be None but x. Where there are
+              no wavefronts and batch_sizes, what the function does depends on sizes, types and strides of these alone
 
     There is none for tensors of which two are one, as tied weights are, for those that do not begin at multiples of 16
     bytes, for which other kernels are compiled, and for weights and states with strides of their own.
     """
-    flags, batch_sizes, x, *rest = tensors[given:]
+    flags, batch_sizes, x, _, c0 = tensors[given:given + 5]
     if call.steps is not None or batch_sizes is not None:
         return function(call, how, *tensors)
-    device = x.get_device()
-    known = _known(function, call, how, device, x.dtype, x.shape, x.stride(), flags is None, rest[1] is None, len(rest),
-                   op.sequence.waiting.limit(), *[None if t is None else t.stride() for t in tensors[:given]])
+    if torch.is_autocast_enabled(x.device.type):
+        with op.without_autocast(x):            # a recording has nothing of it
+            return run(function, call, how, tensors, given)
+    device, strides = x.get_device(), [None if t is None else t.stride() for t in tensors[:given]]
+    known = _known(function, call, how, device, x.dtype, x.shape, x.stride(), flags is None, c0 is None, len(tensors),
+                   op.sequence.waiting.limit(), *strides)
     known.calls += 1
     if known.calls <= FIRST or known.why_not is not None:
         return function(call, how, *tensors)
-    rest = [t for t in rest if t is not None]
-    there = [t for t in (x, flags, *tensors[:given], *rest) if t is not None]
-    if (not all(map(torch.Tensor.is_contiguous, rest)) or len({*map(id, there)}) < len(there)
-            or functools.reduce(operator.or_, map(torch.Tensor.data_ptr, there)) % 16):
+    there = [t for t in tensors if t is not None]
+    strided = given - strides.count(None) + (flags is not None) + 1         # these may have any strides
+    at = {*map(_data_ptr, there)}
+    if (functools.reduce(operator.or_, at) % 16 or not all(map(_is_contiguous, there[strided:]))
+            or len(at) < len(there) and len({*map(id, there)}) < len(there)):
         return function(call, how, *tensors)
-    with op.without_autocast(x), op.sequence.products_in(call.plan.precision), op.sequence.waiting.explained():
-        if known.recording is not None:
-            if not known.launches:
-                return known.recording(None, *tensors)
-            if _current(device):
-                return known.recording(op.sequence.launch.driver.active.get_current_stream(device), *tensors)
-            return function(call, how, *tensors)
+    if known.recording is None:
         waits = call.plan.exchanges or call.plan.backward.exchanges
         recorder = Recorder(tensors, [op.sequence.waiting.records(x.device)] if waits else [])
         with recorder:
-            results = function(call._replace(launcher=recorder.launch), how, *tensors)
+            results = function(call, how, *tensors, launcher=recorder.launch)
         known.recording = recorder.recording(results)
         known.launches, known.why_not = recorder.launches, recorder.why_not
         return results
+    stream = None
+    if known.launches:
+        if not _current(device):
+            return function(call, how, *tensors)
+        stream = op.sequence.launch.driver.active.get_current_stream(device)
+    try:
+        with op.sequence.products_in(call.plan.precision):
+            return known.recording(stream, *tensors)
+    except RuntimeError as error:
+        op.sequence.waiting.explain(error)
+        raise

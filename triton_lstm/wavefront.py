@@ -25,6 +25,7 @@ def _least_steps(plan, limits):
     return max(CHUNK, math.ceil(CHUNK_US / step_us / 16) * 16)
 
 
+@functools.lru_cache
 def why_not(plan, T, layers, limits):
     """The reason why ``layers`` layers of ``plan`` run one after the other; None if they run as a wavefront."""
     if limits is None:
@@ -77,17 +78,19 @@ def forward(plan, x, arguments, options, dropout, steps):
         return dropped, [op.sequence.finish(of_layer) for of_layer in chunks]
 
 
-def backward(plan, x, dy, arguments, options, masks, dropout):
-    """(dx, the other gradients of each layer).
+def backward(plan, x, dy, needs_dx, arguments, options, masks, dropout):
+    """(dx, or None; the other gradients of each layer).
 
     arguments, options    of ``sequence.backward_chunks``, for each layer after dy, and for all layers
     masks                 of ``dropout`` of the input of each layer, or None
     """
     chunks, dys, T, K = [], [], len(x), plan.keep_every
-    for of_layer in reversed(arguments):
-        chunks.append(op.sequence.backward_chunks(dy, *of_layer, **options))
+    for n, (dh, dc, x, *of_layer) in reversed(list(enumerate(arguments))):
+        dx = x.new_empty(x.shape) if n or needs_dx else None
+        chunks.append(op.sequence.backward_chunks(dy, dh, dc, x, *of_layer, **options, dx=dx))
         dys.append(dy)
-        dy = next(chunks[-1])
+        dy = dx
+        next(chunks[-1])
     count, masks = -(-T // K), masks[::-1]
 
     def drop(n, k):

@@ -103,6 +103,7 @@ _warned = False
 # behind the property are called directly: the property takes four times as long.
 _NEWER = ("cuda", "mkldnn") if hasattr(torch.backends.cuda.matmul, "fp32_precision") else ()
 _read, _write = (getattr(torch._C, f"_{verb}_fp32_precision_{verb}ter", None) for verb in ("get", "set"))
+_read_older, _write_older = torch._C._get_float32_matmul_precision, torch._C._set_float32_matmul_precision
 
 
 def _in_tf32():
@@ -121,7 +122,7 @@ def _set(tf32):
     if tf32:
         torch._C._set_cublas_allow_tf32(True)           # as torch.backends.cuda.matmul.allow_tf32 does
     else:
-        torch.set_float32_matmul_precision("highest")
+        _write_older("highest")
 
 
 class products_in_tf32:
@@ -136,10 +137,10 @@ class products_in_tf32:
         try:
             if _in_tf32() != self._tf32:
                 try:
-                    older = torch.get_float32_matmul_precision()
+                    older = _read_older()
                 except RuntimeError:    # the user has set the newer one, and torch does not tell the older one then
                     older = None
-                self._before = older, [_read(backend, "matmul") for backend in _NEWER]
+                self._before = older, *[_read(backend, "matmul") for backend in _NEWER]
                 _set(self._tf32)
         except BaseException:
             _lock.release()
@@ -148,9 +149,9 @@ class products_in_tf32:
     def __exit__(self, *error):
         try:
             if self._before is not None:
-                older, newer = self._before
+                older, *newer = self._before
                 if older is not None:
-                    torch.set_float32_matmul_precision(older)
+                    _write_older(older)
                 for backend, value in zip(_NEWER, newer):
                     _write(backend, "matmul", value)
         finally:

@@ -139,10 +139,10 @@ def forward_chunks(x, w, r, b, h0, c, flags, plan, save, batch_sizes=None, zoneo
         at, begun = ends_of(flags) if ends is None else ends
         last = y[:, :, :H].gather(0, at.expand(1, B, H))
     else:
-        last = y[T - 1:, :, :H] if D == 2 else y[T - 1:]
+        last = _of_step(y, T - 1, 0) if D == 2 else y[T - 1:]
     parts = [last]
     if D == 2:
-        parts.append(y[:1, :, H:] if batch_sizes is None else rows.of(y, 0, 1)[None, :, H:])
+        parts.append(_of_step(y, 0, 1) if batch_sizes is None else rows.of(y, 0, 1)[None, :, H:])
     if batch_sizes is None and flags is not None and not all_live:
         parts = [torch.where(begun, part, h0[d]) for d, part in enumerate(parts)]
     return y, parts, kept, gates
@@ -244,6 +244,13 @@ def _state(y, h0, flags, rows, first):
             h = torch.where(has(flags[1, time], LIVE), h, h0[1])      # or has not begun yet
         states.append(h)
     return torch.cat(states, 1)
+
+
+def _of_step(y, time, d):
+    """h of a direction (1, B, H) in y (T, B, 2 H), which has memory of its own. An index takes the host twice as
+    long."""
+    _, B, units = y.shape
+    return y.as_strided((1, B, units // 2), (B * units, units, 1), time * B * units + d * units // 2)
 
 
 def _stacked(of_directions):

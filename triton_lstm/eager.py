@@ -77,9 +77,9 @@ _call_of = functools.lru_cache(op.launch.KNOWN)(_Call)
 
 
 def _forward(call, save, flags, batch_sizes, x, h0, c0, *weights, launcher=None):
-    """((y, h_n, c_n), what backward needs of each layer): x if dropout made it, else None; the mask of dropout; R of
-    both directions, or None; y, and what else ``sequence.forward`` keeps; and the sums of the biases, if the gates are
-    recomputed.
+    """((y, h_n, c_n), what backward needs), the latter for each layer: x if dropout made it, else None; the mask of
+    dropout; R of both directions, or None; y, and what else ``sequence.forward`` keeps; and the sums of the biases, if
+    the gates are recomputed.
 
     h0, c0    of all layers; or the zeros (D, B, H), which each layer begins from, and None
     """
@@ -113,8 +113,8 @@ def _forward(call, save, flags, batch_sizes, x, h0, c0, *weights, launcher=None)
             dropped, results = wavefront.forward(plan, x, arguments, options, dropout, call.steps)
             x = results[-1][0]
     if save:
-        saved = [(*dropped[n], r if D == 2 else None, y, kept, gates, *(() if b is None or len(gates) else b))
-                 for n, ((_, r, b, *_), (y, _, kept, gates)) in enumerate(zip(arguments, results))]
+        for n, ((_, r, b, *_), (y, _, kept, gates)) in enumerate(zip(arguments, results)):
+            saved += *dropped[n], r if D == 2 else None, y, kept, gates, *(() if b is None or len(gates) else b)
     h_n = results[0][1][0] if not save and count == 1 else op.sequence.joined([last for _, last, *_ in results])
     return (x, h_n, c_n if x.dtype == torch.float32 else c_n.to(x.dtype)), saved
 
@@ -126,7 +126,7 @@ class _Layers(torch.autograd.Function):
     def forward(ctx, call, *tensors):
         outputs, saved = replay.run(_forward, call, True, tensors)
         ctx.call = call
-        ctx.save_for_backward(*tensors, *(t for of_layer in saved for t in of_layer))
+        ctx.save_for_backward(*tensors, *saved)
         ctx.set_materialize_grads(False)
         return outputs
 

@@ -20,6 +20,12 @@ KINDS = [("padded", False, True), ("padded", True, False), ("lengths", False, Fa
 WAYS = [(options, *KINDS[(n + more) % 5]) for n, options in enumerate(LAYERS) for more in (0, 2)]
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """The third call is written down."""
+    monkeypatch.setattr(replay, "FIRST", 2)
+
+
 class Counted:
     """A context that counts the recordings that were ``made`` and how often they ``runs``."""
 

@@ -94,13 +94,11 @@ class LSTM(torch.nn.RNNBase):
 
     def _weights(self):
         """``_flat_weights``. AttributeError where one is missing."""
-        own, names = vars(self), self._flat_weights_names
+        own = vars(self)
         parameters = own["_parameters"]
-        if [*parameters] == names and not self._given_weights and own.keys().isdisjoint(names):
-            return [*parameters.values()]
         # getattr would find these too, but each by a call of nn.Module.__getattr__
         return self._given_weights or [parameters[name] if name in parameters and name not in own else
-                                       getattr(self, name) for name in names]
+                                       getattr(self, name) for name in self._flat_weights_names]
 
     # nn.LSTM's own differ in their types from nn.RNNBase's: states are pairs
     check_forward_args = _TorchLSTM.check_forward_args              # pyright: ignore[reportAssignmentType]

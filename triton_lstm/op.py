@@ -390,7 +390,7 @@ def plain(*tensors):
 
 def batched(*tensors):
     """Whether ``is_grads_batched`` runs over ``tensors``, which have the types of others."""
-    return any(t is not None and is_legacy_batchedtensor(t) for t in tensors)
+    return any(map(is_legacy_batchedtensor, [t for t in tensors if t is not None]))
 
 
 def differentiable(op, *args):

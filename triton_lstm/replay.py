@@ -1,7 +1,7 @@
 """Calls of sizes that were seen before, as straight-line Python.
 
 Which operators and kernels a call of a layer runs is decided by sizes, types and strides alone, and deciding takes the
-host as long as running them. So the third call of the same sizes is written down while it runs: every operator of torch
+host as long as running them. So a call of sizes that come again is written down while it runs: every operator of torch
 and every launch, with its arguments, as one statement of a Python function, the recording. Later calls run that. It
 calls the same operators and kernels in the same order, so it computes the same bits, and it lets go of memory as early.
 """
@@ -14,7 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import op
 
-FIRST = 2               # calls of the same sizes that run before one is written down, which takes milliseconds
+# Calls of the same sizes that run before one is written down. That takes as long as 15 to 30 later calls spare.
+FIRST = 10
 KNOWN = 512             # sizes of calls that are remembered, those used last
 LONGEST = 2000          # statements of a recording. A call that has more waits for the GPU, not for Python
 _UNCHANGED = {"contiguous", "float", "to"}      # do nothing where they return their argument

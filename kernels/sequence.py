@@ -353,7 +353,7 @@ def backward(dy, dh_n, dc_n, x, w, r, b, h0, c0, flags, y, kept, gates, plan, ne
 
 
 def state_gradients(dh_n, dc_n, wanted, layers, shape, x):
-    """(dh and dc of all layers, or None; dh and dc of each layer) in fp32 for ``backward_chunks``.
+    """(dh and dc of all layers, or two None; dh and dc of each layer) in fp32 for ``backward_chunks``.
 
     dh_n, dc_n    gradients of h_n and c_n (layers D, B, H), or None
     wanted        whether the caller gets those of all layers, and so each has memory of its own
@@ -362,7 +362,7 @@ def state_gradients(dh_n, dc_n, wanted, layers, shape, x):
     D, B, H = shape
     if dh_n is dc_n is None and not wanted:
         parts = x.new_zeros(2 * layers * D, B, H, dtype=torch.float32).chunk(2 * layers)
-        return None, list(zip(parts[:layers], parts[layers:]))
+        return [None, None], list(zip(parts[:layers], parts[layers:]))
     both = [x.new_zeros(layers * D, B, H, dtype=torch.float32) if g is None else in_fp32(g) for g in (dh_n, dc_n)]
     return both, list(zip(*[[g] if layers == 1 else g.chunk(layers) for g in both]))
 

@@ -12,6 +12,7 @@ from bench import floors, instrument, providers, sweep
 from bench.rows import BASELINES, CUDNN_GRAPH, OURS
 from bench.workloads import Case
 from problems import BUDGET, Problem, error, floor
+from triton_lstm import replay
 from triton_lstm.plan import Limits, check_plan, make_plan
 
 pytestmark = [pytest.mark.gpu,
@@ -232,6 +233,30 @@ def test_cuda_graph(H):
         assert torch.equal(y, want)
         want.sum().backward()
         assert torch.equal(x.grad, leaf.grad)
+
+
+@pytest.mark.gpu_first
+@pytest.mark.parametrize("options, masked", [(dict(), False), (dict(num_layers=2, dropout=0.3), True),
+                                             (dict(num_layers=2, bidirectional=True), False)], ids=str)
+@pytest.mark.parametrize("H", [64, 300, 640])
+def test_calls_of_sizes_that_come_again(H, options, masked):
+    """They run a recording, in whatever stream the caller is, and compute the same bits."""
+    torch.manual_seed(0)
+    layer, stream = triton_lstm.LSTM(20, H, **options).cuda(), torch.cuda.Stream()
+    masks = dict(lengths=torch.tensor([30, 7, 0, 30, 1], device="cuda")) if masked else {}
+    inputs, found = torch.randn(2, 30, 5, 20, device="cuda"), []
+    for n in range(replay.FIRST + 6):
+        layer.zero_grad()
+        x = inputs[n % 2].clone().requires_grad_()
+        torch.manual_seed(1)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream if n % 3 else torch.cuda.current_stream()):
+            y, state = layer(x, **masks)
+            (y.sin().sum() + state[0].cos().sum()).backward()
+        torch.cuda.synchronize()
+        found.append([y, *state, x.grad, *(p.grad for p in layer.parameters())])
+        assert all(map(torch.equal, found[n], found[n % 2])), n
+    assert not torch.equal(found[0][0], found[1][0])
 
 
 def test_other_stream():

@@ -12,7 +12,7 @@ import harness
 import triton_lstm
 from problems import assert_apart
 from test_eager import LAYERS, SEQUENCES, B, H, I, T, arguments, gradients
-from triton_lstm import eager, replay
+from triton_lstm import replay
 from triton_lstm.kernels import launch as compiled_launch
 
 KINDS = [("padded", False, True), ("padded", True, False), ("lengths", False, False), ("resets", True, True),
@@ -99,11 +99,12 @@ def test_16_bits(dtype):
     assert all(torch.equal(got[name], right[name]) for name in right)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("sequences", SEQUENCES)
-def test_without_gradients(sequences):
+def test_without_gradients(sequences, mode):
     """Batch sizes of packed rows decide which operators run, so these have no recording."""
     layer, x, hx, call = arguments(dict(num_layers=3), sequences, True)
-    with harness.interpreter(), torch.no_grad(), Counted() as counted:
+    with harness.interpreter(), mode(), Counted() as counted:
         for n in range(replay.FIRST + 3):
             changed(layer, x, hx, n)
             got = call()
@@ -154,17 +155,19 @@ def test_gradients_of_some_outputs(which):
 
 def test_outputs_with_gradients_may_change_between_calls():
     layer, x, hx, call = arguments(dict(), "padded", False)
+
+    def found(n):
+        layer.zero_grad()
+        y, (h_n, c_n) = call()
+        (y.sin().sum() if n % 2 else h_n.cos().sum() + y[0].sum()).backward()
+        return [p.grad for p in layer.parameters()]
+
     with harness.interpreter(), Counted() as counted:
         for n in range(4 * replay.FIRST + 8):
-            def found():
-                layer.zero_grad()
-                y, (h_n, c_n) = call()
-                (y.sin().sum() if n % 2 else h_n.cos().sum() + y[0].sum()).backward()
-                return [p.grad for p in layer.parameters()]
             changed(layer, x, hx, n)
-            got = found()
+            got = found(n)
             with without_recordings():
-                right = found()
+                right = found(n)
             assert all(map(torch.equal, got, right))
     assert counted.made == 3            # forward; backward with and without gradients of h_n
 
@@ -190,6 +193,28 @@ def test_strides_of_the_input_and_of_the_gradient():
         with without_recordings():
             right = [found(x, dy) for x in inputs for dy in upstream]
     assert all(torch.equal(a, b) for ours, theirs in zip(got, right) for a, b in zip(ours, theirs))
+
+
+def test_no_rows():
+    layer, x = triton_lstm.LSTM(I, H, 2, bidirectional=True), torch.randn(T, 0, I, requires_grad=True)
+    with harness.interpreter(), Counted() as counted:
+        for _ in range(replay.FIRST + 2):
+            y, (h_n, c_n) = layer(x)
+            y.sum().backward()
+    assert counted.runs == 2 and y.shape == (T, 0, 2 * H) and h_n.shape == c_n.shape == (4, 0, H)
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.parameters()) and x.grad.shape == x.shape
+
+
+def test_autocast():
+    """A recording runs without autocast, whose types the layer has chosen already."""
+    layer, x = triton_lstm.LSTM(I, H), torch.randn(T, B, I)
+    with harness.interpreter(), Counted() as counted:
+        for _ in range(replay.FIRST + 2):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y, _ = layer(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16), without_recordings():
+            right, _ = layer(x)
+    assert counted.runs == 1 and y.dtype == torch.bfloat16 and torch.equal(y, right)
 
 
 def test_unaligned_tensors_have_none():
@@ -402,7 +427,8 @@ def test_threads():
     """They share recordings. While one thread writes a call down, what others compute is not in it."""
     torch.manual_seed(0)
     layer, inputs, found = triton_lstm.LSTM(I, H), [torch.randn(T, B, I) for _ in range(3)], {}
-    one_at_a_time, real = threading.RLock(), harness.interpreted_launch.launch_kernel       # the interpreter patches Triton
+    # the interpreter changes Triton while it runs
+    one_at_a_time, real = threading.RLock(), harness.interpreted_launch.launch_kernel
 
     def launch_kernel(*args, **constants):
         with one_at_a_time:

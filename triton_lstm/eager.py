@@ -192,7 +192,7 @@ def _backward(call, needs, dy, dh_n, dc_n, flags, batch_sizes, *tensors, launche
             gradients += [None if g is None else g[d] for g in (dw, dr)]
             if kinds > 2:
                 gradients += [None, None] if db is None else [db[d], next(again)]
-    states = [g.to(x.dtype) if need else None for g, need in zip(states or (None, None), needs[1:3])]
+    states = [None if g is None or not need else g.to(x.dtype) for g, need in zip(states, needs[1:3])]
     return [g if need else None for g, need in zip((dy, *states, *gradients), needs)]
 
 
@@ -249,8 +249,7 @@ def layers(x, hx, weights, sizes, plan, dropout, keep_gates, batch_sizes=None, l
     padded = batch_sizes is lengths is reset is None
     if T == 1 and padded and not needed and plan is None:       # has a kernel of its own
         return None
-    given = hx is not None
-    h0, c0 = hx if given else (x.new_zeros(D, B, H), None)
+    h0, c0 = (x.new_zeros(D, B, H), None) if hx is None else hx
     own = plan
     if own is None:
         plan, _ = op.on_device(B, H, dtype, D, device, sequences=op.sequences_of(
@@ -275,7 +274,7 @@ def layers(x, hx, weights, sizes, plan, dropout, keep_gates, batch_sizes=None, l
         (y, h_n, c_n), _ = replay.run(_forward, call, False, (flags, batch_sizes, x, h0, c0, *weights))
         return y, (h_n, c_n)
     # layers below the first one that wants gradients keep nothing
-    below = 0 if x.requires_grad or given and (h0.requires_grad or c0.requires_grad) else count * next(
+    below = 0 if x.requires_grad or hx is not None and any(map(_requires_grad, hx)) else count * next(
         n for n, weight in enumerate(weights) if weight.requires_grad) // len(weights)
     if below == 0:
         y, h_n, c_n = _Layers.apply(call, flags, batch_sizes, x, h0, c0, *weights)
@@ -283,7 +282,7 @@ def layers(x, hx, weights, sizes, plan, dropout, keep_gates, batch_sizes=None, l
     states, at = [], len(weights) // count * below
     for lo, hi, save, own in (0, below, False, weights[:at]), (below, count, True, weights[at:]):
         part = _call_of(plan, hi - lo, dropout, keep_gates, steps if hi - lo > 1 else None, call.all_live)
-        inputs = flags, batch_sizes, x, *(s[lo * D:hi * D] if given else s for s in (h0, c0)), *own
+        inputs = flags, batch_sizes, x, *((h0, c0) if hx is None else (s[lo * D:hi * D] for s in hx)), *own
         x, *state = _Layers.apply(part, *inputs) if save else replay.run(_forward, part, False, inputs)[0]
         states.append(state)
         x = x if save or dropout.rate == 0 else dropout(x)[0]

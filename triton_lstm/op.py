@@ -385,7 +385,8 @@ def plain(*tensors):
     """Whether autograd alone sees what is done to ``tensors``: they are torch's own, and no compiler, tracer, transform
     or dispatch mode is at work."""
     return (_PLAIN.issuperset(map(type, tensors)) and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active() and not torch._C._len_torch_dispatch_stack() and torch._C._get_tracing_state() is None)
+            and not torch._C._are_functorch_transforms_active() and not torch._C._len_torch_dispatch_stack()
+            and torch._C._get_tracing_state() is None)
 
 
 def batched(*tensors):

@@ -7,6 +7,7 @@ calls the same operators and kernels in the same order, so it computes the same 
 """
 import functools
 import operator
+from collections.abc import Callable
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -75,6 +76,8 @@ class Recorder(TorchFunctionMode):
         if type(value) in (tuple, list):
             inner = "".join(f"{self._text(v, used)}, " for v in value)
             return f"({inner})" if type(value) is tuple else f"[{inner}]"
+        if isinstance(value, (tuple, list, dict)) and not isinstance(value, torch.Size):    # may have tensors inside
+            self.why_not = f"a {type(value).__name__}"
         return self._constant(value)
 
     def _write(self, function, args, kwargs, made=(), several=False):
@@ -153,7 +156,9 @@ class _Known:
     """
 
     def __init__(self):
-        self.calls, self.recording, self.launches, self.why_not = 0, None, False, None
+        self.calls, self.launches = 0, False
+        self.recording: Callable | None = None
+        self.why_not: str | None = None
 
 
 _is_contiguous, _data_ptr = torch.Tensor.is_contiguous, torch.Tensor.data_ptr

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import os
 from unittest import mock
 
@@ -26,6 +27,7 @@ def poison():
     """Fills with NaN what the launcher allocates, so that an element that is never written is noticed."""
     new_empty = torch.Tensor.new_empty
 
+    @functools.wraps(new_empty)
     def poisoned_empty(self, *args, **kwargs):
         t = new_empty(self, *args, **kwargs)
         return t.fill_(float("nan")) if t.is_floating_point() and not t.is_meta else t

@@ -217,23 +217,61 @@ def test_autocast():
     assert counted.runs == 1 and y.dtype == torch.bfloat16 and torch.equal(y, right)
 
 
-def test_unaligned_tensors_have_none():
-    """Triton compiles other kernels for tensors that do not begin at a multiple of 16 bytes."""
-    layer, memory = triton_lstm.LSTM(I, H), torch.randn(T * B * I + 1)
+def test_kernels_get_aligned_tensors():
+    """Triton compiles other kernels for tensors that do not begin at a multiple of 16 bytes. Operators take any, so x
+    may lie anywhere where only the input product reads it."""
+    torch.manual_seed(0)
+    layer, memory = triton_lstm.LSTM(I, H), torch.randn(3, 1000)
+    x, h, c = ((memory[n, :T * B * I].view(T, B, I), memory[n, 1:T * B * I + 1].view(T, B, I)) if n == 0 else
+               (memory[n, :B * H].view(1, B, H), memory[n, 1:B * H + 1].view(1, B, H)) for n in range(3))
+    assert [t.data_ptr() % 16 for pair in (x, h, c) for t in pair] == [0, 4] * 3
+
+    def runs(*shifts):
+        before, hx = counted.runs, (h[shifts[1]], c[shifts[2]])
+        got = layer(x[shifts[0]], hx)
+        with without_recordings():
+            right = layer(x[shifts[0]], hx)
+        assert torch.equal(got[0], right[0]) and all(map(torch.equal, got[1], right[1]))
+        return counted.runs - before
+
     with harness.interpreter(), torch.no_grad(), Counted() as counted:
-        for _ in range(replay.FIRST + 2):
-            layer(memory[1:].view(T, B, I))
+        for shift in [(1, 0, 0), (0, 1, 0), (0, 0, 1)]:
+            for _ in range(replay.FIRST + 2):
+                assert runs(*shift) == 0
         assert counted.made == 0
-        layer(memory[:-1].view(T, B, I))
-        layer(memory[:-1].view(T, B, I))
-        assert (counted.made, counted.runs) == (1, 1)
-        layer(memory[1:].view(T, B, I))
-        assert counted.runs == 1
+        assert [runs(0, 0, 0), runs(0, 0, 0)] == [0, 1]
+        assert [runs(1, 0, 0), runs(0, 1, 0)] == [1, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_kernels_get_contiguous_tensors(dtype):
+    """A state and a weight with other strides than in the call that was written down: kernels read R and h0. Operators
+    read the others."""
+    torch.manual_seed(0)
+    layer, x = triton_lstm.LSTM(I, H).to(dtype), torch.randn(T, B, I, dtype=dtype)
+    plain = [torch.randn(1, B, H, dtype=dtype) for _ in range(2)]
+    strided = [torch.randn(1, H, B, dtype=dtype).transpose(1, 2) for _ in range(2)]
+    weights = [(weight, torch.nn.Parameter(torch.randn(weight.shape[::-1], dtype=dtype).t()))
+               for weight in (layer.weight_ih_l0, layer.weight_hh_l0)]
+
+    def runs(hx, w, r):
+        layer.weight_ih_l0, layer.weight_hh_l0 = weights[0][w], weights[1][r]
+        before, got = counted.runs, layer(x, hx)
+        with without_recordings():
+            right = layer(x, hx)
+        assert torch.equal(got[0], right[0]) and all(map(torch.equal, got[1], right[1]))
+        return counted.runs - before
+
+    with harness.interpreter(), torch.no_grad(), Counted() as counted:
+        assert [runs(tuple(plain), 0, 0) for _ in range(replay.FIRST + 2)] == [0] * (replay.FIRST + 1) + [1]
+        assert [runs((plain[0], strided[1]), 0, 0), runs((strided[0], plain[1]), 0, 0)] == [0, 0]
+        assert [runs(tuple(plain), 1, 0), runs(tuple(plain), 0, 1), runs(tuple(plain), 0, 0)] == [1, 0, 1]
 
 
 @pytest.mark.parametrize("tied", [("weight_hh_l0", "weight_hh_l1"), ("bias_ih_l0", "bias_hh_l0")], ids=str)
-def test_tied_weights_have_none(tied):
-    """A recording tells tensors apart by what they are, so two that are one would be one for the next call too."""
+def test_tied_weights(tied):
+    """A call with tied weights is not written down: a recording tells tensors apart by what they are, so two that are
+    one would be one for the next call too. It can run what another call has written."""
     torch.manual_seed(0)
     layer, x = triton_lstm.LSTM(H, H, 2), torch.randn(T, B, H, requires_grad=True)
 
@@ -244,12 +282,12 @@ def test_tied_weights_have_none(tied):
 
     apart = layer.get_parameter(tied[0])
     with harness.interpreter(), Counted() as counted:
-        for tie in (True, False, True):
+        for tie, runs_recordings in (True, False), (False, True), (True, True):
             setattr(layer, tied[0], layer.get_parameter(tied[1]) if tie else apart)
             runs = counted.runs
             for _ in range(replay.FIRST + 2):
                 got = found()
-            assert (counted.runs == runs) == tie
+            assert (counted.runs > runs) == runs_recordings
             with without_recordings():
                 right = found()
             assert all(map(torch.equal, got, right))

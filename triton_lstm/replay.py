@@ -20,6 +20,7 @@ FIRST = 10
 KNOWN = 512             # sizes of calls that are remembered, those used last
 LONGEST = 2000          # statements of a recording. A call that has more waits for the GPU, not for Python
 _UNCHANGED = {"contiguous", "float", "to"}      # do nothing where they return their argument
+_FRESH = {"addmm", "cat", "mm", "new_empty", "new_zeros", "stack", "sum"}       # strides and place are never another's
 # Return no tensors, and the same for all calls that a recording is for. "__get__" is that of a property
 _DECIDED = {"__get__", "__len__", "data_ptr", "dim", "element_size", "get_device", "is_contiguous", "is_floating_point",
             "numel", "size", "stride"}
@@ -35,17 +36,21 @@ class Recorder(TorchFunctionMode):
     tensors     the arguments of the recording, which are all different; or None
     constants   tensors that live as long as the process
 
-    ``launches`` tells whether the recording calls compiled kernels. ``why_not`` tells why there is no recording.
+    launches    whether the recording calls compiled kernels
+    relied_on   which arguments must be as they are now: at multiples of 16 bytes where they are now, and with the same
+                strides. Operators find out by themselves, kernels do not
+    why_not     why there is no recording
     """
 
     def __init__(self, tensors, constants=()):
         super().__init__()
-        self.launches, self.why_not = False, None
+        self.launches, self.relied_on, self.why_not = False, set(), None
         self._names, self._named = WeakTensorKeyDictionary(), 0
         self._statements = []           # of each its text, the tensors that it makes, and those that it uses
         self._views = {}                # names of views, by the expression that made them
         self._constants, self._constant_names = {}, {}          # objects that the text names, by name; their names
         self._arguments = [f"none{n}" if tensor is None else self._name(tensor) for n, tensor in enumerate(tensors)]
+        self._from = {name: {n} for n, name in enumerate(self._arguments)}      # the arguments that decide strides
         for tensor in constants:
             self._names[tensor] = self._constant(tensor)
 
@@ -92,8 +97,14 @@ class Recorder(TorchFunctionMode):
                 return
             self._views[text] = f"t{self._named + 1}"
         names = [self._name(tensor) for tensor in made]
+        if names and function.__name__ not in _FRESH:
+            self._from.update(dict.fromkeys(names, self._sources(used)))
         left = f"{', '.join(names)}{',' if several else ''} = " if names else ""
         self._statements.append((left + text, names, used))
+
+    def _sources(self, names):
+        """The arguments that decide the strides of tensors."""
+        return set().union(*[self._from.get(name, ()) for name in names])
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -101,7 +112,9 @@ class Recorder(TorchFunctionMode):
         if isinstance(found, torch.Tensor):
             if not any(found is given for given in (*args, *kwargs.values())):
                 self._write(func, args, kwargs, [found])
-            elif func.__name__ not in _UNCHANGED:           # in place, or into ``out``
+            elif func.__name__ in _UNCHANGED:
+                self.relied_on |= self._sources([self._names.get(found)])
+            else:                                           # in place, or into ``out``
                 self._write(func, args, kwargs)
         elif isinstance(found, (tuple, list)) and found and isinstance(found[0], torch.Tensor):
             self._write(func, args, kwargs, found, several=True)
@@ -114,6 +127,8 @@ class Recorder(TorchFunctionMode):
     def launch(self, kernel, plan, grid, *args, waits, **constants):
         """In the place of ``launch.launch_kernel``."""
         launch = op.sequence.launch
+        self.relied_on |= self._sources([self._names.get(t) for t in (*args, *constants.values())
+                                         if isinstance(t, torch.Tensor)])
         with torch._C.DisableTorchFunction():           # the interpreter computes with tensors
             found = launch.launch_kernel(kernel, plan, grid, *args, waits=waits, **constants)
         if isinstance(found, launch.Found):
@@ -152,6 +167,8 @@ class _Known:
     calls        how many there were
     recording    None if there is none
     launches     whether it calls compiled kernels
+    aligned      gets those tensors of a call that must begin at multiples of 16 bytes
+    contiguous   gets those that must be contiguous
     why_not      why there can be none
     """
 
@@ -159,9 +176,21 @@ class _Known:
         self.calls, self.launches = 0, False
         self.recording: Callable | None = None
         self.why_not: str | None = None
+        self.aligned = self.contiguous = lambda tensors: ()
+
+    def fits(self, tensors):
+        """Whether ``tensors`` are as the recording relies on it."""
+        return not functools.reduce(operator.or_, map(_data_ptr, self.aligned(tensors)), 0) % 16 and all(
+            map(_is_contiguous, self.contiguous(tensors)))
 
 
 _is_contiguous, _data_ptr = torch.Tensor.is_contiguous, torch.Tensor.data_ptr
+
+
+def _getter(places):
+    """Gets the elements at ``places`` of a sequence, as a tuple."""
+    # of one place, itemgetter gets the element alone
+    return operator.itemgetter(*places, *places[:1]) if places else lambda tensors: ()
 
 
 @functools.lru_cache(KNOWN)
@@ -186,8 +215,9 @@ def run(function, call, how, tensors, given=0):
     tensors   ``given`` gradients, flags, batch_sizes, x, h0, c0, and the rest; each may be None but x. Where there are
               no wavefronts and batch_sizes, what the function does depends on sizes, types and strides of these alone
 
-    There is none for tensors of which two are one, as tied weights are, for those that do not begin at multiples of 16
-    bytes, for which other kernels are compiled, and for weights and states with strides of their own.
+    A call is written down where all tensors are different, weights and states are contiguous, and all begin at
+    multiples of 16 bytes, for which Triton compiles kernels of their own. Of two arguments that are one tensor, as tied
+    weights are, a recording could not tell which it means. A call runs a recording where what kernels are given is so.
     """
     flags, batch_sizes, x, _, c0 = tensors[given:given + 5]
     if call.steps is not None or batch_sizes is not None:
@@ -201,20 +231,21 @@ def run(function, call, how, tensors, given=0):
     known.calls += 1
     if known.calls <= FIRST or known.why_not is not None:
         return function(call, how, *tensors)
-    there = [t for t in tensors if t is not None]
-    strided = given - strides.count(None) + (flags is not None) + 1         # these may have any strides
-    at = {*map(_data_ptr, there)}
-    if (functools.reduce(operator.or_, at) % 16 or not all(map(_is_contiguous, there[strided:]))
-            or len(at) < len(there) and len({*map(id, there)}) < len(there)):
-        return function(call, how, *tensors)
     if known.recording is None:
+        there = [n for n, t in enumerate(tensors) if t is not None]
+        known.aligned, known.contiguous = _getter(there), _getter([n for n in there if n > given + 2])
+        if len({id(tensors[n]) for n in there}) < len(there) or not known.fits(tensors):
+            return function(call, how, *tensors)
         waits = call.plan.exchanges or call.plan.backward.exchanges
         recorder = Recorder(tensors, [op.sequence.waiting.records(x.device)] if waits else [])
         with recorder:
             results = function(call, how, *tensors, launcher=recorder.launch)
-        known.recording = recorder.recording(results)
-        known.launches, known.why_not = recorder.launches, recorder.why_not
+        recording, relied_on = recorder.recording(results), sorted(recorder.relied_on)
+        known.aligned, known.contiguous = _getter(relied_on), _getter([n for n in relied_on if n > given + 2])
+        known.launches, known.why_not, known.recording = recorder.launches, recorder.why_not, recording
         return results
+    if not known.fits(tensors):
+        return function(call, how, *tensors)
     stream = None
     if known.launches:
         if not _current(device):

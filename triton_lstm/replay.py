@@ -20,10 +20,10 @@ FIRST = 10
 KNOWN = 512             # sizes of calls that are remembered, those used last
 LONGEST = 2000          # statements of a recording. A call that has more waits for the GPU, not for Python
 _UNCHANGED = {"contiguous", "float", "to"}      # do nothing where they return their argument
-_FRESH = {"addmm", "cat", "mm", "new_empty", "new_zeros", "stack", "sum"}       # strides and place are never another's
+_FRESH = {"addmm", "cat", "mm", "new_empty", "new_zeros", "stack"}          # strides and place are never another's
+_ASKED = {"data_ptr", "is_contiguous", "stride"}        # what may be otherwise for tensors of the same size
 # Return no tensors, and the same for all calls that a recording is for. "__get__" is that of a property
-_DECIDED = {"__get__", "__len__", "data_ptr", "dim", "element_size", "get_device", "is_contiguous", "is_floating_point",
-            "numel", "size", "stride"}
+_DECIDED = {"__get__", "__len__", "dim", "element_size", "get_device", "is_floating_point", "numel", "size"}
 
 
 class _Stream:
@@ -120,6 +120,8 @@ class Recorder(TorchFunctionMode):
             self._write(func, args, kwargs, found, several=True)
         elif found is None:                                 # such as __setitem__
             self._write(func, args, kwargs)
+        elif func.__name__ in _ASKED:
+            self.relied_on |= self._sources([self._names.get(args[0])])
         elif func.__name__ not in _DECIDED:
             self.why_not = f"{func.__name__} returns what the next call may have otherwise"
         return found
@@ -176,21 +178,21 @@ class _Known:
         self.calls, self.launches = 0, False
         self.recording: Callable | None = None
         self.why_not: str | None = None
-        self.aligned = self.contiguous = lambda tensors: ()
-
-    def fits(self, tensors):
-        """Whether ``tensors`` are as the recording relies on it."""
-        return not functools.reduce(operator.or_, map(_data_ptr, self.aligned(tensors)), 0) % 16 and all(
-            map(_is_contiguous, self.contiguous(tensors)))
-
-
-_is_contiguous, _data_ptr = torch.Tensor.is_contiguous, torch.Tensor.data_ptr
+        self.aligned = self.contiguous = _getter([])
 
 
 def _getter(places):
     """Gets the elements at ``places`` of a sequence, as a tuple."""
     # of one place, itemgetter gets the element alone
     return operator.itemgetter(*places, *places[:1]) if places else lambda tensors: ()
+
+
+_is_contiguous, _data_ptr = torch.Tensor.is_contiguous, torch.Tensor.data_ptr
+
+
+def _fit(aligned, contiguous):
+    """Whether kernels can be given these tensors as a recording gives them."""
+    return not functools.reduce(operator.or_, map(_data_ptr, aligned), 0) % 16 and all(map(_is_contiguous, contiguous))
 
 
 @functools.lru_cache(KNOWN)
@@ -210,10 +212,12 @@ def run(function, call, how, tensors, given=0):
     """``function(call, how, *tensors)``, by its recording where there is one. The function also takes a launcher, as
     ``sequence.forward_chunks`` does.
 
-    call      ``eager._Call``, with the same sizes and weights for the same key of ``how`` and x
-    how       what else decides what the function does, hashable
-    tensors   ``given`` gradients, flags, batch_sizes, x, h0, c0, and the rest; each may be None but x. Where there are
-              no wavefronts and batch_sizes, what the function does depends on sizes, types and strides of these alone
+    call      ``eager._Call``
+    how       what else the function needs to know, hashable
+    tensors   ``given`` gradients, flags, batch_sizes, x, h0, c0, and the rest; each may be None but x
+
+    Without wavefronts and batch_sizes, ``call``, ``how``, and the size, type and strides of x and of the gradients
+    decide which operators and kernels the function runs.
 
     A call is written down where all tensors are different, weights and states are contiguous, and all begin at
     multiples of 16 bytes, for which Triton compiles kernels of their own. Of two arguments that are one tensor, as tied
@@ -232,19 +236,18 @@ def run(function, call, how, tensors, given=0):
     if known.calls <= FIRST or known.why_not is not None:
         return function(call, how, *tensors)
     if known.recording is None:
-        there = [n for n, t in enumerate(tensors) if t is not None]
-        known.aligned, known.contiguous = _getter(there), _getter([n for n in there if n > given + 2])
-        if len({id(tensors[n]) for n in there}) < len(there) or not known.fits(tensors):
+        there = [t for t in tensors if t is not None]
+        if len({*map(id, there)}) < len(there) or not _fit(there, [t for t in tensors[given + 3:] if t is not None]):
             return function(call, how, *tensors)
         waits = call.plan.exchanges or call.plan.backward.exchanges
         recorder = Recorder(tensors, [op.sequence.waiting.records(x.device)] if waits else [])
         with recorder:
             results = function(call, how, *tensors, launcher=recorder.launch)
         recording, relied_on = recorder.recording(results), sorted(recorder.relied_on)
-        known.aligned, known.contiguous = _getter(relied_on), _getter([n for n in relied_on if n > given + 2])
+        known.aligned, known.contiguous = _getter(relied_on), _getter([n for n in relied_on if n >= given + 3])
         known.launches, known.why_not, known.recording = recorder.launches, recorder.why_not, recording
         return results
-    if not known.fits(tensors):
+    if not _fit(known.aligned(tensors), known.contiguous(tensors)):
         return function(call, how, *tensors)
     stream = None
     if known.launches:

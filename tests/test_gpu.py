@@ -235,10 +235,9 @@ def test_cuda_graph(H):
         assert torch.equal(x.grad, leaf.grad)
 
 
-@pytest.mark.gpu_first
 @pytest.mark.parametrize("options, masked", [(dict(), False), (dict(num_layers=2, dropout=0.3), True),
                                              (dict(num_layers=2, bidirectional=True), False)], ids=str)
-@pytest.mark.parametrize("H", [64, 300, 640])
+@pytest.mark.parametrize("H", [pytest.param(64, marks=pytest.mark.gpu_first), 300, 640])
 def test_calls_of_sizes_that_come_again(H, options, masked):
     """They run a recording, in whatever stream the caller is, and compute the same bits."""
     torch.manual_seed(0)

@@ -187,11 +187,12 @@ def test_strides_of_the_input_and_of_the_gradient():
         return [x.grad, *(p.grad for p in layer.parameters())]
 
     with harness.interpreter(), Counted() as counted:
+        pairs = [(x, upstream[0]) for x in inputs] + [(inputs[0], dy) for dy in upstream[1:]]
         for _ in range(replay.FIRST + 2):
-            got = [found(x, dy) for x in inputs for dy in upstream]
-        assert counted.runs > 20
+            got = [found(x, dy) for x, dy in pairs]
+        assert counted.runs > 10
         with without_recordings():
-            right = [found(x, dy) for x in inputs for dy in upstream]
+            right = [found(x, dy) for x, dy in pairs]
     assert all(torch.equal(a, b) for ours, theirs in zip(got, right) for a, b in zip(ours, theirs))
 
 
@@ -337,7 +338,7 @@ def test_several_steps_of_an_optimizer():
     layers = [triton_lstm.LSTM(I, H, 2) for _ in range(2)]
     layers[1].load_state_dict(layers[0].state_dict())
     optimizers = [torch.optim.Adam(layer.parameters(), lr=0.05) for layer in layers]
-    data, losses = torch.randn(8, T, B, I), []
+    data, losses = torch.randn(5, T, B, I), []
     with harness.interpreter(), Counted() as counted:
         for x, more in zip(data, data.flip(0)):
             for layer, optimizer in zip(layers, optimizers):
@@ -352,7 +353,7 @@ def test_several_steps_of_an_optimizer():
                 torch.nn.utils.clip_grad_norm_(layer.parameters(), 0.1)
                 optimizer.step()
                 losses.append(loss.item())
-    assert counted.runs > 10 and losses[0::2] == losses[1::2] and losses[-1] < losses[0]
+    assert counted.runs > 8 and losses[0::2] == losses[1::2] and losses[-1] < losses[0]
     assert all(map(torch.equal, layers[0].parameters(), layers[1].parameters()))
 
 

@@ -172,6 +172,17 @@ class Found(typing.NamedTuple):
         given = dict(constants, H=plan.hidden_size, DIRECTIONS=plan.directions)
         return [given.get(name, default) for name, default in self.parameters]
 
+    def arguments(self, plan, grid, stream, args, constants):
+        """All arguments of the launcher of the compiled kernel, ``compiled.run``."""
+        return (*(*grid, 1)[:3], stream, self.compiled.function, self.compiled.packed_metadata, None, None, None, *args,
+                *self.named(plan, constants))
+
+
+def hooked():
+    """Whether there are hooks, such as those of Triton's profiler, which only Triton's own launch calls."""
+    hooks = triton.knobs.runtime
+    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+
 
 _compiled = {}          # ``Found`` by everything that Triton compiles a kernel for
 
@@ -215,9 +226,9 @@ class Launch:
         more        arguments that only some calls of these sizes have
         """
         if self._remembered and not (launcher or more):
-            device, hooks = driver.active.get_current_device(), triton.knobs.runtime
+            device = driver.active.get_current_device()
             remembered = self._remembered.get(self._key(device, tensors, named))
-            if remembered is not None and not (hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls):
+            if remembered is not None and not hooked():
                 run, grid, function, metadata, rest, places = remembered
                 rest = rest.copy()
                 for place, tensor in zip(places, named):
@@ -265,8 +276,7 @@ def _launch(kernel, plan, grid, args, waits, constants):
            *[(value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, torch.Tensor) else value
              for value in constants.values()])
     found = _compiled.get(key)
-    hooks = triton.knobs.runtime        # such as those of Triton's profiler: only Triton's own launch calls them
-    if found is None or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+    if found is None or hooked():
         began = time.monotonic()
         compiled = kernel[grid](*args, H=plan.hidden_size, DIRECTIONS=plan.directions, **constants,
                                 **options(kernel, plan, waits, constants))
@@ -276,7 +286,5 @@ def _launch(kernel, plan, grid, args, waits, constants):
         if isinstance(compiled, CompiledKernel):
             found = _compiled[key] = Found(kernel, compiled, [(p.name, p.default) for p in kernel.params[len(args):]])
         return found
-    compiled = found.compiled
-    compiled.run(*(*grid, 1)[:3], driver.active.get_current_stream(device), compiled.function,
-                 compiled.packed_metadata, None, None, None, *args, *found.named(plan, constants))
+    found.compiled.run(*found.arguments(plan, grid, driver.active.get_current_stream(device), args, constants))
     return found

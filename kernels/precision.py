@@ -102,12 +102,12 @@ _warned = False
 # What has torch's newer switch, ``torch.backends.<backend>.matmul.fp32_precision``, since torch 2.9. The functions
 # behind the property are called directly: the property takes four times as long.
 _NEWER = ("cuda", "mkldnn") if hasattr(torch.backends.cuda.matmul, "fp32_precision") else ()
-_read, _write = (getattr(torch._C, f"_{verb}_fp32_precision_{verb}ter", None) for verb in ("get", "set"))
-_read_older, _write_older = torch._C._get_float32_matmul_precision, torch._C._set_float32_matmul_precision
+fp32_precision, _set_fp32_precision = (
+    getattr(torch._C, f"_{verb}_fp32_precision_{verb}ter", None) for verb in ("get", "set"))
 
 
 def _in_tf32():
-    return _read("cuda", "matmul") == "tf32" if _NEWER else torch.backends.cuda.matmul.allow_tf32
+    return fp32_precision("cuda", "matmul") == "tf32" if _NEWER else torch.backends.cuda.matmul.allow_tf32
 
 
 def _set(tf32):
@@ -120,9 +120,9 @@ def _set(tf32):
             warnings.simplefilter("ignore")
             return _set(tf32)
     if tf32:
-        torch._C._set_cublas_allow_tf32(True)           # as torch.backends.cuda.matmul.allow_tf32 does
+        torch.backends.cuda.matmul.allow_tf32 = True
     else:
-        _write_older("highest")
+        torch.set_float32_matmul_precision("highest")
 
 
 class products_in_tf32:
@@ -137,10 +137,10 @@ class products_in_tf32:
         try:
             if _in_tf32() != self._tf32:
                 try:
-                    older = _read_older()
+                    older = torch.get_float32_matmul_precision()
                 except RuntimeError:    # the user has set the newer one, and torch does not tell the older one then
                     older = None
-                self._before = older, *[_read(backend, "matmul") for backend in _NEWER]
+                self._before = older, [fp32_precision(backend, "matmul") for backend in _NEWER]
                 _set(self._tf32)
         except BaseException:
             _lock.release()
@@ -149,11 +149,11 @@ class products_in_tf32:
     def __exit__(self, *error):
         try:
             if self._before is not None:
-                older, *newer = self._before
+                older, newer = self._before
                 if older is not None:
-                    _write_older(older)
+                    torch.set_float32_matmul_precision(older)
                 for backend, value in zip(_NEWER, newer):
-                    _write(backend, "matmul", value)
+                    _set_fp32_precision(backend, "matmul", value)
         finally:
             _lock.release()
 

@@ -97,31 +97,30 @@ def forward_chunks(x, w, r, b, h0, c, flags, plan, save, batch_sizes=None, zoneo
     most, multiplies, chunks = _forward_chunks(plan, T, B, x.shape[-1], x.element_size(), steps, keep_every, keep_gates,
                                                _limit(plan))
     # one product makes all pre-activations: memory that is given to it takes the host longer
-    alone = D == 1 and most == T and steps is None
+    alone = not multiplies and D == 1 and most == T and steps is None
     gates = None if alone and keep_gates else x.new_empty(D * rows.count(0, T) if keep_gates else 0, 4 * H)
     r, of_input, stuck, more = _as_read(r, plan), (), (), zoneout_arguments(zoneout)
     # (B, D H) in memory; of H = 1, reshape alone makes a transposed view
     h = (h0 if D == 1 or zero_state else h0.transpose(0, 1).reshape(B, D * H)).contiguous()
     if multiplies:
         buffer, of_input = x.contiguous(), (_stacked(w), None if b is None else _stacked(b))
-    elif not keep_gates:
-        buffer = None if alone else x.new_empty(rows.most(D, most), 4 * H)
+    elif not (keep_gates or alone):
+        buffer = x.new_empty(rows.most(D, most), 4 * H)
     if plan.exchanges:
         slots, stuck = exchange.new_slots(x, most, plan), _stuck(plan, x.device)
         if zoneout is not None:
             more["h0_ptr"] = h0.contiguous()
     yield y
     for first, S, spans, loop in chunks:
-        if not multiplies:
-            if keep_gates and not alone:
+        if alone:
+            with products_in(plan.precision):
+                buffer = _input_product(rows.of(x, *spans[0]), w, b, 0)
+        elif not multiplies:
+            if keep_gates:
                 buffer = _gates_of(gates, rows, spans, first)
             with products_in(plan.precision):
-                for d, a in enumerate([None] if alone else rows.split(buffer, spans)):
-                    product = _input_product(rows.of(x, *spans[d]), w, b, d, a)
-            if alone:
-                buffer = product
-                if keep_gates:
-                    gates = product
+                for d, a in enumerate(rows.split(buffer, spans)):
+                    _input_product(rows.of(x, *spans[d]), w, b, d, a)
         if first:
             h = _state(y, h0, flags, rows, first)
         sent = ()
@@ -145,7 +144,7 @@ def forward_chunks(x, w, r, b, h0, c, flags, plan, save, batch_sizes=None, zoneo
         parts.append(_of_step(y, 0, 1) if batch_sizes is None else rows.of(y, 0, 1)[None, :, H:])
     if batch_sizes is None and flags is not None and not all_live:
         parts = [torch.where(begun, part, h0[d]) for d, part in enumerate(parts)]
-    return y, parts, kept, gates
+    return y, parts, kept, buffer if alone and keep_gates else gates
 
 
 def _limit(plan):

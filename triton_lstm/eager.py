@@ -52,9 +52,9 @@ def _copies(tensors):
 class _Call:
     """What all layers of a call have in common.
 
-    count    of layers
-    steps    of a chunk of forward, where layers run as a wavefront; None: they run one after the other
-    all_live as ``sequence.forward_chunks`` and ``backward_chunks`` take it
+    count      of layers
+    steps      of a chunk of forward, where layers run as a wavefront; None: they run one after the other
+    all_live   as ``sequence.forward_chunks`` and ``backward_chunks`` take it
 
     ``_call_of`` makes them, so that equal ones are one and the same.
     """
@@ -131,9 +131,8 @@ class _Layers(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx, *given):
-        call, needs = ctx.call, ctx.needs_input_grad[3:]
-        dy, dh_n, dc_n = given
+    def backward(ctx, dy, dh_n, dc_n):
+        call, needs, given = ctx.call, ctx.needs_input_grad[3:], (dy, dh_n, dc_n)
         if dy is dh_n is dc_n is None:
             return (None,) * (3 + len(needs))
         tensors = ctx.saved_tensors        # once: checkpoints give them only once

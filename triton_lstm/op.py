@@ -16,6 +16,7 @@ from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[repor
 
 from . import backends, faults, tuned
 from .kernels import launch, sequence
+from .kernels.precision import fp32_precision
 from .kernels.rows import lengths_and_reset
 from .plan import Limits, Plan, PlanError, check_plan, make_plan
 from .plan.limits import none_on
@@ -42,9 +43,6 @@ def no_kernels(device):
     return none_on(device)
 
 
-# since torch 2.9 what ``torch.backends.cudnn.rnn.fp32_precision`` reads
-_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
-
 
 def tf32_allowed():
     """Whether torch lets nn.LSTM multiply fp32 in TF32 on CUDA, which is its default.
@@ -53,7 +51,7 @@ def tf32_allowed():
     """
     if interpreted():
         return False
-    return torch.backends.cudnn.allow_tf32 if _precision is None else _precision("cuda", "rnn") == "tf32"
+    return torch.backends.cudnn.allow_tf32 if fp32_precision is None else fp32_precision("cuda", "rnn") == "tf32"
 
 
 def avoided(device):

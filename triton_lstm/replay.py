@@ -17,11 +17,9 @@ from . import op
 
 # Calls of the same sizes that run before one is written down. That takes as long as 15 to 30 later calls spare.
 FIRST = 10
-KNOWN = 512             # sizes of calls that are remembered, those used last
 LONGEST = 2000          # statements of a recording. A call that has more waits for the GPU, not for Python
 _UNCHANGED = {"contiguous", "float", "to"}      # do nothing where they return their argument
 _FRESH = {"addmm", "cat", "mm", "new_empty", "new_zeros", "stack"}          # strides and place are never another's
-_ASKED = {"data_ptr", "is_contiguous", "stride"}        # what may be otherwise for tensors of the same size
 # Return no tensors, and the same for all calls that a recording is for. "__get__" is that of a property
 _DECIDED = {"__get__", "__len__", "dim", "element_size", "get_device", "is_floating_point", "numel", "size"}
 
@@ -120,7 +118,7 @@ class Recorder(TorchFunctionMode):
             self._write(func, args, kwargs, found, several=True)
         elif found is None:                                 # such as __setitem__
             self._write(func, args, kwargs)
-        elif func.__name__ in _ASKED:
+        elif func.__name__ == "stride":
             self.relied_on |= self._sources([self._names.get(args[0])])
         elif func.__name__ not in _DECIDED:
             self.why_not = f"{func.__name__} returns what the next call may have otherwise"
@@ -135,9 +133,7 @@ class Recorder(TorchFunctionMode):
             found = launch.launch_kernel(kernel, plan, grid, *args, waits=waits, **constants)
         if isinstance(found, launch.Found):
             self.launches = True
-            compiled = found.compiled
-            self._write(compiled.run, (*(*grid, 1)[:3], _Stream, compiled.function, compiled.packed_metadata, None,
-                                       None, None, *args, *found.named(plan, constants)), {})
+            self._write(found.compiled.run, found.arguments(plan, grid, _Stream, args, constants), {})
         else:
             self._write(launch.launch_kernel, (kernel, plan, grid, *args), dict(waits=waits, **constants))
 
@@ -195,7 +191,7 @@ def _fit(aligned, contiguous):
     return not functools.reduce(operator.or_, map(_data_ptr, aligned), 0) % 16 and all(map(_is_contiguous, contiguous))
 
 
-@functools.lru_cache(KNOWN)
+@functools.lru_cache(op.launch.KNOWN)
 def _known(*key):
     return _Known()
 
@@ -203,9 +199,7 @@ def _known(*key):
 def _current(device):
     """Whether compiled kernels may be launched directly for tensors on ``device``, as ``launch.Launch`` decides it."""
     launch = op.sequence.launch
-    hooks = launch.triton.knobs.runtime
-    return device in (-1, launch.driver.active.get_current_device()) and not (
-        hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+    return device in (-1, launch.driver.active.get_current_device()) and not launch.hooked()
 
 
 def run(function, call, how, tensors, given=0):

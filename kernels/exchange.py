@@ -209,10 +209,9 @@ def wait_for_words(words, at, watch, START: tl.constexpr, WARPS: tl.constexpr, K
                                          pack=COUNT)
 
 
-def new_slots(x, steps, plan):
-    """Memory for the slots of a launch of up to ``steps`` steps, not yet filled."""
-    rows = plan.groups * plan.tiles * plan.block_b
-    return x.new_empty(steps, plan.directions, rows, plan.padded_programs * plan.block_h)
+def slots_shape(steps, plan):
+    """The shape of the slots of a launch of up to ``steps`` steps."""
+    return steps, plan.directions, plan.groups * plan.tiles * plan.block_b, plan.padded_programs * plan.block_h
 
 
 def fill(slots, plan):

@@ -34,15 +34,16 @@ from .rows import (
 from .waiting import BACKWARD_GRID
 
 
-@triton.jit(do_not_specialize=["T", "S", "B", "first", "steps", "keep_every", "rate_h", "rate_c"])
-def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, T, S, B, first, steps, keep_every,
+@triton.jit(do_not_specialize=["T", "S", "B", "first", "steps", "keep_every", "first_kept", "rate_h", "rate_c"])
+def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, T, S, B, first, steps, keep_every, first_kept,
                  H: tl.constexpr, DIRECTIONS: tl.constexpr, BLOCK: tl.constexpr,
                  flags_ptr=None, offsets_ptr=None, ZONEOUT: tl.constexpr = None, seed_ptr=None, rate_h=None,
                  rate_c=None):
     """Compute c of steps ``first`` to ``first + S`` again, and write the coefficients of each step.
 
     a         (D, S, B, 4H) pre-activations in order of time; packed (rows, 4H), see ``chunk_shift``
-    c0, kept  c before the first step of all, (D, B, H), and what the forward loop kept; fp32
+    c0, kept  c before the first step of all, (D, B, H), and c before every ``keep_every``-th step from
+              ``first_kept keep_every`` on, (-, D, B, H); fp32
     coef      (D, S, B, 6H) fp32: ko, kh, ki, kf, kg, f; with zoneout (D, S, B, 8H), then m_h and m_c; packed as a
     steps     that a program goes through; c was kept before the first of them
     flags, offsets, seed   as in ``portable_forward.forward_resident``
@@ -64,7 +65,7 @@ def coefficients(a_ptr, c0_ptr, kept_ptr, coef_ptr, T, S, B, first, steps, keep_
     if first + s == 0:
         c = tl.load(c0_ptr + (d * B + row) * H + unit, mask=mask, other=0.)
     else:
-        at_kept = ((first + s) // keep_every - 1).to(tl.int64) * DIRECTIONS + d
+        at_kept = ((first + s) // keep_every - first_kept).to(tl.int64) * DIRECTIONS + d
         c = tl.load(kept_ptr + (at_kept * B + row) * H + unit, mask=mask, other=0.)
     while s < end:
         time = tl.where(d == 0, first + s, T - 1 - first - s)

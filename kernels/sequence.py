@@ -20,6 +20,21 @@ def finish(chunks):
                 return end.value
 
 
+class Workspace:
+    """Memory that layers use one after the other. What they compute together has to be one stream's work."""
+
+    def __init__(self):
+        self._parts = {}
+
+    def empty(self, name, like, *shape):
+        """``like.new_empty(shape)``: what the layer before had by this name, if it has this shape."""
+        found = self._parts.get(name)
+        if found is None or found[0] != shape:
+            self._parts[name] = found = None        # freed before there is another
+            self._parts[name] = found = shape, like.new_empty(shape)
+        return found[1]
+
+
 def step_flags(T, B, directions, lengths, sizes, reset, device, launcher=None):
     """``rows.step_flags`` by one launch. Without ``lengths``, ``sizes`` (T,) may say how many rows each time has.
     launcher: as for ``forward_chunks``."""
@@ -57,7 +72,7 @@ def joined(of_layers):
 
 
 def forward_chunks(x, w, r, b, h0, c, flags, plan, save, batch_sizes=None, zoneout=None, launcher=None, steps=None,
-                   keep_gates=False, all_live=False, zero_state=False, ends=None):
+                   keep_gates=False, all_live=False, zero_state=False, ends=None, workspace=None):
     """The layer over all steps, as a generator that runs one chunk of steps at a time.
 
     x            (T, B, I), or packed (rows, I)
@@ -75,6 +90,7 @@ def forward_chunks(x, w, r, b, h0, c, flags, plan, save, batch_sizes=None, zoneo
     all_live     whether every step of ``flags`` is known to be live, as where only resets made them
     zero_state   whether h0 is known to be zero
     ends         ``rows.ends_of`` the flags, which the layers of a stack have in common; None: it is made here
+    workspace    ``Workspace`` that layers which run one after the other have in common; None: one of its own
 
     The first ``next`` allocates all that outlives a chunk and yields y, not yet written. Each further one runs a chunk.
     x is read only in the chunk that needs it.
@@ -86,7 +102,7 @@ def forward_chunks(x, w, r, b, h0, c, flags, plan, save, batch_sizes=None, zoneo
     """
     B, D, H = h0.shape[1], plan.directions, plan.hidden_size
     rows = Rows(x, B, batch_sizes)
-    T = rows.T
+    T, empty = rows.T, (workspace or Workspace()).empty
     y = x.new_empty(*x.shape[:-1], D * H)
     keep_gates = keep_gates and save
     keep_every = 1 if keep_gates else plan.keep_every if save else max(T, 1)
@@ -105,9 +121,9 @@ def forward_chunks(x, w, r, b, h0, c, flags, plan, save, batch_sizes=None, zoneo
     if multiplies:
         buffer, of_input = x.contiguous(), (_stacked(w), None if b is None else _stacked(b))
     elif not (keep_gates or alone):
-        buffer = x.new_empty(rows.most(D, most), 4 * H)
+        buffer = empty("pre-activations", x, rows.most(D, most), 4 * H)
     if plan.exchanges:
-        slots, stuck = exchange.new_slots(x, most, plan), _stuck(plan, x.device)
+        slots, stuck = empty("slots", x, *exchange.slots_shape(most, plan)), _stuck(plan, x.device)
         if zoneout is not None:
             more["h0_ptr"] = h0.contiguous()
     yield y
@@ -267,6 +283,8 @@ def _as_read(r, plan):
 
 
 def _input_product(rows, w, b, d, out=None):
+    if out is None:         # the same product by fewer calls
+        return torch.nn.functional.linear(rows, w[d], None if b is None else b[d])
     if b is None:
         return torch.mm(rows, w[d].t(), out=out)
     return torch.addmm(b[d], rows, w[d].t(), out=out)
@@ -314,7 +332,7 @@ def _backward_chunks(plan, T, B, keep_gates, derives, zero_state, without_dy, su
             first, S, spans, [_before(plan, T, B, d, spans[d], zero_state) for d in range(D)],
             prepare(launch.PREVIOUS, (blocks * S, D), *at, blocks),
             prepare(launch.STATES, (blocks, D), *at, K) if derives else
-            prepare(launch.COEFFICIENTS, (blocks, D, -(-S // steps)), *at, steps, keep_every),
+            prepare(launch.COEFFICIENTS, (blocks, D, -(-S // steps)), *at, steps, keep_every, 0 if keep_gates else 1),
             _time_loop("backward", plan, *at, *numbers, names=names, limit=limit, DY_UNIT=dy_unit)))
     return chunks
 
@@ -367,7 +385,7 @@ def state_gradients(dh_n, dc_n, wanted, layers, shape, x):
 
 
 def backward_chunks(dy, dh, dc, x, w, r, b, h0, c0, flags, y, kept, gates, plan, needs, batch_sizes=None, zoneout=None,
-                    launcher=None, all_live=False, zero_state=False, zero_past_ends=False, dx=None):
+                    launcher=None, all_live=False, zero_state=False, zero_past_ends=False, dx=None, workspace=None):
     """The gradients of ``forward``, as a generator that runs one chunk of ``plan.keep_every`` steps at a time, from the
     last: it recomputes the gates by products over the whole chunk, unless forward kept them, turns them into
     coefficients, unless the loop does so, then runs the time loop backwards.
@@ -377,7 +395,7 @@ def backward_chunks(dy, dh, dc, x, w, r, b, h0, c0, flags, y, kept, gates, plan,
     y, kept, gates   what ``forward`` returned; gates may also be None
     needs            which of dx, dw, dr and db are wanted; the others are None. Those of w, r and b are lists of D
                      tensors where w is a list, and then each has memory of its own
-    all_live, zero_state    as for ``forward_chunks``
+    all_live, zero_state, workspace    as for ``forward_chunks``
     zero_past_ends   whether x is known to be zero at steps that are not live, as y of another layer is
     dx               memory for dx of one direction, where another layer reads it after each chunk; else None
 
@@ -387,7 +405,7 @@ def backward_chunks(dy, dh, dc, x, w, r, b, h0, c0, flags, y, kept, gates, plan,
     plan = plan.backward
     B, D, H, K = h0.shape[1], plan.directions, plan.hidden_size, plan.keep_every
     rows = Rows(x, B, batch_sizes)
-    T = rows.T
+    T, empty = rows.T, (workspace or Workspace()).empty
 
     def total(need, *shape):
         """(a gradient, its parts of each direction), which have no memory yet where they have memory of their own."""
@@ -404,7 +422,7 @@ def backward_chunks(dy, dh, dc, x, w, r, b, h0, c0, flags, y, kept, gates, plan,
     db, of_b = total(needs[3], 4 * H)
     # of one chunk, the second direction adds to what the first has written
     adds = D == 2 and T > K
-    alone = D == 1 and 0 < T <= K and B > 0 and dx is None         # then its product makes it
+    alone = 0 < T <= K and B > 0 and dx is None         # then its product makes it
     if needs[0] and dx is None and not alone:
         dx = (x.new_zeros if adds else x.new_empty)(x.shape)
     if T and B:
@@ -416,18 +434,18 @@ def backward_chunks(dy, dh, dc, x, w, r, b, h0, c0, flags, y, kept, gates, plan,
         # a loop that adds up da itself spares reading it again
         sums = None
         if plan.adds_up_da and needs[3]:
-            sums = dh.new_empty(plan.groups, 4 * H) if D == 1 else dh.new_empty(plan.groups, D, 4 * H)
+            sums = empty("sums", dh, plan.groups, *(() if D == 1 else (D,)), 4 * H)
         chunks = _backward_chunks(plan, T, B, keep_gates, derives, zero_state, dy is None, sums is not None, strides,
                                   _limit(plan))
         most = rows.most(D, min(K, T))
         count = 6 if zoneout is None else 8
-        buffer = x.new_empty(most, 4 * H)
+        buffer = empty("da", x, most, 4 * H)
         if not derives:
-            coef = dh.new_empty(most, count * H)
+            coef = empty("coefficients", dh, most, count * H)
         elif not keep_gates:
-            states = dh.new_empty(min(K, T), D, B, H)
+            states = empty("states", dh, min(K, T), D, B, H)
         needs_previous = needs[2] or not keep_gates
-        h_before = None if flags is None or not needs_previous else x.new_empty(most, H)
+        h_before = None if flags is None or not needs_previous else empty("h before", x, most, H)
         shares, stuck, of_kept = (exchange.new_shares(dh, plan),) if plan.exchanges else (), _stuck(plan, x.device), ()
         of_sums = () if sums is None else (sums,)
         of_coefficients = zoneout_arguments(zoneout)
@@ -457,8 +475,7 @@ def backward_chunks(dy, dh, dc, x, w, r, b, h0, c0, flags, y, kept, gates, plan,
                         for chosen, h in previous[d]:
                             a[d][chosen].addmm_(h, r[d].t())
             if not derives:
-                of_states(launcher, (of_gates, c0, kept[1:] if keep_gates else kept, coef), (flags, rows.offsets),
-                          **of_coefficients)
+                of_states(launcher, (of_gates, c0, kept, coef), (flags, rows.offsets), **of_coefficients)
             elif keep_gates:
                 of_kept = kept[first:] if first else kept,
             else:
@@ -488,11 +505,13 @@ def backward_chunks(dy, dh, dc, x, w, r, b, h0, c0, flags, y, kept, gates, plan,
                         else:
                             torch.sum(of_rows, 0, dtype=torch.float32, out=of_b[d])
                     if needs[0] and alone:
-                        dx = torch.mm(a[d], w[d]).view(x.shape)
+                        dx = torch.mm(a[d], w[d]) if d == 0 else dx.addmm_(a[d], w[d])
                     elif needs[0]:
                         out = rows.of(dx, *spans[d])
                         out.addmm_(a[d], w[d]) if d or adds else torch.mm(a[d], w[d], out=out)
             del of_x            # which may be copies, before the next chunk makes its own
+            if needs[0] and alone:
+                dx = dx.view(x.shape)
             yield
     cast = lambda g: g if g is None or x.dtype == torch.float32 else list(map(cast, g)) if isinstance(g, list) else (
         g.to(x.dtype))

@@ -100,7 +100,7 @@ def _forward(call, save, flags, batch_sizes, x, h0, c0, *weights, launcher=None)
         arguments.append((own[0::kinds], r, sums and sums[n * D:(n + 1) * D], *state, flags, plan, save, batch_sizes))
     with op.without_autocast(x):
         if call.steps is None:
-            dropped = []
+            dropped, options["workspace"] = [], op.sequence.Workspace()
             for n, of_layer in enumerate(arguments):
                 made, mask = dropout(x) if n else (None, None)
                 x = x if made is None else made
@@ -175,7 +175,7 @@ def _backward(call, needs, dy, dh_n, dc_n, flags, batch_sizes, *tensors, launche
     masks = [of_layer[1] for of_layer in saved]
     with op.without_autocast(x):
         if call.steps is None:
-            results = []
+            results, options["workspace"] = [], op.sequence.Workspace()
             for n in reversed(range(count)):
                 dy, *of_layer = op.sequence.finish(op.sequence.backward_chunks(dy, *arguments[n], **options,
                                                                                zero_past_ends=n > 0))

@@ -19,7 +19,7 @@ from . import op
 FIRST = 10
 LONGEST = 2000          # statements of a recording. A call that has more waits for the GPU, not for Python
 _UNCHANGED = {"contiguous", "float", "to"}      # do nothing where they return their argument
-_FRESH = {"addmm", "cat", "mm", "new_empty", "new_zeros", "stack"}          # strides and place are never another's
+_FRESH = {"addmm", "cat", "linear", "mm", "new_empty", "new_zeros", "stack"}          # strides and place are never another's
 # Return no tensors, and the same for all calls that a recording is for. "__get__" is that of a property
 _DECIDED = {"__get__", "__len__", "dim", "element_size", "get_device", "is_floating_point", "numel", "size"}
 

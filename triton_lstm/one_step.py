@@ -30,7 +30,7 @@ def layers(x, hx, weights, sizes, state, with_y=True):
     if not op.plain(x, *tensors) or forward_ad._current_level >= 0:
         return None
     dtype, device, gradients = x.dtype, x.device, torch.is_grad_enabled()
-    if gradients and x.requires_grad or torch.is_autocast_enabled(device.type):
+    if gradients and x.requires_grad or op.autocasts(x):
         return None
     for t in tensors:
         if t is None or t.dtype != dtype or t.device != device or gradients and t.requires_grad:

@@ -177,10 +177,14 @@ def _zoneout(seed, rate_h, rate_c):
 _NO_CONTEXT = contextlib.nullcontext()
 
 
+def autocasts(x):
+    """Whether autocast is on for the device of x. It is off for all, most often, and torch is quick to tell that."""
+    return torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+
+
 def without_autocast(x):
     """The types are chosen already. Entering torch's context takes several microseconds, also where autocast is off."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NO_CONTEXT
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else _NO_CONTEXT
 
 
 def _lstm(x: torch.Tensor, w: torch.Tensor, r: torch.Tensor, b: torch.Tensor | None, h0: torch.Tensor,

@@ -44,8 +44,11 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.launches, self.relied_on, self.why_not = False, set(), None
         self._names, self._named = WeakTensorKeyDictionary(), 0
-        self._statements = []           # of each its text, the tensors that it makes, and those that it uses
+        # Of each its text, the tensors that it makes, those that it uses, and whether what it makes are views
+        self._statements = []
         self._views = {}                # names of views, by the expression that made them
+        # By name of a view of what the recording itself allocates: the name of the latter, and the bytes in between
+        self._places, self._named_addresses = {}, set()
         self._constants, self._constant_names = {}, {}          # objects that the text names, by name; their names
         self._arguments = [f"none{n}" if tensor is None else self._name(tensor) for n, tensor in enumerate(tensors)]
         self._from = {name: {n} for n, name in enumerate(self._arguments)}      # the arguments that decide strides
@@ -63,13 +66,21 @@ class Recorder(TorchFunctionMode):
         self._constants.setdefault(name, value)
         return name
 
-    def _text(self, value, used):
-        """An expression for ``value``. Adds the names of its tensors to ``used``."""
+    def _text(self, value, used, by_address=False):
+        """An expression for ``value``. Adds the names of its tensors to ``used``. by_address: whether the address of a
+        view will do, so that nobody need make the view."""
         if isinstance(value, torch.Tensor):
             name = self._names.get(value)
             if name is None:            # made where nothing is seen: the next call's will be another
                 self.why_not = f"a tensor {tuple(value.shape)} of unknown origin"
                 return "unknown"
+            if by_address and name in self._places:
+                name, before = self._places[name]
+                if (address := f"at_{name}") not in self._named_addresses:
+                    self._named_addresses.add(address)
+                    self._statements.append((f"{address} = {self._constant(_data_ptr)}({name})", [], [name], False))
+                used.append(name)
+                return f"{address} + {before}" if before else address
             used.append(name)
             return name
         if value is _Stream:
@@ -83,10 +94,12 @@ class Recorder(TorchFunctionMode):
             self.why_not = f"a {type(value).__name__}"
         return self._constant(value)
 
-    def _write(self, function, args, kwargs, made=(), several=False):
-        """A statement. several: whether the function returns ``made`` as a sequence."""
+    def _write(self, function, args, kwargs, made=(), several=False, by_address=False):
+        """A statement. several: whether the function returns ``made`` as a sequence. by_address: see ``_text``."""
         used = []
-        inner = [self._text(arg, used) for arg in args]
+        if made and function.__name__ == "new_empty":
+            args = self._like(args[0]), *args[1:]
+        inner = [self._text(arg, used, by_address) for arg in args]
         inner += [f"{name}={self._text(arg, used)}" for name, arg in kwargs.items()]
         text = f"{self._constant(function)}({', '.join(inner)})"
         if len(made) == 1 and made[0]._base is not None:
@@ -98,7 +111,19 @@ class Recorder(TorchFunctionMode):
         if names and function.__name__ not in _FRESH:
             self._from.update(dict.fromkeys(names, self._sources(used)))
         left = f"{', '.join(names)}{',' if several else ''} = " if names else ""
-        self._statements.append((left + text, names, used))
+        views = [tensor._base is not None for tensor in made]
+        self._statements.append((left + text, names, used, bool(views) and all(views)))
+        for tensor, name, view in zip(made, names, views):
+            root = self._names.get(tensor._base) if view else None
+            # of two arguments, one may be a view of the other now and not at the next call
+            if root is not None and root not in self._arguments:
+                self._places[name] = root, tensor.data_ptr() - tensor._base.data_ptr()
+
+    def _like(self, tensor):
+        """A tensor of the same type and device that is there anyway, where ``tensor`` is a view of one."""
+        root = tensor._base
+        place = self._places.get(self._names.get(tensor))
+        return tensor if place is None or root.dtype != tensor.dtype else root
 
     def _sources(self, names):
         """The arguments that decide the strides of tensors."""
@@ -133,7 +158,7 @@ class Recorder(TorchFunctionMode):
             found = launch.launch_kernel(kernel, plan, grid, *args, waits=waits, **constants)
         if isinstance(found, launch.Found):
             self.launches = True
-            self._write(found.compiled.run, found.arguments(plan, grid, _Stream, args, constants), {})
+            self._write(found.compiled.run, found.arguments(plan, grid, _Stream, args, constants), {}, by_address=True)
         else:
             self._write(launch.launch_kernel, (kernel, plan, grid, *args), dict(waits=waits, **constants))
 
@@ -147,7 +172,9 @@ class Recorder(TorchFunctionMode):
         if self.why_not is not None:
             return None
         needed = {*used, *self._arguments}
-        for text, made, used in reversed(self._statements):
+        for text, made, used, views in reversed(self._statements):
+            if views and needed.isdisjoint(made):
+                continue
             # this is the last statement that uses these
             over = [name for name in dict.fromkeys((*made, *used)) if name[0] == "t" and name not in needed]
             needed.update(over)
@@ -220,7 +247,7 @@ def run(function, call, how, tensors, given=0):
     flags, batch_sizes, x, _, c0 = tensors[given:given + 5]
     if call.steps is not None or batch_sizes is not None:
         return function(call, how, *tensors)
-    if torch.is_autocast_enabled(x.device.type):
+    if op.autocasts(x):
         with op.without_autocast(x):            # a recording has nothing of it
             return run(function, call, how, tensors, given)
     device, strides = x.get_device(), [None if t is None else t.stride() for t in tensors[:given]]

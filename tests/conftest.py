@@ -24,7 +24,8 @@ def no_recordings():
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Fills with NaN what the launcher allocates, so that an element that is never written is noticed."""
+    """Fills with NaN what the launcher allocates, and what a layer takes over from another as workspace, so that an
+    element that is never written is noticed."""
     new_empty = torch.Tensor.new_empty
 
     @functools.wraps(new_empty)
@@ -38,7 +39,14 @@ def poison():
                 return function(*args, **kwargs)
         return run
 
+    def poisoned_workspace(empty):
+        def run(self, *args):
+            return empty(self, *args) if args[1].is_meta else empty(self, *args).fill_(float("nan"))
+        return run
+
     with contextlib.ExitStack() as stack:
+        for module in (harness.interpreted_sequence, harness.compiled_sequence):
+            stack.enter_context(mock.patch.object(module.Workspace, "empty", poisoned_workspace(module.Workspace.empty)))
         single, several = ("forward", "backward", "one_step"), ("_forward", "_backward")
         for module, names in ((harness.interpreted_sequence, single), (harness.compiled_sequence, single),
                               (eager, several)):

@@ -263,9 +263,9 @@ def edited(module, tmp_path, old, new):
     _forget_launches()
 
 
-def _forget_launches():
+def _forget_launches(sequence=compiled_sequence):
     """Launches keep their kernels. The next ones are made anew."""
-    for made in vars(compiled_sequence).values():
+    for made in vars(sequence).values():
         if hasattr(made, "cache_clear"):
             made.cache_clear()
 

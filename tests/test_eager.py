@@ -1,4 +1,5 @@
 """Eager calls of a layer: which ones go the short way, and that it computes the same as the operator, bit by bit."""
+import collections
 import dataclasses
 import weakref
 from unittest import mock
@@ -164,6 +165,48 @@ def test_without_gradients_layers_keep_nothing():
                                                                    chunks):
         call()
     assert alive == [[], [True], [False, True], [False, False, True]]
+
+
+@pytest.mark.parametrize("sequences", ["padded", "lengths", "packed"])
+@pytest.mark.parametrize("options", [LAYERS[2], LAYERS[6]], ids=str)
+def test_layers_share_workspace(options, sequences):
+    """What only the loop of one layer needs is in the same place for all layers. What outlives a layer is not."""
+    layer, x, hx, call = arguments(options, sequences, state=False)
+    layer.keep_gates = False
+    launch, places, kept = harness.interpreted_launch, collections.defaultdict(list), []
+    real = launch.launch_kernel
+
+    def launch_kernel(kernel, plan, grid, *args, **constants):
+        for name, tensor in zip(kernel.arg_names, args):
+            if isinstance(tensor, torch.Tensor):
+                places[kernel.__name__, name].append(tensor.data_ptr())
+                kept.append(tensor)             # so that no other gets its place
+        return real(kernel, plan, grid, *args, **constants)
+
+    with harness.interpreter(), mock.patch.object(launch, "launch_kernel", launch_kernel):
+        gradients(layer, x, hx, call)
+    count = layer.num_layers
+    shared = [("coefficients", "a_ptr"), ("coefficients", "coef_ptr"), ("backward_resident", "coef_ptr"),
+              ("backward_resident", "da_ptr")]
+    if sequences != "padded":
+        shared.append(("previous", "h_ptr"))
+    if layer.bidirectional:             # in one direction the product of x and W makes its own
+        shared.append(("forward_resident", "x_ptr"))
+    for name in shared:
+        assert len(places[name]) == count and len({*places[name]}) == 1, name
+    for name in ("forward_resident", "y_ptr"), ("forward_resident", "c_ptr"), ("backward_resident", "dh_ptr"):
+        assert len({*places[name]}) == count, name
+
+
+def test_workspace():
+    workspace, like = harness.compiled_sequence.Workspace(), torch.empty(0, dtype=torch.float16)
+    first = workspace.empty("da", like, 3, 4)
+    assert first.shape == (3, 4) and first.dtype == torch.float16
+    assert workspace.empty("da", like, 3, 4) is first and workspace.empty("slots", like, 3, 4) is not first
+    freed = weakref.ref(first)
+    del first
+    other = workspace.empty("da", like, 4, 4)
+    assert freed() is None and other.shape == (4, 4)
 
 
 def test_only_some_weights_want_gradients():

@@ -46,7 +46,8 @@ def poison():
 
     with contextlib.ExitStack() as stack:
         for module in (harness.interpreted_sequence, harness.compiled_sequence):
-            stack.enter_context(mock.patch.object(module.Workspace, "empty", poisoned_workspace(module.Workspace.empty)))
+            empty = poisoned_workspace(module.Workspace.empty)
+            stack.enter_context(mock.patch.object(module.Workspace, "empty", empty))
         single, several = ("forward", "backward", "one_step"), ("_forward", "_backward")
         for module, names in ((harness.interpreted_sequence, single), (harness.compiled_sequence, single),
                               (eager, several)):

@@ -7,6 +7,7 @@ calls the same operators and kernels in the same order, so it computes the same 
 """
 import functools
 import operator
+import typing
 from collections.abc import Callable
 
 import torch
@@ -19,9 +20,17 @@ from . import op
 FIRST = 10
 LONGEST = 2000          # statements of a recording. A call that has more waits for the GPU, not for Python
 _UNCHANGED = {"contiguous", "float", "to"}      # do nothing where they return their argument
-_FRESH = {"addmm", "cat", "linear", "mm", "new_empty", "new_zeros", "stack"}          # strides and place are never another's
+_FRESH = {"addmm", "cat", "linear", "mm", "new_empty", "new_zeros", "stack"}        # strides and place are their own
 # Return no tensors, and the same for all calls that a recording is for. "__get__" is that of a property
 _DECIDED = {"__get__", "__len__", "dim", "element_size", "get_device", "is_floating_point", "numel", "size"}
+
+
+class _Statement(typing.NamedTuple):
+    """made, used: names of tensors. only_views: whether it makes views and does nothing else."""
+    text: str
+    made: list
+    used: list
+    only_views: bool
 
 
 class _Stream:
@@ -44,11 +53,11 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.launches, self.relied_on, self.why_not = False, set(), None
         self._names, self._named = WeakTensorKeyDictionary(), 0
-        # Of each its text, the tensors that it makes, those that it uses, and whether what it makes are views
-        self._statements = []
+        self._statements: list[_Statement] = []
         self._views = {}                # names of views, by the expression that made them
-        # By name of a view of what the recording itself allocates: the name of the latter, and the bytes in between
-        self._places, self._named_addresses = {}, set()
+        # by name of a view of what the recording itself allocates: the name of that, and the bytes in between
+        self._places = {}
+        self._addresses = set()         # names of addresses
         self._constants, self._constant_names = {}, {}          # objects that the text names, by name; their names
         self._arguments = [f"none{n}" if tensor is None else self._name(tensor) for n, tensor in enumerate(tensors)]
         self._from = {name: {n} for n, name in enumerate(self._arguments)}      # the arguments that decide strides
@@ -68,7 +77,7 @@ class Recorder(TorchFunctionMode):
 
     def _text(self, value, used, by_address=False):
         """An expression for ``value``. Adds the names of its tensors to ``used``. by_address: whether the address of a
-        view will do, so that nobody need make the view."""
+        view will do. Where all will do with addresses, nobody makes the view."""
         if isinstance(value, torch.Tensor):
             name = self._names.get(value)
             if name is None:            # made where nothing is seen: the next call's will be another
@@ -76,11 +85,12 @@ class Recorder(TorchFunctionMode):
                 return "unknown"
             if by_address and name in self._places:
                 name, before = self._places[name]
-                if (address := f"at_{name}") not in self._named_addresses:
-                    self._named_addresses.add(address)
-                    self._statements.append((f"{address} = {self._constant(_data_ptr)}({name})", [], [name], False))
+                if (address := f"at_{name}") not in self._addresses:
+                    self._addresses.add(address)
+                    self._statements.append(
+                        _Statement(f"{address} = {self._constant(_data_ptr)}({name})", [], [name], False))
                 used.append(name)
-                return f"{address} + {before}" if before else address
+                return f"{address} + {before}"
             used.append(name)
             return name
         if value is _Stream:
@@ -112,10 +122,10 @@ class Recorder(TorchFunctionMode):
             self._from.update(dict.fromkeys(names, self._sources(used)))
         left = f"{', '.join(names)}{',' if several else ''} = " if names else ""
         views = [tensor._base is not None for tensor in made]
-        self._statements.append((left + text, names, used, bool(views) and all(views)))
+        self._statements.append(_Statement(left + text, names, used, bool(views) and all(views)))
         for tensor, name, view in zip(made, names, views):
-            root = self._names.get(tensor._base) if view else None
-            # of two arguments, one may be a view of the other now and not at the next call
+            root = self._names.get(tensor._base) if view and tensor.numel() else None
+            # Of two arguments, one may be a view of the other now and not at the next call.
             if root is not None and root not in self._arguments:
                 self._places[name] = root, tensor.data_ptr() - tensor._base.data_ptr()
 
@@ -172,8 +182,8 @@ class Recorder(TorchFunctionMode):
         if self.why_not is not None:
             return None
         needed = {*used, *self._arguments}
-        for text, made, used, views in reversed(self._statements):
-            if views and needed.isdisjoint(made):
+        for text, made, used, only_views in reversed(self._statements):
+            if only_views and needed.isdisjoint(made):
                 continue
             # this is the last statement that uses these
             over = [name for name in dict.fromkeys((*made, *used)) if name[0] == "t" and name not in needed]

@@ -285,8 +285,9 @@ def compiled(B, I, H, dtype, precision, arch, D=1, bias=True):
     return found[0]
 
 
-@pytest.mark.parametrize("I, H, arch", [(33, 100, 90), (512, 512, 90), (1, 2048, 90), (33, 100, 80), (33, 100, 100)])
-@pytest.mark.parametrize("B", [1, 17])
+@pytest.mark.parametrize("B, I, H, arch", [
+    (1, 33, 100, 90), (17, 33, 100, 90), (1, 512, 512, 90), (17, 512, 512, 90), (17, 1, 2048, 90), (17, 33, 100, 80),
+    (17, 33, 100, 100)])
 @pytest.mark.parametrize("dtype, precision", [(FP16, "native"), (FP32, "tf32"), (FP32, "tf32x3")], ids=str)
 def test_machine_code(dtype, precision, I, H, B, arch):
     """No thread has a stack, so nothing spills. Products are those that all architectures have. Tiles fit any

@@ -21,7 +21,7 @@ from .host import stand_ins
 
 ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 ONLY_WRITTEN = {"zero_", "fill_", "copy_", "new_zeros"}     # which do not read their first argument
-PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "linear"}
 
 
 class _Count(TorchDispatchMode):

@@ -283,11 +283,8 @@ def _as_read(r, plan):
 
 
 def _input_product(rows, w, b, d, out=None):
-    if out is None:         # the same product by fewer calls
-        return torch.nn.functional.linear(rows, w[d], None if b is None else b[d])
-    if b is None:
-        return torch.mm(rows, w[d].t(), out=out)
-    return torch.addmm(b[d], rows, w[d].t(), out=out)
+    # the same product as addmm or mm with w[d].t(), by a call less; ``out`` is in its schema, not in its documentation
+    return torch.nn.functional.linear(rows, w[d], None if b is None else b[d], out=out)
 
 
 def _before(plan, T, B, d, span, zero_state):

@@ -223,7 +223,7 @@ def products(keep_gates, layers=1, D=1):
     class Products(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal count
-            count += function._schema.name.split("::")[1].rstrip("_") in ("mm", "addmm", "bmm", "baddbmm")
+            count += function._schema.name.split("::")[1].rstrip("_") in ("mm", "addmm", "bmm", "baddbmm", "linear")
             return function(*args, **(kwargs or {}))
 
     x, w, r, state = torch.randn(6, 3, 4), torch.randn(D, 40, 4), torch.randn(D, 40, 10), torch.randn(D, 3, 10)

@@ -73,13 +73,21 @@ class _Call:
         return [weights[n * each:(n + 1) * each] for n in range(self.count)]
 
 
+def _rs(call, weights, saved):
+    """R of each layer, as ``sequence.forward_chunks`` takes it. saved: of two directions, a sequence that begins with
+    all of them, (layers D, 4H, H)."""
+    if call.plan.directions == 2:
+        return _of_layers(call.count, 2, saved[0])
+    return [(r,) for r in weights[1::len(weights) // call.count]]
+
+
 _call_of = functools.lru_cache(op.launch.KNOWN)(_Call)
 
 
 def _forward(call, save, flags, batch_sizes, x, h0, c0, *weights, launcher=None):
-    """((y, h_n, c_n), what backward needs), the latter for each layer: x if dropout made it, else None; the mask of
-    dropout; R of both directions, or None; y, and what else ``sequence.forward`` keeps; and the sums of the biases, if
-    the gates are recomputed.
+    """((y, h_n, c_n), what backward needs). The latter is R of two directions, for all layers in one tensor; then for
+    each layer x if dropout made it, else None; the mask of dropout; y, and what else ``sequence.forward`` keeps; and
+    the sums of the biases, if the gates are recomputed.
 
     h0, c0    of all layers; or the zeros (D, B, H), which each layer begins from, and None
     """
@@ -92,9 +100,9 @@ def _forward(call, save, flags, batch_sizes, x, h0, c0, *weights, launcher=None)
         options["ends"] = op.sequence.ends_of(flags)
     kinds = len(weights) // (count * D)
     sums = _sums(weights[2::4], weights[3::4]) if kinds > 2 else None
-    # both directions' R of a layer in one tensor, which backward needs too; by one launch for all layers
-    rs = weights[1::kinds]
-    rs = _of_layers(count, D, torch.stack(rs)) if D == 2 else [(r,) for r in rs]
+    if D == 2:          # by one launch for all layers; backward needs them too
+        saved.append(torch.stack(weights[1::kinds]))
+    rs = _rs(call, weights, saved)
     states = [_of_layers(count, D, state) for state in (h0, c_n)]
     for n, (own, r, *state) in enumerate(zip(call.of_layers(weights), rs, *states)):
         arguments.append((own[0::kinds], r, sums and sums[n * D:(n + 1) * D], *state, flags, plan, save, batch_sizes))
@@ -113,8 +121,8 @@ def _forward(call, save, flags, batch_sizes, x, h0, c0, *weights, launcher=None)
             dropped, results = wavefront.forward(plan, x, arguments, options, dropout, call.steps)
             x = results[-1][0]
     if save:
-        for n, ((_, r, b, *_), (y, _, kept, gates)) in enumerate(zip(arguments, results)):
-            saved += *dropped[n], r if D == 2 else None, y, kept, gates, *(() if b is None or len(gates) else b)
+        for n, ((_, _, b, *_), (y, _, kept, gates)) in enumerate(zip(arguments, results)):
+            saved += *dropped[n], y, kept, gates, *(() if b is None or len(gates) else b)
     h_n = results[0][1][0] if not save and count == 1 else op.sequence.joined([last for _, last, *_ in results])
     return (x, h_n, c_n if x.dtype == torch.float32 else c_n.to(x.dtype)), saved
 
@@ -143,10 +151,12 @@ class _Layers(torch.autograd.Function):
 
 
 def _saved(call, needs, tensors):
-    """(x, h0, c0 and the weights; of each layer what ``_forward`` saved) of the saved tensors."""
+    """(x, h0, c0 and the weights; R as ``_rs`` has it; of each layer what ``_forward`` saved) of the saved tensors."""
     inputs, tensors = tensors[:len(needs)], tensors[len(needs):]
+    rs = _rs(call, inputs[3:], tensors)
+    tensors = tensors[call.plan.directions - 1:]
     each = len(tensors) // call.count
-    return inputs, [tensors[n * each:(n + 1) * each] for n in range(call.count)]
+    return inputs, rs, [tensors[n * each:(n + 1) * each] for n in range(call.count)]
 
 
 def _backward(call, needs, dy, dh_n, dc_n, flags, batch_sizes, *tensors, launcher=None):
@@ -156,7 +166,7 @@ def _backward(call, needs, dy, dh_n, dc_n, flags, batch_sizes, *tensors, launche
     dy, dh_n, dc_n   None for zero
     tensors          x, h0, c0, the weights, and what ``_forward`` saved
     """
-    ((x, h0, c0, *weights), saved), plan, D = _saved(call, needs, tensors), call.plan, call.plan.directions
+    ((x, h0, c0, *weights), rs, saved), plan, D = _saved(call, needs, tensors), call.plan, call.plan.directions
     options = dict(all_live=call.all_live, zero_state=c0 is None, launcher=launcher)
     c0 = h0 if c0 is None else c0
     of_weights, needed = call.of_layers(weights), call.of_layers(needs[3:])
@@ -166,12 +176,12 @@ def _backward(call, needs, dy, dh_n, dc_n, flags, batch_sizes, *tensors, launche
     states, of_states = op.sequence.state_gradients(dh_n, dc_n, needs[1] or needs[2], count, shape, x)
     h0, c0 = (_of_layers(count, D, state) for state in (h0, c0))
     for n in range(count):
-        own, need, (made, _, both, y, kept, gates, *b) = of_weights[n], needed[n], saved[n]
+        own, need, (made, _, y, kept, gates, *b) = of_weights[n], needed[n], saved[n]
         wanted = (n > 0 or needs[0], any(need[0::kinds]), any(need[1::kinds]),
                   kinds > 2 and any(need[2::kinds] + need[3::kinds]))
-        of_x = made if made is not None else saved[n - 1][3] if n else x
-        arguments.append((*of_states[n], of_x, own[0::kinds], own[1::kinds] if both is None else both,
-                          b or None, h0[n], c0[n], flags, y, kept, gates, plan, wanted, batch_sizes))
+        of_x = made if made is not None else saved[n - 1][2] if n else x
+        arguments.append((*of_states[n], of_x, own[0::kinds], rs[n], b or None, h0[n], c0[n], flags, y, kept, gates,
+                          plan, wanted, batch_sizes))
     masks = [of_layer[1] for of_layer in saved]
     with op.without_autocast(x):
         if call.steps is None:
@@ -199,7 +209,7 @@ def _differentiably(call, needs, given, flags, batch_sizes, *tensors):
     """``_backward`` in operators that can be differentiated and mapped over. It computes forward again, from the
     inputs."""
     create_graph, D = torch.is_grad_enabled(), call.plan.directions
-    inputs, saved = _saved(call, needs, tensors)
+    inputs, _, saved = _saved(call, needs, tensors)
     masks = [of_layer[1] for of_layer in saved]
     with torch.enable_grad():
         # aliases: one input may have been computed from another

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import apart, eager, one_step
 from .functional import DTYPES, one_of, recorded, runs_kernels, tell_once, zoneout_rates
-from .op import on_device, sequences_of
+from .op import autocasts, on_device, sequences_of
 from .plan import Plan
 from .projection import too_large_together
 
@@ -216,7 +216,7 @@ class LSTM(torch.nn.RNNBase):
         other calls and for wrong input."""
         if (torch.compiler.is_compiling() or self.zoneout or self.proj_size
                 or not isinstance(input, torch.Tensor) or input.dim() != 3 or input.shape[-1] != self.input_size
-                or not runs_kernels(input, input.dtype) or torch.is_autocast_enabled(input.device.type)):
+                or not runs_kernels(input, input.dtype) or autocasts(input)):
             return None
         D, H, layers = 2 if self.bidirectional else 1, self.hidden_size, self.num_layers
         x = input

@@ -55,7 +55,7 @@ class Recorder(TorchFunctionMode):
         self._names, self._named = WeakTensorKeyDictionary(), 0
         self._statements: list[_Statement] = []
         self._views = {}                # names of views, by the expression that made them
-        # by name of a view of what the recording itself allocates: the name of that, and the bytes in between
+        # by name of a view that the recording makes: the name of what it is a view of, and the bytes before it
         self._places = {}
         self._addresses = set()         # names of addresses
         self._constants, self._constant_names = {}, {}          # objects that the text names, by name; their names
@@ -125,8 +125,9 @@ class Recorder(TorchFunctionMode):
         self._statements.append(_Statement(left + text, names, used, bool(views) and all(views)))
         for tensor, name, view in zip(made, names, views):
             root = self._names.get(tensor._base) if view and tensor.numel() else None
-            # Of two arguments, one may be a view of the other now and not at the next call.
-            if root is not None and root not in self._arguments:
+            # Of two arguments, one may be a view of the other now and not at the next call. So what counts is whether
+            # it is made from its root here.
+            if root is not None and len(used) == 1 and root in (used[0], self._places.get(used[0], [None])[0]):
                 self._places[name] = root, tensor.data_ptr() - tensor._base.data_ptr()
 
     def _like(self, tensor):

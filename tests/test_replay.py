@@ -671,6 +671,18 @@ def test_kernels_get_addresses_of_views(options, sequences, keep_every, dtype, i
     assert [len(found) for found in chunks] == [0, int(layer.bidirectional and keep_every is not None)]
 
 
+def test_memory_of_a_views_type():
+    """A view of another type than its root, and one of the same, which the recording then does not make."""
+    x, texts, real = torch.zeros(4), [], compile
+    with replay.Recorder([x]) as recorder:
+        root = x.new_zeros(4)
+        made = [root.view(torch.int32).new_empty(3), root[1:].new_empty(2)]
+    with mock.patch.object(replay, "compile", lambda text, *args: texts.append(text) or real(text, *args), create=True):
+        found = recorder.recording(made)(None, x)
+    assert [t.dtype for t in found] == [torch.int32, torch.float32] and [len(t) for t in found] == [3, 2]
+    assert "slice" not in texts[0] and texts[0].count(" = ") == 4
+
+
 def test_an_argument_that_was_a_view_of_another(interpreted):
     """While the call is written down h0 is a view of c0. Later it is not."""
     layer, x, _, _ = arguments(dict(num_layers=2), "padded", False)

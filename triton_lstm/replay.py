@@ -132,9 +132,8 @@ class Recorder(TorchFunctionMode):
 
     def _like(self, tensor):
         """A tensor of the same type and device that is there anyway, where ``tensor`` is a view of one."""
-        root = tensor._base
-        place = self._places.get(self._names.get(tensor))
-        return tensor if place is None or root.dtype != tensor.dtype else root
+        # for torch, what ``tensor.view(dtype)`` returns has no base
+        return tensor._base if self._names.get(tensor) in self._places else tensor
 
     def _sources(self, names):
         """The arguments that decide the strides of tensors."""

@@ -15,7 +15,7 @@ shares of dh (2, directions, groups, tiles, PADDED_PROGRAMS to, PROGRAMS from, B
 import torch
 
 from .language import tl, triton
-from .precision import rounded_to_tf32
+from .precision import rounded_to_tf32, same_nans
 from .rows import FRESH, has, times_of
 from .waiting import give_up, look_at_clock
 
@@ -226,14 +226,12 @@ def fill(slots, plan):
 def fill_from(h, slots, flags, first, T, plan):
     """``fill`` for the launch that begins with step ``first``, with h (D, B, H) before that step as programs would have
     sent it. flags: step flags or None."""
-    if plan.precision == "tf32":
-        h = rounded_to_tf32(h)
     if flags is not None:
         now = torch.stack([flags[d, times_of(d, first, 1, T)[0]] for d in range(plan.directions)])
         h = h.masked_fill(has(now, FRESH), 0)
     fill(slots, plan)
     # a NaN of h must not be that of an empty slot
-    slots[0, :, :h.shape[1], :h.shape[2]] = torch.where(h == h, h, torch.nan)
+    (rounded_to_tf32 if plan.precision == "tf32" else same_nans)(h, out=slots[0, :, :h.shape[1], :h.shape[2]])
 
 
 # -- shares of dh -----------------------------------------------------------------------------------------------------

@@ -87,10 +87,16 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 # -- on the host ------------------------------------------------------------------------------------------------------
 
-def rounded_to_tf32(v):
-    """``round_tf32`` of a tensor."""
-    bits = (v.view(torch.int32) + 0x1000) & -0x2000
-    return torch.where(v == v, bits.view(torch.float32), v)
+def rounded_to_tf32(v, out=None):
+    """``round_tf32`` of a tensor. All NaNs become that of ``torch.nan``."""
+    bits = same_nans(v).view(torch.int32) + 0x1000
+    return torch.bitwise_and(bits, -0x2000, out=None if out is None else out.view(torch.int32)).view(torch.float32)
+
+
+def same_nans(v, out=None):
+    """A copy of ``v`` whose NaNs are all that of ``torch.nan``: its bits are neither all set nor carried to a zero by
+    ``round_tf32``."""
+    return torch.nan_to_num(v, torch.nan, torch.inf, -torch.inf, out=out)
 
 
 # Held while products are queued, by every thread that cares how they are computed. It is the process's switch: a thread

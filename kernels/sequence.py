@@ -254,11 +254,12 @@ def _state(y, h0, flags, rows, first):
     for d in range(len(h0)):
         time = first - 1 if d == 0 else rows.T - first
         h = rows.of(y, time, time + 1)[:, d * H:(d + 1) * H]
-        h = torch.cat([h, h0[d, len(h):]])
+        if len(h) < h0.shape[1]:            # packed: others have not begun yet
+            h = torch.cat([h, h0[d, len(h):]])
         if flags is not None and d == 1:
             h = torch.where(has(flags[1, time], LIVE), h, h0[1])      # or has not begun yet
         states.append(h)
-    return torch.cat(states, 1)
+    return states[0] if len(states) == 1 else torch.cat(states, 1)
 
 
 def _of_step(y, time, d):

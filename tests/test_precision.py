@@ -1,9 +1,39 @@
-"""torch's switch for TF32 products: its value inside and after ``products_in_tf32``, also in other threads."""
+"""Rounding to TF32 on the host; and torch's switch for TF32 products: its value inside and after ``products_in_tf32``,
+also in other threads."""
 import threading
 
 import pytest
 import torch
-from triton_lstm.kernels.precision import products_in, products_in_tf32
+from triton_lstm.kernels.precision import products_in, products_in_tf32, rounded_to_tf32, same_nans
+
+QUIET = {torch.float32: 0x7fc00000, torch.float16: 0x7e00, torch.bfloat16: 0x7fc0}
+
+
+def floats(*bits):
+    return torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
+
+
+def test_rounded_to_tf32():
+    """Halfway away from zero, over the end of a binade and to infinity. The carry of a NaN makes no zero of it."""
+    given = floats(0x3f801000, 0x3f800fff, 0xbf801000, 0x3ffff000, 0x7f7ff000, 0x7f800000, 0xff800000, 0x80000000,
+                   0x1000, 0x7fffffff, 0xffffffff, 0x7f800001)
+    right = floats(0x3f802000, 0x3f800000, 0xbf802000, 0x40000000, 0x7f800000, 0x7f800000, 0xff800000, 0x80000000,
+                   0x2000, *[QUIET[torch.float32]] * 3)
+    assert torch.equal(rounded_to_tf32(given).view(torch.int32), right.view(torch.int32))
+    out = torch.zeros(3, 4, 5)
+    rounded_to_tf32(given.reshape(4, 3).t(), out=out[:, :, 1][:, :4])
+    assert torch.equal(out[:, :, 1].view(torch.int32), right.reshape(4, 3).t().view(torch.int32))
+    assert out.count_nonzero() == 11            # -0 is none
+
+
+@pytest.mark.parametrize("dtype", QUIET, ids=str)
+def test_same_nans(dtype):
+    ints = torch.int32 if dtype == torch.float32 else torch.int16
+    v = torch.tensor([-1, -1, -1, -1], dtype=ints).view(dtype)
+    v[1:] = torch.tensor([float("inf"), -float("inf"), 0.3])
+    found = same_nans(v)
+    assert found[0].view(ints).item() == QUIET[dtype] and torch.equal(found[1:], v[1:])
+
 
 NEWER = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 

@@ -18,6 +18,8 @@ Tensor mul(const Tensor&a,const Tensor&b){return at::empty(at::infer_size(a.size
 Tensor& add_(Tensor&a,const Tensor&b,const Scalar&){return a;}
 Tensor& mul_(Tensor&a,const Tensor&b){return a;}
 Tensor band(const Tensor&a,const Tensor&b){return at::empty(at::infer_size(a.sizes(),b.sizes()),a.options());}
+Tensor& band_out(const Tensor&a,const Tensor&b,Tensor&o){return o;}
+Tensor& nan_out(const Tensor&a,std::optional<double>,std::optional<double>,std::optional<double>,Tensor&o){return o;}
 Tensor bnot(const Tensor&a){return like(a);}
 Tensor cmp(const Tensor&a,const Tensor&b){return at::empty(at::infer_size(a.sizes(),b.sizes()),a.options().dtype(at::kBool));}
 Tensor where(const Tensor&c,const Tensor&a,const Tensor&b){return at::empty(at::infer_size(c.sizes(),at::infer_size(a.sizes(),b.sizes())),a.dim()?a.options():b.options());}
@@ -38,8 +40,8 @@ Tensor dropout_backward(const Tensor&g,const Tensor&,double){return like(g);}
 TORCH_LIBRARY_IMPL(aten, CPU, m){
  m.impl("fill_.Scalar",fill_); m.impl("zero_",zero_); m.impl("copy_",copy_);
  m.impl("mm",mm); m.impl("mm.out",mm_out); m.impl("addmm",addmm); m.impl("addmm.out",addmm_out); m.impl("addmm_",addmm_); m.impl("bmm",bmm);
- m.impl("add.Tensor",add); m.impl("add_.Tensor",add_); m.impl("mul.Tensor",mul); m.impl("mul_.Tensor",mul_); m.impl("bitwise_and.Tensor",band);
- m.impl("bitwise_not",bnot); m.impl("eq.Tensor",cmp); m.impl("lt.Tensor",cmp); m.impl("where.self",where); m.impl("sum.dim_IntList",sumdim); m.impl("sum.IntList_out",sum_out);
+ m.impl("add.Tensor",add); m.impl("add_.Tensor",add_); m.impl("mul.Tensor",mul); m.impl("mul_.Tensor",mul_); m.impl("bitwise_and.Tensor",band); m.impl("bitwise_and.Tensor_out",band_out);
+ m.impl("nan_to_num.out",nan_out); m.impl("bitwise_not",bnot); m.impl("eq.Tensor",cmp); m.impl("lt.Tensor",cmp); m.impl("where.self",where); m.impl("sum.dim_IntList",sumdim); m.impl("sum.IntList_out",sum_out);
  m.impl("native_dropout",dropout); m.impl("native_dropout_backward",dropout_backward); m.impl("cat",cat); m.impl("gather",gather); m.impl("masked_fill.Scalar",masked_fill); m.impl("masked_fill_.Scalar",masked_fill_); m.impl("bernoulli_.float",bern);
 }
 #include <Python.h>

@@ -76,9 +76,8 @@ def count(workload, keep_gates=None):
     w, dtype = workload, dtype_of(workload.dtype)
     found = {}
     with contextlib.ExitStack() as stack:
-        # plain: as without a dispatch mode; and meta is no device type that autocast knows
-        for owner, name, value in (*stand_ins(), (op, "plain", lambda *tensors: True),
-                                   (torch, "is_autocast_enabled", lambda *device: False)):
+        # plain: as without a dispatch mode
+        for owner, name, value in (*stand_ins(), (op, "plain", lambda *tensors: True)):
             stack.enter_context(mock.patch.object(owner, name, value))
         with torch.device("meta"):
             layer = triton_lstm.LSTM(w.input_size, w.hidden_size, w.layers, bidirectional=w.directions == 2,

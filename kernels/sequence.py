@@ -29,10 +29,10 @@ class Workspace:
     def empty(self, name, like, *shape):
         """``like.new_empty(shape)``: what the layer before had by this name, if it has this shape."""
         found = self._parts.get(name)
-        if found is None or found[0] != shape:
+        if found is None or found.shape != shape:
             self._parts[name] = found = None        # freed before there is another
-            self._parts[name] = found = shape, like.new_empty(shape)
-        return found[1]
+            self._parts[name] = found = like.new_empty(shape)
+        return found
 
 
 def step_flags(T, B, directions, lengths, sizes, reset, device, launcher=None):

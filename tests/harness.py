@@ -6,6 +6,7 @@ interleaved    the same, but programs switch at random at loads, stores and atom
 emulator       runs the PTX that the compiler made in ``ptx_emulator``. Tests the compiled kernel and its
                synchronisation
 """
+import collections
 import contextlib
 import dataclasses
 import importlib
@@ -18,6 +19,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 import triton
 import triton.language as tl
 import triton.runtime.interpreter as triton_interpreter
@@ -282,6 +284,23 @@ def caught(problem, plan, seeds=4, **options):
         if any(not error(results[name], exact[name]) < 0.03 for name in exact):
             return True
     return False
+
+
+@contextlib.contextmanager
+def places():
+    """Yields {(name of an interpreted kernel, name of an argument): where that tensor was in each launch}. All tensors
+    are kept, so that no other gets their place."""
+    found, kept, real = collections.defaultdict(list), [], interpreted_launch.launch_kernel
+
+    def launch_kernel(kernel, plan, grid, *args, **constants):
+        for name, tensor in zip(kernel.arg_names, args):
+            if isinstance(tensor, torch.Tensor):
+                kept.append(tensor)
+                found[kernel.__name__, name].append(tensor.data_ptr())
+        return real(kernel, plan, grid, *args, **constants)
+
+    with mock.patch.object(interpreted_launch, "launch_kernel", launch_kernel):
+        yield found
 
 
 def assert_drawn(path):

@@ -1,5 +1,4 @@
 """Eager calls of a layer: which ones go the short way, and that it computes the same as the operator, bit by bit."""
-import collections
 import dataclasses
 import weakref
 from unittest import mock
@@ -175,17 +174,7 @@ def test_layers_share_workspace(options, sequences):
     """What only the loop of one layer needs is in the same place for all layers. What outlives a layer is not."""
     layer, x, hx, call = arguments(options, sequences, state=False)
     layer.keep_gates = False
-    launch, places, kept = harness.interpreted_launch, collections.defaultdict(list), []
-    real = launch.launch_kernel
-
-    def launch_kernel(kernel, plan, grid, *args, **constants):
-        for name, tensor in zip(kernel.arg_names, args):
-            if isinstance(tensor, torch.Tensor):
-                places[kernel.__name__, name].append(tensor.data_ptr())
-                kept.append(tensor)             # so that no other gets its place
-        return real(kernel, plan, grid, *args, **constants)
-
-    with harness.interpreter(), mock.patch.object(launch, "launch_kernel", launch_kernel):
+    with harness.interpreter(), harness.places() as places:
         gradients(layer, x, hx, call)
     count = layer.num_layers
     shared = [("coefficients", "a_ptr"), ("coefficients", "coef_ptr"), ("backward_resident", "coef_ptr"),

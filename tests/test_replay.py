@@ -602,6 +602,14 @@ def test_a_kernel_that_reads_x_gets_it_contiguous(compiled):
     assert all(other == launched[0] for other in launched)
 
 
+@pytest.fixture
+def texts(monkeypatch):
+    """The source of each recording that is made."""
+    found, real = [], compile
+    monkeypatch.setattr(replay, "compile", lambda text, *args: found.append(text) or real(text, *args), raising=False)
+    return found
+
+
 class Interpreted:
     """In the place of a compiled kernel: ``run`` interprets it. Where it is given an address, a tensor with the shape
     and strides of the one that stood there first begins there. ``addresses`` has the names of such arguments."""
@@ -648,14 +656,12 @@ def interpreted(monkeypatch):
     (dict(num_layers=3), "both", 2, torch.float32), (dict(num_layers=2), "padded", None, torch.float16),
     (dict(num_layers=2, bidirectional=True), "lengths", None, torch.float32),
     (dict(num_layers=2, bidirectional=True, dropout=0.4, bias=False), "resets", 2, torch.float16)], ids=str)
-def test_kernels_get_addresses_of_views(options, sequences, keep_every, dtype, interpreted, monkeypatch):
+def test_kernels_get_addresses_of_views(options, sequences, keep_every, dtype, interpreted, texts):
     """Same bits, where compiled kernels are interpreted. The views themselves are not made any more."""
     layer, x, hx, call = arguments(options, sequences, False, dtype)
     if keep_every:
         layer.plan = triton_lstm.make_plan(B, H, dtype, 2 if layer.bidirectional else 1, limits=None,
                                            keep_every=keep_every)
-    texts, real = [], compile
-    monkeypatch.setattr(replay, "compile", lambda text, *args: texts.append(text) or real(text, *args), raising=False)
     with harness.interpreter(), Counted() as counted:
         for n in range(replay.FIRST + 3):
             changed(layer, x, hx, n)
@@ -671,14 +677,13 @@ def test_kernels_get_addresses_of_views(options, sequences, keep_every, dtype, i
     assert [len(found) for found in chunks] == [0, int(layer.bidirectional and keep_every is not None)]
 
 
-def test_memory_of_a_views_type():
+def test_memory_of_a_views_type(texts):
     """A view of another type than its root, and one of the same, which the recording then does not make."""
-    x, texts, real = torch.zeros(4), [], compile
+    x = torch.zeros(4)
     with replay.Recorder([x]) as recorder:
         root = x.new_zeros(4)
         made = [root.view(torch.int32).new_empty(3), root[1:].new_empty(2)]
-    with mock.patch.object(replay, "compile", lambda text, *args: texts.append(text) or real(text, *args), create=True):
-        found = recorder.recording(made)(None, x)
+    found = recorder.recording(made)(None, x)
     assert [t.dtype for t in found] == [torch.int32, torch.float32] and [len(t) for t in found] == [3, 2]
     assert "slice" not in texts[0] and texts[0].count(" = ") == 4
 

@@ -30,6 +30,12 @@ def test_launches_with_lengths():
     assert [sum(launches.values()) for launches, _ in found.values()] == [24, 28]
 
 
+def test_several_chunks_of_programs_that_exchange_h():
+    found = count(BY_NAME["tfgridnet_intra"])
+    assert [sum(launches.values()) for launches, _ in found.values()] == [37, 34]
+    assert [round(moved / 1e6) for _, moved in found.values()] == [1659, 7101]
+
+
 def test_bytes_by_hand():
     """One layer whose backward has one chunk: the coefficients, the loop, three products and the sum of the loop's
     sums of da.

@@ -43,7 +43,6 @@ def no_kernels(device):
     return none_on(device)
 
 
-
 def tf32_allowed():
     """Whether torch lets nn.LSTM multiply fp32 in TF32 on CUDA, which is its default.
 

@@ -4,6 +4,7 @@ Which operators and kernels a call of a layer runs is decided by sizes, types an
 host as long as running them. So a call of sizes that come again is written down while it runs: every operator of torch
 and every launch, with its arguments, as one statement of a Python function, the recording. Later calls run that. It
 calls the same operators and kernels in the same order, so it computes the same bits, and it lets go of memory as early.
+Only views that nothing but kernels reads are not made: a kernel gets the address.
 """
 import functools
 import operator
@@ -16,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import op
 
-# Calls of the same sizes that run before one is written down. That takes as long as 15 to 30 later calls spare.
+# Calls of the same sizes that run before one is written down, which takes longer than many later calls spare
 FIRST = 10
 LONGEST = 2000          # statements of a recording. A call that has more waits for the GPU, not for Python
 _UNCHANGED = {"contiguous", "float", "to"}      # do nothing where they return their argument
@@ -107,7 +108,7 @@ class Recorder(TorchFunctionMode):
     def _write(self, function, args, kwargs, made=(), several=False, by_address=False):
         """A statement. several: whether the function returns ``made`` as a sequence. by_address: see ``_text``."""
         used = []
-        if made and function.__name__ == "new_empty":
+        if made and function.__name__ == "new_empty":           # so that a view is not made for its type alone
             args = self._like(args[0]), *args[1:]
         inner = [self._text(arg, used, by_address) for arg in args]
         inner += [f"{name}={self._text(arg, used)}" for name, arg in kwargs.items()]
